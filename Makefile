@@ -1,0 +1,46 @@
+# make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"
+# make test       everything that CI runs: lint, format, types, tests
+# make long       the randomised tests with many more draws
+# make format     rewrite the sources as `make test` wants them
+#
+# Each does its own set-up, once: a virtual environment in .venv with the versions that constraints.txt pins.
+
+PYTHON ?= python3
+PLAN ?= --tensor 2
+TRAIN ?= --config tiny --max-length 256 --batch-size 8 --steps 300 --warmup 20 --lr 2e-3
+
+BIN := .venv/bin
+READY := .venv/installed
+
+# One process for each rank of the plan: the product of its degrees.
+RANKS = $(shell echo "$(PLAN)" | awk -F '[ =]+' '{n = 1; for (i = 1; i < NF; i++) if ($$i ~ /^--(tensor|data)$$/) n *= $$(i + 1); print n}')
+THREADS = $(shell echo "$$(getconf _NPROCESSORS_ONLN) $(RANKS)" | awk '{n = int($$1 / $$2); print (n > 1 ? n : 1)}')
+
+.PHONY: pretrain test long format clean
+
+pretrain: $(READY)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN)
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2
+
+long: $(READY)
+	SHARDCOMP_LONG=1 $(BIN)/pytest -q -n 2
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# torch comes first and alone: resolved together with ranges that admit a newer release, pip may fetch that one as well.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("shardcomp needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

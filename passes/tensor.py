@@ -1,0 +1,326 @@
+"""Tensor and sequence parallelism: give weights and borders a layout, propagate, and insert the collectives that follow.
+
+Needs: units. The policy says how each weight is cut; `propagate` chooses a cut for every call. Wherever a value does not
+lie as a
+call needs it, a collective is inserted, once per value and target; wherever a whole value's gradient would come out as one
+rank's summand, a reduction is inserted in the backward direction (the law of gradients).
+
+Legality: each collective's forward and backward are adjoint, so a call on cut operands gives a cut of what it gave on
+whole ones,
+and each gradient is whole, cut like its value, or recorded as partial on its parameter. At a unit's border a value is whole or
+cut, never partial, and its gradient lies as it does; so units are legal by themselves, and each body is rewritten once for each
+layout that its inputs come in.
+
+    h = norm(x); q = linear(h, Wq)         h = norm(x); g = allgather_reducescatter(h); q = linear(g, Wq local)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardcomp.collectives import (
+    allgather_reducescatter,
+    allgather_split,
+    allreduce_identity,
+    alltoall_alltoall,
+    identity_allreduce,
+    reducescatter_allgather,
+    split_allgather,
+)
+from shardcomp.errors import InternalError, PolicyError, raise_all
+from shardcomp.layout import WHOLE, Layout, Placement, split
+from shardcomp.program import (
+    INPUT,
+    PARAMETER,
+    Body,
+    Context,
+    Contract,
+    Degraded,
+    Program,
+    S,
+    Unit,
+    Value,
+    tensor_arguments,
+    value,
+)
+from shardcomp.propagate import Propagation, propagate, values
+from shardcomp.rules import factoring, unfuse
+from shardcomp.weights import module_of, weight_layouts
+
+CONTRACT = Contract(requires=frozenset({"canonical", "units"}), provides=frozenset({"layouts"}))
+AXIS = "tp"
+
+
+def run(program: Program, context: Context) -> Program:
+    sequence_parallel = context.policy.options.sequence_parallel
+    size = context.mesh.size(AXIS)
+    layouts, uncut = weight_layouts(program, context.policy, AXIS, size)
+    shared = {name for unit in program.units for name in unit.parameters if _owners(program, name) > 1}
+    rewrite = _Rewrite(program, size, sequence_parallel, layouts, shared)
+    held = {name: Layout() for name in program.inputs}
+    memo: dict[Any, tuple[Body, tuple[Layout, ...]]] = {}
+    units = []
+    for unit in program.units:
+        key = (id(unit.body), tuple(held[name] for name in unit.inputs), _finals(unit, program))
+        if key not in memo:
+            memo[key] = rewrite.body(unit, [held[name] for name in unit.inputs], len([k for k in memo if k[0] == key[0]]))
+        body, results = memo[key]
+        held.update(zip(unit.outputs, results, strict=True))
+        units.append(replace(unit, body=body))
+        rewrite.record_partial_gradients(unit, body)
+    heads = tuple(rewrite.violations)
+    rows = [text for name, text in uncut.items() if not any(name.startswith(where + ".") for where in heads)]
+    raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*rewrite.violations.values(), *rows])
+    parameters = {
+        name: replace(p, layout=layouts.get(name, Layout()), partial_gradient=rewrite.partial.get(name, ()))
+        for name, p in program.parameters.items()
+    }
+    known = {name: replace(v, layout=held.get(name, v.layout)) for name, v in program.values.items()}
+    degraded = program.degraded + rewrite.degraded
+    return replace(program, units=units, parameters=parameters, values=known, degraded=degraded, mesh=context.mesh)
+
+
+def _owners(program: Program, name: str) -> int:
+    return sum(name in unit.parameters for unit in program.units)
+
+
+def _finals(unit: Unit, program: Program) -> tuple[bool, ...]:
+    """Which of a unit's results leave the program: those need not lie as a border asks."""
+    return tuple(name in program.outputs.values() for name in unit.outputs)
+
+
+@dataclass
+class _Use:
+    """A value as one call needs it: its placement, and whether the gradient that comes back is one rank's summand."""
+
+    placement: Placement
+    partial_gradient: bool
+
+
+class _Rewrite:
+    """Rewrites bodies for one axis, and gathers what it learns about parameters on the way."""
+
+    def __init__(
+        self, program: Program, size: int, sequence_parallel: bool, layouts: dict[str, Layout], shared: set[str]
+    ) -> None:
+        self.program, self.size, self.sequence_parallel = program, size, sequence_parallel
+        self.layouts, self.shared = layouts, shared
+        self.violations: dict[str, str] = {}
+        self.degraded: list[Degraded] = []
+        self.partial: dict[str, tuple[str, ...]] = {}
+
+    def body(self, unit: Unit, inputs: list[Layout], copies: int) -> tuple[Body, tuple[Layout, ...]]:
+        """The unit's body with layouts and collectives for these input layouts, and the layouts of its results."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        results = graph.graph_copy(unit.body.graph, copied)
+        for old, new in copied.items():
+            new.meta = dict(old.meta)
+        graph.output(results)
+        body = Body(unit.body.name + (f"{copies + 1}" if copies else ""), graph)
+        given = self._place(unit, body, inputs)
+        if self.size == 1:
+            return body, tuple(Layout() for _ in body.results)
+        self._separate_additions(body, given)
+        done = propagate(body, self.size, given)
+        self._report(unit, done)
+        self._convert(unit, body, done)
+        return body, tuple(value(node).layout for node in body.results)
+
+    def _place(self, unit: Unit, body: Body, inputs: list[Layout]) -> dict[fx.Node, Placement]:
+        given = {}
+        layouts = [*zip(body.placeholders(INPUT), inputs, strict=True)]
+        layouts += [
+            (node, self.layouts.get(name, Layout()))
+            for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True)
+        ]
+        for node, layout in layouts:
+            node.meta["value"] = replace(value(node), layout=layout)
+            given[node] = layout.on(AXIS)
+        return given
+
+    def _separate_additions(self, body: Body, given: dict[fx.Node, Placement]) -> None:
+        """Take the bias out of a product whose weight is cut along what it contracts: it is added once, after the reduction."""
+        for node in list(body.calls()):
+            product = unfuse(node)
+            rule = factoring(node)
+            if product is None or rule is None:
+                continue
+            made = {factor for dims in rule.results for factor in dims}
+            cut = [
+                dims[given[operand].dim]  # type: ignore[index]
+                for operand, dims in zip(tensor_arguments(node), rule.operands, strict=True)
+                if operand in given and given[operand].is_split
+            ]
+            if all(factor in made for factor in cut):
+                continue
+            target, arguments, added = product
+            with body.graph.inserting_before(node):
+                alone = body.graph.call_function(target, arguments)
+                alone.meta = dict(node.meta)
+                total = body.graph.call_function(torch.ops.aten.add.Tensor, (alone, added))
+                total.meta = dict(node.meta)
+            node.replace_all_uses_with(total)
+            body.graph.erase_node(node)
+
+    def _report(self, unit: Unit, done: Propagation) -> None:
+        for lost in done.indivisible:
+            legal = [str(n) for n in range(1, lost.size + 1) if lost.size % n == 0]
+            where = module_of(unit, lost.node)
+            text = f"{where}: {self._named_sizes(lost.size)} does not split over tensor = {self.size}: use {', '.join(legal)}"
+            self.violations[where] = f"{self.violations[where]}; {text}" if where in self.violations else text
+
+    def _named_sizes(self, size: int) -> str:
+        """The size with the names of the configuration's keys that hold it, such as a number of heads."""
+        settings = self.program.config.to_dict() if hasattr(self.program.config, "to_dict") else {}
+        keys = [key for key, held in settings.items() if type(held) is int and held == size and "head" in key]
+        return " = ".join([*keys, str(size)]) if keys else f"a dimension of {size}"
+
+    def _convert(self, unit: Unit, body: Body, done: Propagation) -> None:
+        """Insert the collectives, set every node's layout, and swap in split forms."""
+        cache: dict[tuple[fx.Node, Placement, bool], fx.Node] = {}
+        mixed = self._mixed_parameters(unit, body, done)
+        for node in list(body.graph.nodes):
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                finals = _finals(unit, self.program)
+                results = []
+                for result, final in zip(body.results, finals, strict=True):
+                    target = self._border(result, done.placements[result][0], final)
+                    results.append(self._bring(body, result, done, _Use(target, False), node, cache, mixed))
+                node.args = (tuple(results),)
+                continue
+            choice = done.choices[node]
+            operands = tensor_arguments(node)
+            swapped = {}
+            for operand, placement, partial in zip(operands, choice.operands, choice.partial_gradient, strict=True):
+                graded = any(v.requires_grad for v in values(node))
+                use = _Use(placement, partial and graded)
+                if operand.meta["value"].__class__ is tuple:
+                    continue
+                swapped[operand] = self._bring(body, operand, done, use, node, cache, mixed)
+            self._note_unruled(unit, node, operands, done)
+            node.args = fx.map_arg(node.args, lambda a, s=swapped: s.get(a, a))
+            node.kwargs = fx.map_arg(node.kwargs, lambda a, s=swapped: s.get(a, a))
+            _set_layouts(node, choice.results)
+            if choice.form is not None:
+                node.args = (*choice.form.arguments(node), AXIS)
+                node.kwargs = {}
+                node.meta["form"] = choice.form
+                node.target = choice.form.function
+
+    def _border(self, result: fx.Node, now: Placement, final: bool) -> Placement:
+        """Where a result lies when it leaves its unit: the sequence is cut where it carries a gradient, all else is whole.
+
+        A result of the program stays cut where it is cut.
+        """
+        held = value(result)
+        if final:
+            return now if now.is_split else WHOLE
+        if self.sequence_parallel and held.floating and held.requires_grad:
+            for dim, size in enumerate(held.shape):
+                if size == S:
+                    return split(dim)
+        return WHOLE
+
+    def _mixed_parameters(self, unit: Unit, body: Body, done: Propagation) -> set[fx.Node]:
+        """Whole parameters that may not be recorded as having a partial gradient: another use gives them a whole one."""
+        found = set()
+        for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
+            uses = [
+                done.choices[user].partial_gradient[i]
+                for user in node.users
+                if user.op == "call_function" and any(v.requires_grad for v in values(user))
+                for i, operand in enumerate(tensor_arguments(user))
+                if operand is node and done.choices[user].operands[i].is_whole
+            ]
+            if name in self.shared or len(set(uses)) > 1:
+                found.add(node)
+        return found
+
+    def _bring(
+        self,
+        body: Body,
+        operand: fx.Node,
+        done: Propagation,
+        use: _Use,
+        user: fx.Node,
+        cache: dict[tuple[fx.Node, Placement, bool], fx.Node],
+        mixed: set[fx.Node],
+    ) -> fx.Node:
+        """`operand` as `use` needs it, through a collective where it lies otherwise; inserted once per value and need."""
+        now = done.placements[operand][0]
+        held = value(operand)
+        partial = use.partial_gradient and held.requires_grad and use.placement.is_whole
+        if now.is_whole and use.placement.is_whole and partial and _is_parameter(operand) and operand not in mixed:
+            operand.meta["partial_gradient"] = (AXIS,)
+            return operand
+        key = (operand, use.placement, partial)
+        if key not in cache:
+            made = operand
+            for target, arguments, placement in _path(now, use.placement, partial, held.requires_grad):
+                with body.graph.inserting_before(user):
+                    node = body.graph.call_function(target, (made, *arguments, AXIS))
+                node.meta = {"path": user.meta.get("path", ""), "value": _at(held, placement)}
+                made = node
+            cache[key] = made
+        return cache[key]
+
+    def _note_unruled(self, unit: Unit, node: fx.Node, operands: list[fx.Node], done: Propagation) -> None:
+        """What is right but slower than it could be: an operator without a rule, a weight that is gathered."""
+        where = module_of(unit, node) or node.name
+        choice = done.choices[node]
+        for operand, needed in zip(operands, choice.operands, strict=True):
+            now = done.placements[operand][0]
+            if now == needed or (now.is_whole and not choice.form):
+                continue
+            if _is_parameter(operand):
+                what = f"{where}: the weight {operand.meta['path']} is gathered for {node.target}"
+                self.degraded.append(Degraded(what, "no rule lets the operator work on the weight as the policy cuts it"))
+            elif not choice.ruled:
+                self.degraded.append(Degraded(f"{where}: {node.target} runs whole", "the operator has no rule"))
+
+    def record_partial_gradients(self, unit: Unit, body: Body) -> None:
+        for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
+            if axes := node.meta.get("partial_gradient"):
+                self.partial[name] = axes
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta["role"] == PARAMETER
+
+
+def _at(held: Value, placement: Placement) -> Value:
+    return replace(held, layout=held.layout.put(AXIS, placement))
+
+
+def _set_layouts(node: fx.Node, placements: tuple[Placement, ...]) -> None:
+    placed = tuple(_at(held, placement) for held, placement in zip(values(node), placements, strict=True))
+    node.meta["value"] = placed[0] if isinstance(node.meta["value"], Value) else placed
+
+
+_Step = tuple[Callable[..., Any], tuple[int, ...], Placement]
+
+
+def _path(now: Placement, needed: Placement, partial_gradient: bool, requires_grad: bool) -> list[_Step]:
+    """The collectives from one placement to another, given how the gradient comes back. Empty where nothing is to be done."""
+    if now == needed:
+        return [(identity_allreduce, (), WHOLE)] if now.is_whole and partial_gradient and requires_grad else []
+    if now.is_whole and needed.dim is not None:
+        return [(split_allgather, (needed.dim,), needed)]
+    if now.dim is not None and needed.dim is not None:
+        return [(alltoall_alltoall, (now.dim, needed.dim), needed)]
+    if now.dim is not None and needed.is_whole:
+        return [(allgather_reducescatter if partial_gradient else allgather_split, (now.dim,), WHOLE)]
+    if now.partial and needed.dim is not None:
+        return [(reducescatter_allgather, (needed.dim,), needed)]
+    if now.partial and needed.is_whole:
+        tail: list[_Step] = [(identity_allreduce, (), WHOLE)] if partial_gradient and requires_grad else []
+        return [(allreduce_identity, (), WHOLE), *tail]
+    raise InternalError(f"tensor: no collective from {now} to {needed}")

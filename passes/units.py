@@ -1,0 +1,267 @@
+"""Cut the model into units, and let alike units share one body.
+
+Needs: a canonical Program of one unit. A node belongs to the unit whose module it comes from, as the policy's [units] say. What
+is left over joins its neighbour: what no layer feeds joins its only consumer's unit, or else the first unit; what comes
+after the
+layers joins the last.
+
+Legality: cutting a graph along data flow changes nothing. Units are alike when their graphs, constants, shapes, dtypes,
+`requires_grad` and policy entries are equal; then one body computes what each of them computes.
+
+    embed -> norm -> linear -> … -> norm -> head        embed | Layer(h, cos, sin) × L | Head(h, labels)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from shardcomp.errors import InternalError
+from shardcomp.kernels.cross_entropy import cross_entropy
+from shardcomp.program import (
+    BUFFER,
+    INPUT,
+    PARAMETER,
+    Body,
+    Context,
+    Contract,
+    Program,
+    Unit,
+    Value,
+    tensor_arguments,
+    value,
+)
+
+CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"units"}))
+
+
+def run(program: Program, context: Context) -> Program:
+    [whole] = program.units
+    calls = list(whole.body.calls())
+    modules = _modules(calls, program)
+    kinds = context.policy.unit_kinds(modules)
+    order, home = _assign(calls, kinds, whole.body)
+    entries = context.policy.weight_entries(program.parameters, program.canonical_names())
+    pieces = [_Piece(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
+    values = dict(program.values)
+    bodies: dict[Hashable, Body] = {}
+    units = []
+    names = _value_names(pieces, whole, program)
+    for piece in pieces:
+        inputs, outputs = _borders(piece, whole.body)
+        body_key = piece.key(program, entries, inputs, outputs)
+        if body_key not in bodies:
+            bodies[body_key] = _body(_class_name(piece, bodies), piece, inputs, outputs)
+        for node in outputs:
+            values[names[node]] = node.meta["value"]
+        units.append(
+            Unit(
+                piece.path,
+                piece.kind,
+                bodies[body_key],
+                tuple(names[n] for n in inputs if n.op != "placeholder" or n.meta["role"] == INPUT),
+                tuple(names[n] for n in outputs),
+                tuple(program.resolve(n.meta["path"]) for n in inputs if _role(n) == PARAMETER),
+                tuple(n.meta["path"] for n in inputs if _role(n) == BUFFER),
+            )
+        )
+    results = {key: names[node] for key, node in zip(program.outputs, whole.body.results, strict=True)}
+    return replace(program, units=units, outputs=results, values=values, tokens=_tokens(whole.body))
+
+
+def _tokens(body: Body) -> Unit | None:
+    """The labels that count, cut out of the graph in front of the cross entropy: how many there are is known before the
+    forward."""
+    losses = [node for node in body.calls() if node.target is cross_entropy]
+    if not losses:
+        return None
+    labels, ignored = losses[0].args[1:3]
+    assert isinstance(labels, fx.Node)
+    needed: set[fx.Node] = set()
+    pending = [labels]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += tensor_arguments(node)
+    piece = _Piece("", "tokens", [node for node in body.calls() if node in needed])
+    inputs = [node for node in body.graph.nodes if node.op == "placeholder" and node in needed]
+    counting = _body("Tokens", piece, inputs, [labels])
+    [counted] = counting.results
+    with counting.graph.inserting_before(counting.output):
+        differs = counting.graph.call_function(torch.ops.aten.ne.Scalar, (counted, ignored))
+        differs.meta = {"path": "", "value": Value(value(counted).shape, torch.bool)}
+        total = counting.graph.call_function(torch.ops.aten.sum.default, (differs,))
+        total.meta = {"path": "", "value": Value((), torch.int64)}
+    counting.output.args = ((total,),)
+    return Unit("", "tokens", counting, tuple(n.meta["path"] for n in inputs), ("tokens",))
+
+
+class _Piece:
+    """The nodes of one unit in the flat graph."""
+
+    def __init__(self, path: str, kind: str, nodes: list[fx.Node]) -> None:
+        self.path, self.kind, self.nodes = path, kind, nodes
+
+    def key(self, program: Program, entries: dict[str, str], inputs: list[fx.Node], outputs: list[fx.Node]) -> Hashable:
+        """Equal for units that are alike: the graph with its nodes numbered."""
+        number: dict[fx.Node, int] = {}
+        lines: list[Any] = []
+        for node in inputs:
+            number[node] = len(number)
+            role = _role(node)
+            lines.append((role, node.meta["value"]))
+            if role == PARAMETER:
+                parameter = program.parameters[program.resolve(node.meta["path"])]
+                tied = parameter.aliases and parameter.name
+                lines.append((relative(node.meta["path"], _home_path(self)), entries.get(parameter.name), tied))
+            elif role == BUFFER:
+                held = program.buffers[node.meta["path"]].value
+                lines.append((relative(node.meta["path"], _home_path(self)), tuple(held.shape), held.dtype))
+        for node in self.nodes:
+            number[node] = len(number)
+            arguments = fx.map_arg((node.args, node.kwargs), lambda a: _Number(number[a]))
+            lines.append((node.target, repr(arguments), repr(node.meta["value"])))
+        return (self.kind, tuple(lines), tuple(number[n] for n in outputs))
+
+
+class _Number:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"%{self.index}"
+
+
+def relative(name: str, path: str) -> str:
+    """A name below a unit's module; the whole name where it lies elsewhere."""
+    return name[len(path) + 1 :] if path and name.startswith(path + ".") else name
+
+
+def _home_path(piece: _Piece) -> str:
+    """What the names in a unit's code are relative to: only layers have alike ones, whose code must not name one of them."""
+    return piece.path if piece.kind == "layer" else ""
+
+
+def _role(node: fx.Node) -> str:
+    return node.meta["role"] if node.op == "placeholder" else INPUT
+
+
+def _modules(calls: list[fx.Node], program: Program) -> list[str]:
+    """Every module path that a node or a parameter lies under, in order of execution."""
+    found: dict[str, None] = {}
+    paths = [node.meta["path"] for node in calls] + [name.rpartition(".")[0] for name in program.parameters]
+    for path in dict.fromkeys(paths):
+        parts = path.split(".") if path else []
+        for end in range(1, len(parts) + 1):
+            found.setdefault(".".join(parts[:end]))
+    return list(found)
+
+
+def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[list[str], dict[fx.Node, int]]:
+    """The units' paths in order of execution, and the index of each node's unit."""
+    claimed = {node: path for node in calls if (path := _claim(node.meta["path"], kinds)) is not None}
+    order = list(dict.fromkeys(claimed.values()))
+    first = next((i for i, path in enumerate(order) if kinds[path] == "first"), None)
+    if first is None:
+        order.insert(0, "first")
+        first = 0
+    last = len(order) - 1
+    home = {node: order.index(path) for node, path in claimed.items()}
+    fed: dict[fx.Node, int] = {}
+    for node in calls:
+        feeds = [home[a] if a in home else fed[a] for a in tensor_arguments(node) if a in home or a in fed]
+        fed[node] = max(feeds, default=-1)
+    for node in reversed(calls):
+        if node in home:
+            continue
+        users = [home[user] for user in node.users if user in home]
+        target = min(users, default=last)
+        if fed[node] <= first and _kind(order, kinds, target) == "layer":
+            target = first
+        home[node] = target
+    for node in calls:
+        if any(home.get(a, -1) > home[node] for a in tensor_arguments(node)):
+            raise InternalError(f"units: {node} in unit {order[home[node]]!r} reads a value of a later unit")
+    return order, home
+
+
+def _kind(order: list[str], kinds: dict[str, str], index: int) -> str:
+    return kinds.get(order[index], "first")
+
+
+def _claim(path: str, kinds: dict[str, str]) -> str | None:
+    """The unit whose module holds `path`."""
+    while path:
+        if path in kinds:
+            return path
+        path = path.rpartition(".")[0]
+    return None
+
+
+def _borders(piece: _Piece, body: Body) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a unit reads from outside, in the order it is read, inputs before parameters before buffers; and what it gives."""
+    own = set(piece.nodes)
+    read = list(dict.fromkeys(a for node in piece.nodes for a in tensor_arguments(node) if a not in own))
+    ranks = {INPUT: 0, PARAMETER: 1, BUFFER: 2}
+    read.sort(key=lambda n: ranks[_role(n)])
+    given = [node for node in piece.nodes if any(user not in own for user in node.users)]
+    return read, given
+
+
+def _value_names(pieces: list[_Piece], whole: Unit, program: Program) -> dict[fx.Node, str]:
+    """A short unique name for every value that crosses a border: an input's own, the caller's for a result, else its
+    module's."""
+    names = {n: n.meta["path"] for n in whole.body.placeholders(INPUT)}
+    results = {node: key for key, node in zip(program.outputs, whole.body.results, strict=True)}
+    taken = set(names.values())
+    for piece in pieces:
+        for node in _borders(piece, whole.body)[1]:
+            base = results.get(node) or _base_name(node, piece)
+            name, count = base, 1
+            while name in taken:
+                name, count = f"{base}_{count}", count + 1
+            names[node] = name
+            taken.add(name)
+    for node in whole.body.results:
+        names.setdefault(node, node.name)
+    return names
+
+
+def _base_name(node: fx.Node, piece: _Piece) -> str:
+    if node.meta["value"].requires_grad:
+        return "hidden"
+    return node.meta["path"].rpartition(".")[2] or node.name
+
+
+def _class_name(piece: _Piece, bodies: dict[Hashable, Body]) -> str:
+    base = {"first": "First", "layer": "Layer", "last": "Last"}[piece.kind]
+    taken = {body.name for body in bodies.values()}
+    count = 2
+    name = base
+    while name in taken:
+        name, count = f"{base}{count}", count + 1
+    return name
+
+
+def _body(name: str, piece: _Piece, inputs: list[fx.Node], outputs: list[fx.Node]) -> Body:
+    """The unit's own graph. Parameter placeholders are named relative to the unit, so that alike units can share it."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        role = _role(node)
+        copy = graph.placeholder(node.name)
+        path = node.meta.get("path", "") if role == INPUT else relative(node.meta["path"], _home_path(piece))
+        copy.meta = {"role": role, "path": path, "value": node.meta["value"]}
+        copies[node] = copy
+    for node in piece.nodes:
+        copy = graph.node_copy(node, lambda n: copies[n])
+        copy.meta = dict(node.meta)
+        copy.meta["path"] = relative(node.meta["path"], piece.path) if node.meta["path"] != piece.path else ""
+        copies[node] = copy
+    graph.output(tuple(copies[n] for n in outputs))
+    return Body(name, graph)

@@ -1,0 +1,60 @@
+"""A compiler from an unmodified HuggingFace model to the modules that one rank of a training cluster runs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardcomp.errors import (
+        CaptureError,
+        CheckpointError,
+        KernelError,
+        PlanError,
+        PolicyError,
+        ShardError,
+        VerifyError,
+    )
+    from shardcomp.lowering import lower
+    from shardcomp.policy import Policy
+    from shardcomp.runtime.initialisation import initialize
+    from shardcomp.sharding import shard
+    from shardcomp.verifier import verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CaptureError": "errors",
+    "CheckpointError": "errors",
+    "KernelError": "errors",
+    "PlanError": "errors",
+    "Policy": "policy",
+    "PolicyError": "errors",
+    "ShardError": "errors",
+    "VerifyError": "errors",
+    "initialize": "runtime.initialisation",
+    "lower": "lowering",
+    "shard": "sharding",
+    "verify": "verifier",
+}
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "KernelError",
+    "PlanError",
+    "Policy",
+    "PolicyError",
+    "ShardError",
+    "VerifyError",
+    "initialize",
+    "lower",
+    "shard",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: emitted source needs the runtime only, and `shardcomp --help` needs neither."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shardcomp' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"shardcomp.{_HOMES[name]}"), name)

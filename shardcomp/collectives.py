@@ -1,0 +1,139 @@
+"""Collectives as operators with a fixed forward and backward, each named for both.
+
+A lowered program communicates through these and through the split forms of kernels, and in no other way, so that reading a
+listing tells every message of the forward and of the backward pass. `dim` is a dimension of the tensor, `axis` the axis of the
+mesh. Shapes below are local: n ranks on the axis, D the length of `dim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renames these two and warns of the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as a rank sees it, and the messages that can be sent along it. Every result is a new tensor."""
+
+    name: str
+    size: int
+    rank: int
+    group: Any = None
+    """The process group; None where the axis is one rank long."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the axis."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """The pieces of all ranks joined along `dim`: [.., D, ..] -> [.., n D, ..]."""
+        pieces = x.new_empty((self.size, *x.shape))
+        if self.size > 1:
+            _all_gather(pieces.view(-1), x.contiguous().view(-1), group=self.group)
+        else:
+            pieces[0] = x
+        return pieces.movedim(0, dim).flatten(dim, dim + 1)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's piece of the sum over the axis: [.., D, ..] -> [.., D / n, ..]."""
+        pieces = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+        if self.size == 1:
+            return pieces[0].clone()
+        piece = torch.empty_like(pieces[0])
+        _reduce_scatter(piece.view(-1), pieces.view(-1), group=self.group)
+        return piece
+
+    def all_to_all(self, x: Tensor, gather: int, scatter: int) -> Tensor:
+        """Moves a split from dimension `gather` to dimension `scatter`."""
+        sent = x.unflatten(scatter, (self.size, -1)).movedim(scatter, 0).contiguous()
+        received = torch.empty_like(sent)
+        if self.size > 1:
+            dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group)
+        else:
+            received.copy_(sent)
+        return received.movedim(0, gather).flatten(gather, gather + 1)
+
+    def piece(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's piece of a whole tensor: [.., D, ..] -> [.., D / n, ..], without a message."""
+        return x.unflatten(dim, (self.size, -1)).select(dim, self.rank).contiguous()
+
+
+class _Pair(torch.autograd.Function):
+    """Runs `forward(x)`, and `backward(gradient)` on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.backward_of = backward
+        result = forward(x)
+        return x.view_as(x) if result is x else result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.backward_of(gradients[0]), None, None
+
+
+def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
+    """Whole to whole, where what follows works on split operands: each rank's gradient is one summand."""
+    return _Pair.apply(x, lambda t: t, lambda g: axis.all_reduce(g))
+
+
+def allreduce_identity(x: Tensor, axis: Axis) -> Tensor:
+    """Partial to whole: sums the ranks' results; the gradient of the sum is the gradient of each summand."""
+    return _Pair.apply(x, lambda t: axis.all_reduce(t), lambda g: g)
+
+
+def allgather_reducescatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Split to whole, where each rank's gradient of the whole is one summand."""
+    return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.reduce_scatter(g, dim))
+
+
+def reducescatter_allgather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Partial to split."""
+    return _Pair.apply(x, lambda t: axis.reduce_scatter(t, dim), lambda g: axis.all_gather(g, dim))
+
+
+def split_allgather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Whole to split: keeps this rank's piece; the gradient is joined from all pieces."""
+    return _Pair.apply(x, lambda t: axis.piece(t, dim), lambda g: axis.all_gather(g, dim))
+
+
+def allgather_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Split to whole, where every rank has the whole gradient."""
+    return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.piece(g, dim))
+
+
+def alltoall_alltoall(x: Tensor, gather: int, scatter: int, axis: Axis) -> Tensor:
+    """Split along `gather` to split along `scatter`."""
+    return _Pair.apply(x, lambda t: axis.all_to_all(t, gather, scatter), lambda g: axis.all_to_all(g, scatter, gather))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The messages of a collective operator: the operation that each pass does, None where it does none."""
+
+    forward: str | None
+    backward: str | None
+
+
+EXCHANGES: dict[Callable[..., Tensor], Exchange] = {
+    identity_allreduce: Exchange(None, "all_reduce"),
+    allreduce_identity: Exchange("all_reduce", None),
+    allgather_reducescatter: Exchange("all_gather", "reduce_scatter"),
+    reducescatter_allgather: Exchange("reduce_scatter", "all_gather"),
+    split_allgather: Exchange(None, "all_gather"),
+    allgather_split: Exchange("all_gather", None),
+    alltoall_alltoall: Exchange("all_to_all", "all_to_all"),
+}
+"""Every collective operator. The forward passes in the operand, the backward the gradient of the result."""

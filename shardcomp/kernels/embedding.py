@@ -1,0 +1,37 @@
+"""The split form of an embedding whose rows, the vocabulary, are divided over an axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from shardcomp.collectives import Axis
+from shardcomp.program import value
+from shardcomp.rules import Form, register
+
+
+def vocab_embedding(weight: Tensor, ids: Tensor, padding: int, rows: int, axis: Axis) -> Tensor:
+    """Look up the ids that fall into this rank's rows; the others give zero, so that the ranks' results sum to the embedding.
+
+    weight: [local rows, h], rows as `torch.chunk` leaves them of `rows` in all. ids: [...] int64. `padding`: the row
+    that takes no
+    gradient, or -1. Result: [..., h], partial.
+    """
+    first = axis.rank * -(-rows // axis.size)
+    local = ids - first
+    inside = (local >= 0) & (local < weight.shape[0])
+    here = padding - first if 0 <= padding - first < weight.shape[0] else None
+    found = functional.embedding(torch.where(inside, local, 0), weight, padding_idx=here)
+    return found * inside.unsqueeze(-1).to(found.dtype)
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    weight, ids, *rest = node.args
+    padding = rest[0] if rest else node.kwargs.get("padding_idx", -1)
+    return weight, ids, padding, value(weight).shape[0]  # type: ignore[arg-type]
+
+
+register(torch.ops.aten.embedding, "v h, ... -> ... h", {"v": Form(vocab_embedding, _arguments, partial=True)})

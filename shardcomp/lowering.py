@@ -1,0 +1,163 @@
+"""The whole compiler as one short list: a HuggingFace model becomes the modules that one rank runs, short of allocating."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shardcomp import driver, presets
+from shardcomp.capture import capture
+from shardcomp.errors import PlanError
+from shardcomp.inspect.diff import diff
+from shardcomp.inspect.report import report
+from shardcomp.mesh import Mesh
+from shardcomp.passes import canonicalize, emit, tensor, units
+from shardcomp.policy import Policy
+from shardcomp.program import BUFFER, PARAMETER, Context, Program, Signature, Unit
+from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
+from shardcomp.runtime.model import Call
+
+PASSES = [
+    canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
+    units,  # units: the model is cut where the policy says; alike units share a body
+    tensor,  # layouts: every value says how it lies; every message is a collective in the graph
+    emit,  # source: the Python that runs
+]
+
+TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss",))
+"""The call that training makes: tokens and labels, [b, s] int64 each."""
+
+
+@dataclass
+class Lowered:
+    """A model lowered for one call signature: every stage of the way, and what the runtime needs."""
+
+    model: nn.Module
+    policy: Policy
+    mesh: Mesh
+    records: list[driver.Record]
+    seq: int
+    micro_batch: int
+    global_batch: int
+    _others: dict[Signature, Blueprint] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def program(self) -> Program:
+        return self.records[-1].program
+
+    def report(self, rank: int = 0) -> dict[str, Any]:
+        """What one rank holds and sends in one optimizer step; the keys are those of `shardcomp inspect --json`."""
+        return report(self, rank)
+
+    def listing(self, after: str | None = None, rank: int = 0) -> str:
+        """The Program as Python, at the end or after the pass named `after`. Every tensor-parallel rank runs the same code."""
+        if not 0 <= rank < self.mesh.world_size:
+            raise PlanError(f"rank {rank}: the world has the ranks 0 to {self.mesh.world_size - 1}")
+        return self.record(after or self.records[-1].name).listing()
+
+    def diff(self, after: str) -> str:
+        """What a pass changed, as a unified diff of the listings before and after it."""
+        record = self.record(after)
+        index = self.records.index(record)
+        before = self.records[max(index - 1, 0)]
+        return diff(before.listing(), record.listing(), before.name, record.name)
+
+    def record(self, name: str) -> driver.Record:
+        for record in self.records:
+            if record.name == name:
+                return record
+        raise PlanError(f"no pass is named {name!r}; there are {', '.join(record.name for record in self.records)}")
+
+    def blueprint(self) -> Blueprint:
+        """What the runtime needs, and nothing of the compiler."""
+        program = self.program
+        output_split = {}
+        for key, name in program.outputs.items():
+            held = program.values[name]
+            placement = held.layout.on("tp")
+            if placement.dim is not None:
+                output_split[key] = (placement.dim, int(held.shape[placement.dim]))
+        kind = program.output_type
+        return Blueprint(
+            name=program.name,
+            source=program.source["model.py"],
+            mesh=self.mesh,
+            precision=self.policy.options.precision,
+            inputs=tuple(name for name, _ in program.signature.inputs),
+            token_inputs=program.tokens.inputs if program.tokens else (),
+            outputs=program.signature.outputs,
+            units=tuple(UnitPlan(u.path, _names(u, PARAMETER), _names(u, BUFFER)) for u in program.units),
+            parameters={name: _parameter_plan(p) for name, p in program.parameters.items()},
+            buffers={name: b.value for name, b in program.buffers.items()},
+            persistent_buffers=tuple(name for name, b in program.buffers.items() if b.persistent),
+            training=program.signature.training,
+            sequence_multiple=self.mesh.tp if self.policy.options.sequence_parallel else 1,
+            static_shape=program.static_shape,
+            micro_batch=self.policy.options.micro_batch,
+            output_split=output_split,
+            output_type=f"{kind.__module__}:{kind.__qualname__}",
+        )
+
+    def for_call(self, call: Call) -> Blueprint:
+        """The blueprint of the same model and plan for another call signature; lowered once, whoever asks."""
+        signature = Signature(*call)
+        with self._lock:
+            if signature == self.program.signature:
+                return self.blueprint()
+            if signature not in self._others:
+                world = self.mesh.world_size
+                again = lower(self.model, self.policy, world, self.seq, self.micro_batch, self.global_batch, signature)
+                self._others[signature] = again.blueprint()
+            return self._others[signature]
+
+    def save_source(self, directory: str | Path) -> None:
+        """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the
+        compiler."""
+        self.blueprint().save(directory)
+
+
+def _names(unit: Unit, role: str) -> dict[str, str]:
+    """The name in the emitted code -> the name in the model."""
+    names = unit.parameters if role == PARAMETER else unit.buffers
+    return {node.meta["path"]: name for node, name in zip(unit.body.placeholders(role), names, strict=True)}
+
+
+def _parameter_plan(p: Any) -> ParameterPlan:
+    cut = {axis: placement.dim for axis, placement in p.layout.placements}
+    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases)
+
+
+def lower(
+    model_or_config: Any,
+    policy: Policy | str | Path,
+    world_size: int | None = None,
+    seq: int = 2048,
+    micro_batch: int = 1,
+    global_batch: int | None = None,
+    signature: Signature = TRAINING,
+) -> Lowered:
+    """`shard()` short of allocating: no process group, no memory for weights.
+
+    model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
+    world_size: the number of ranks, by default what the policy's degrees make with data = 1.
+    seq, micro_batch, global_batch: the
+    step that reports are about. Raises ShardError, with every violation at once.
+    """
+    if not isinstance(policy, Policy):
+        policy = Policy.load(policy)
+    options = policy.options
+    mesh = policy.mesh(world_size or options.tensor * (options.data or 1))
+    batch = global_batch or mesh.dp * micro_batch
+    if batch % (mesh.dp * micro_batch):
+        raise PlanError(f"a global batch of {batch} is not a multiple of data × micro-batch = {mesh.dp} × {micro_batch}")
+    if options.sequence_parallel and seq % mesh.tp:
+        raise PlanError(f"seq = {seq} does not split over tensor = {mesh.tp}: use {-(-seq // mesh.tp) * mesh.tp}")
+    model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
+    program = capture(model, signature, precision=options.precision)
+    records = driver.run(program, Context(mesh, policy), PASSES)
+    return Lowered(model, policy, mesh, records, seq, micro_batch, batch)

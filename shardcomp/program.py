@@ -1,0 +1,194 @@
+"""The graph in hand between passes: a Program of units, each of which runs a body, an FX graph over ATen operators and kernels.
+
+A Program that was just captured is one unit with one body. The `units` pass cuts it; from then on units that are alike share
+a body, so that a rewriting pass meets each body once, whatever the model's depth.
+
+In a body, a placeholder is an input, a parameter or a buffer (`role`), and every other node but the output is a call whose
+target is an ATen operator or a Python function of `shardcomp.kernels` or `shardcomp.collectives`. `value(node)` is what is
+known of its result. Sizes are sympy expressions in B and S and may stand among a node's arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from shardcomp.layout import Layout, Size
+from shardcomp.mesh import Mesh
+
+B, S = sympy.symbols("b s", integer=True, positive=True)
+"""The batch size and the sequence length of one call."""
+
+INPUT, PARAMETER, BUFFER = "input", "parameter", "buffer"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a tensor: its global shape, dtype, whether a gradient flows into it, and how it lies on the mesh."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+    layout: Layout = Layout()
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def numel(self) -> Size:
+        return sympy.prod(self.shape)
+
+
+@dataclass
+class Parameter:
+    """A parameter of the model. `shape` is the global shape; `aliases` are the other names of a tied weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool = True
+    aliases: tuple[str, ...] = ()
+    layout: Layout = Layout()
+    partial_gradient: tuple[str, ...] = ()
+    """Axes on which each rank holds one summand of the gradient; the runtime adds them up once per step."""
+
+
+@dataclass
+class Buffer:
+    """A tensor of the model that is not trained. Its value is real: nothing recomputes it."""
+
+    name: str
+    value: torch.Tensor
+    persistent: bool = True
+
+
+@dataclass
+class Body:
+    """The code that alike units share: an FX graph whose output is a tuple of nodes."""
+
+    name: str
+    graph: fx.Graph
+
+    def placeholders(self, role: str) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder" and node.meta["role"] == role]
+
+    def calls(self) -> Iterator[fx.Node]:
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+    @property
+    def output(self) -> fx.Node:
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        return tuple(self.output.args[0])  # type: ignore[arg-type]
+
+
+@dataclass
+class Unit:
+    """The smallest piece that is gathered, recomputed or sent as a whole: normally a decoder layer.
+
+    `inputs` and `outputs` name the Program's values in the order of the body's input placeholders and results;
+    `parameters` and `buffers` give the model's names in the order of the body's placeholders of that role.
+    """
+
+    path: str
+    kind: str
+    body: Body
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Which call of the model a Program stands for: the inputs given (name, dimensions), what is returned, and the mode."""
+
+    inputs: tuple[tuple[str, int], ...]
+    outputs: tuple[str, ...]
+    training: bool = True
+
+    def __str__(self) -> str:
+        return f"({', '.join(name for name, _ in self.inputs)}) -> ({', '.join(self.outputs)})"
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """Something that is right but slower, or less, than it could be, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass
+class Program:
+    """A model between two passes. `inputs` and `values` map the names of the Program's values to what is known of them;
+    `outputs` maps the caller's names (loss, logits) to values."""
+
+    name: str
+    signature: Signature
+    units: list[Unit]
+    inputs: dict[str, Value]
+    outputs: dict[str, str]
+    values: dict[str, Value]
+    parameters: dict[str, Parameter]
+    buffers: dict[str, Buffer]
+    mesh: Mesh = field(default_factory=Mesh)
+    tokens: Unit | None = None
+    """Counts the labels that the loss is a mean over, from the Program's inputs."""
+    output_type: Callable[..., Any] = dict
+    config: Any = None
+    static_shape: tuple[int, int] | None = None
+    """(b, s) where the model exports for that one shape only."""
+    degraded: list[Degraded] = field(default_factory=list)
+    source: dict[str, str] = field(default_factory=dict)
+    """File name -> emitted Python."""
+
+    def bodies(self) -> list[Body]:
+        """Each distinct body once, in order of first use."""
+        return list({id(unit.body): unit.body for unit in self.units}.values())
+
+    def resolve(self, name: str) -> str:
+        """The first name of a parameter that may be given by one of its tied names."""
+        return self.canonical_names().get(name, name)
+
+    def canonical_names(self) -> dict[str, str]:
+        return {alias: parameter.name for parameter in self.parameters.values() for alias in parameter.aliases}
+
+
+def value(node: fx.Node) -> Value:
+    """What is known of a node's result."""
+    found = node.meta["value"]
+    if not isinstance(found, Value):
+        raise TypeError(f"{node} has several results")
+    return found
+
+
+def tensor_arguments(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a call's arguments, in the order of the operator's schema, those inside lists included."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda argument: found.append(argument))
+    return found
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pass needs to hold before it runs and what holds afterwards, in the words of `lowering.PASSES`."""
+
+    requires: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    optional: bool = False
+
+
+@dataclass
+class Context:
+    """What every pass may read: the mesh, the policy with its options resolved, and the model's size limits."""
+
+    mesh: Mesh
+    policy: Any

@@ -1,0 +1,75 @@
+"""Ranks as threads of one process: what verification runs a plan on. The only user of torch's threaded process group."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from shardcomp.errors import ShardError, VerifyError
+
+T = TypeVar("T")
+_lock = threading.Lock()
+
+
+def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 600.0) -> list[T]:
+    """Call `function(rank)` on every rank at once, each in a thread that has a process group of `world_size`.
+
+    Returns the results in order of rank. An exception of any rank ends the others and is raised here: a ShardError as it is,
+    any other as a VerifyError that holds the rank's traceback.
+    """
+    from torch.testing._internal.distributed.multi_threaded_pg import (
+        ProcessLocalGroup,
+        _install_threaded_pg,
+        _uninstall_threaded_pg,
+    )
+
+    if dist.is_initialized():
+        raise VerifyError("ranks as threads need a process without a process group of its own")
+    results: dict[int, T] = {}
+    failures: dict[int, tuple[BaseException, str]] = {}
+
+    def work(rank: int, store: dist.Store) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
+            results[rank] = function(rank)
+        except BaseException as failure:
+            failures[rank] = (failure, traceback.format_exc())
+            ProcessLocalGroup.exception_handle(failure)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    with _lock:
+        _install_threaded_pg()
+        isolated = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+        isolated(True)
+        try:
+            ProcessLocalGroup.reset()
+            store = dist.HashStore()
+            threads = [threading.Thread(target=work, args=(rank, store), daemon=True) for rank in range(world_size)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(timeout)
+            if any(thread.is_alive() for thread in threads) and not failures:
+                raise VerifyError(f"ranks {[i for i, t in enumerate(threads) if t.is_alive()]} hang after {timeout:.0f} s")
+        finally:
+            isolated(False)
+            _uninstall_threaded_pg()
+    if failures:
+        rank, (failure, text) = _first(failures)
+        if isinstance(failure, ShardError):
+            raise failure
+        raise VerifyError(f"rank {rank} failed:\n{text}") from failure
+    return [results[rank] for rank in range(world_size)]
+
+
+def _first(failures: dict[int, tuple[BaseException, str]]) -> tuple[int, tuple[BaseException, str]]:
+    """The failure that caused the others, which only report that a peer is gone."""
+    causes = {rank: failure for rank, failure in failures.items() if not isinstance(failure[0], SystemExit)}
+    return min((causes or failures).items())

@@ -1,0 +1,132 @@
+"""The dense side of a comparison: the unmodified model on the whole batch, in one process, and the batches themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardcomp.precision import Widened
+
+Batch = dict[str, Tensor]
+IGNORED = -100
+KINDS = ("causal", "padded", "packed")
+"""Batches without further inputs, with an attention mask, and with positions that start again within a row."""
+
+
+@dataclass
+class Outcome:
+    """What one run of a plan, or of the dense model, gave: per batch kind the loss, the gradients and their norm; and once the
+    logits and the weights after some optimizer steps."""
+
+    loss: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    norm: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+STEPS = 3
+
+
+def batches(vocabulary: int, rows: int, length: int, seed: int) -> dict[str, Batch]:
+    """A batch of each kind: causal, padded (left and right), packed. Every row is distinct, and each has its own share of
+    labels that do not count, so that a mean of means is not the mean."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def base() -> Batch:
+        ids = torch.randint(0, vocabulary, (rows, length), generator=draw)
+        share = torch.linspace(0.05, 0.6, rows).unsqueeze(1)
+        labels = torch.where(torch.rand((rows, length), generator=draw) < share, IGNORED, ids)
+        return {"input_ids": ids, "labels": labels}
+
+    padded, packed = base(), base()
+    mask = torch.ones((rows, length), dtype=torch.long)
+    positions = torch.zeros((rows, length), dtype=torch.long)
+    for row in range(rows):
+        gap = 1 + (row * 3) % (length // 2)
+        at = slice(0, gap) if row % 2 else slice(length - gap, length)
+        mask[row, at] = 0
+        cut = 1 + (row * 5) % (length - 2)
+        positions[row] = torch.cat([torch.arange(cut), torch.arange(length - cut)])
+    padded["attention_mask"] = mask
+    padded["labels"] = torch.where(mask == 0, IGNORED, padded["labels"])
+    packed["position_ids"] = positions
+    return dict(zip(KINDS, (base(), padded, packed), strict=True))
+
+
+def steps(vocabulary: int, rows: int, length: int, seed: int) -> list[Batch]:
+    """The batches of the optimizer steps."""
+    return [batches(vocabulary, rows, length, seed + 1 + i)["causal"] for i in range(STEPS)]
+
+
+def dense(model: nn.Module, precision: str, given: Mapping[str, Batch], updates: list[Batch]) -> Outcome:
+    """Run the dense model. `precision` fp64 widens every cast of the model; bf16 computes in bfloat16."""
+    dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    reference = in_dtype(model, dtype).train()
+    found = Outcome()
+    with _widened(precision):
+        for kind, batch in given.items():
+            loss = _loss(reference, batch)
+            loss.backward()
+            found.loss[kind] = loss.detach()
+            found.gradients[kind] = _take_gradients(reference)
+            every = [gradient.flatten().double() for gradient in found.gradients[kind].values()]
+            found.norm[kind] = torch.cat(every).norm()
+        with torch.no_grad():
+            found.logits = reference(input_ids=given["causal"]["input_ids"], **_without_cache(reference)).logits.detach()
+        if updates:
+            optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], **OPTIMIZER)
+            for batch in updates:
+                _loss(reference, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found.weights = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    return found
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose parameters have `dtype`. Floating buffers keep the dtype they were computed in, except in float64."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if dtype == torch.float64 and buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+    _exact_attention(twin)
+    return twin
+
+
+def _exact_attention(model: nn.Module) -> None:
+    """SDPA drops a soft-cap silently in some versions; there the model's eager attention is the reference."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch, **_without_cache(model)).loss
+
+
+def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@contextlib.contextmanager
+def _widened(precision: str) -> Iterator[None]:
+    with Widened() if precision == "fp64" else contextlib.nullcontext():
+        yield

@@ -1,0 +1,37 @@
+"""What a lowered program runs on. Emitted source imports from here and from nowhere else in shardcomp; nothing here imports the
+compiler."""
+
+from shardcomp.collectives import (
+    allgather_reducescatter,
+    allgather_split,
+    allreduce_identity,
+    alltoall_alltoall,
+    identity_allreduce,
+    reducescatter_allgather,
+    split_allgather,
+)
+from shardcomp.kernels import attention, cross_entropy, vocab_cross_entropy, vocab_embedding
+from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.model import ShardedModel, build
+from shardcomp.runtime.unit import Home, Stage, Unit, local
+
+__all__ = [
+    "Blueprint",
+    "Home",
+    "ShardedModel",
+    "Stage",
+    "Unit",
+    "allgather_reducescatter",
+    "allgather_split",
+    "alltoall_alltoall",
+    "allreduce_identity",
+    "attention",
+    "build",
+    "cross_entropy",
+    "identity_allreduce",
+    "local",
+    "reducescatter_allgather",
+    "split_allgather",
+    "vocab_cross_entropy",
+    "vocab_embedding",
+]

@@ -1,0 +1,156 @@
+"""What the runtime needs to know of a lowered program: the emitted source beside a table of parameters. It can be saved
+as files
+that people read, and loaded where the compiler is not."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardcomp.errors import PlanError
+from shardcomp.layout import Layout, split
+from shardcomp.mesh import Mesh
+
+_SOURCE, _PLAN, _BUFFERS = "model.py", "plan.json", "buffers.safetensors"
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """A parameter: its global shape, which dimension each axis cuts, and the axes on which its gradient is partial."""
+
+    shape: tuple[int, ...]
+    requires_grad: bool
+    split: dict[str, int]
+    partial_gradient: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        layout = Layout()
+        for axis, dim in self.split.items():
+            layout = layout.put(axis, split(dim))
+        return layout
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """A unit: its path, and for its parameters and buffers the name in the emitted code -> the name in the model."""
+
+    path: str
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A lowered program for one call signature.
+
+    `inputs` are the caller's; `token_inputs` those that counting the labels needs. The sequence length must be a multiple of
+    `sequence_multiple`. `output_split`: output name -> (dimension that tp cuts, global size). `output_type`: "module:class" of
+    what the model returns.
+    """
+
+    name: str
+    source: str
+    mesh: Mesh
+    precision: str
+    inputs: tuple[str, ...]
+    token_inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    units: tuple[UnitPlan, ...]
+    parameters: dict[str, ParameterPlan]
+    buffers: dict[str, Tensor] = field(repr=False)
+    persistent_buffers: tuple[str, ...] = ()
+    training: bool = True
+    sequence_multiple: int = 1
+    static_shape: tuple[int, int] | None = None
+    micro_batch: int | None = None
+    output_split: dict[str, tuple[int, int]] = field(default_factory=dict)
+    output_type: str = "builtins:dict"
+
+    def module(self) -> ModuleType:
+        """The emitted source, imported from a real file, so that tracebacks and debuggers show its lines."""
+        digest = hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        name = f"shardcomp_emitted_{digest}"
+        if name in sys.modules:
+            return sys.modules[name]
+        folder = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}" / digest
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = folder / _SOURCE
+        if not path.exists() or path.read_text() != self.source:
+            scratch = path.with_suffix(f".{os.getpid()}.tmp")
+            scratch.write_text(self.source)
+            scratch.replace(path)
+        return _load(path, name)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `model.py`, `plan.json` and the buffers. An edited `model.py` is what `load` then runs."""
+        from safetensors.torch import save_file
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _SOURCE).write_text(self.source)
+        plan = {key: held for key, held in asdict_shallow(self).items() if key not in ("source", "buffers")}
+        plan["mesh"] = self.mesh.as_dict()
+        plan["units"] = [asdict(unit) for unit in self.units]
+        plan["parameters"] = {name: asdict(parameter) for name, parameter in self.parameters.items()}
+        (folder / _PLAN).write_text(json.dumps(plan, indent=1))
+        save_file({name: held.contiguous() for name, held in self.buffers.items()}, folder / _BUFFERS)
+
+    @staticmethod
+    def load(directory: str | Path) -> Blueprint:
+        """Read what `save` wrote. Raises PlanError where files are missing."""
+        from safetensors.torch import load_file
+
+        folder = Path(directory)
+        missing = [name for name in (_SOURCE, _PLAN, _BUFFERS) if not (folder / name).is_file()]
+        if missing:
+            raise PlanError(f"{folder}: no {', '.join(missing)}; give a directory that save_source wrote")
+        plan: dict[str, Any] = json.loads((folder / _PLAN).read_text())
+        plan["mesh"] = Mesh(**plan["mesh"])
+        plan["units"] = tuple(UnitPlan(**unit) for unit in plan["units"])
+        plan["parameters"] = {
+            name: ParameterPlan(
+                tuple(p["shape"]), p["requires_grad"], p["split"], tuple(p["partial_gradient"]), tuple(p["aliases"])
+            )
+            for name, p in plan["parameters"].items()
+        }
+        for key in ("inputs", "token_inputs", "outputs", "persistent_buffers"):
+            plan[key] = tuple(plan[key])
+        plan["output_split"] = {key: (dim, size) for key, (dim, size) in plan["output_split"].items()}
+        plan["static_shape"] = plan["static_shape"] and tuple(plan["static_shape"])
+        return Blueprint(source=(folder / _SOURCE).read_text(), buffers=load_file(folder / _BUFFERS), **plan)
+
+
+def asdict_shallow(blueprint: Blueprint) -> dict[str, Any]:
+    return {name: getattr(blueprint, name) for name in blueprint.__dataclass_fields__}
+
+
+def _load(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+MASTER = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+"""The dtype that parameters, gradients and reductions have, by precision."""
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+"""The dtype that a forward computes in, by precision."""

@@ -1,0 +1,295 @@
+"""The sharded model that a user holds: HuggingFace's names, DTensor parameters, `train_step`, and the pieces of it that
+are built
+from a blueprint."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from shardcomp.collectives import allreduce_identity
+from shardcomp.errors import PlanError
+from shardcomp.mesh import Mesh
+from shardcomp.runtime import world
+from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan
+from shardcomp.runtime.gradients import PartialGradients, around_backward, clip_grad_norm
+from shardcomp.runtime.unit import Home, Root, Stage
+
+Weights = Callable[[str, tuple[slice, ...]], Tensor]
+"""(parameter name, which part) -> that part, in any dtype, on any device."""
+Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool]
+"""A call signature: the inputs given as (name, dimensions), the outputs wanted, training or not."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step tells: the mean loss over the labels that count in the global batch, and how many those are.
+
+    Both are the same on every rank: a 0-d tensor each.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+
+
+class ShardedModel(nn.Module):
+    """One rank's part of a model.
+
+    Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. A
+    batch is
+    this data-parallel rank's samples, the same on every rank of one tensor-parallel group.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        tree: nn.Module,
+        homes: list[Home],
+        root: Root,
+        mesh: DeviceMesh,
+        device: torch.device,
+        config: Any = None,
+        lower: Callable[[Call], Blueprint] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, child in tree.named_children():
+            self.add_module(name, child)
+        for name, parameter in tree.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.config = config
+        self.mesh = mesh
+        self.device = device
+        self._axes = world.axes_of(mesh)
+        self._unit_axes = dict(self._axes)
+        self._lower = lower
+        self._blueprint = blueprint
+        self._stages: dict[Call, tuple[Blueprint, Stage]] = {}
+        # Not a child: its parameters are those of the tree, under other names.
+        object.__setattr__(self, "_homes", homes)
+        object.__setattr__(self, "_root", root)
+        self._partial = PartialGradients(
+            [(self._getter(name), p.partial_gradient) for name, p in blueprint.parameters.items()], self._axes
+        )
+
+    def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
+        """The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
+        batch, or over `num_items_in_batch`; `logits`, where no labels are given or `return_logits`, is a DTensor that is split
+        on the vocabulary."""
+        self._check(batch)
+        labelled = "labels" in batch
+        outputs = (("loss",) if labelled else ()) + (("logits",) if return_logits or not labelled else ())
+        blueprint, stage = self._stage(batch, outputs)
+        inputs = dict(batch)
+        if labelled:
+            count = self._tokens(stage, blueprint, batch) if num_items_in_batch is None else num_items_in_batch
+            inputs["num_items_in_batch"] = torch.as_tensor(count, device=self.device)
+        found = self._root(stage.forward, **inputs)
+        if "loss" in found:
+            found["loss"] = around_backward(found["loss"], self._partial.set_aside, self._partial.add_up)
+            found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
+        for name, (dim, size) in blueprint.output_split.items():
+            found[name] = _as_dtensor(found[name], self.mesh, dim, size)
+        return _output_type(blueprint.output_type)(**found)
+
+    def train_step(self, **batch: Tensor) -> StepResult:
+        """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over
+        data-parallel ranks,
+        and add to gradients that stand."""
+        self._check(batch)
+        if "labels" not in batch:
+            raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
+        blueprint, stage = self._stage(batch, ("loss",))
+        rows = next(iter(batch.values())).shape[0]
+        size = self._blueprint.micro_batch or rows
+        if rows % size:
+            legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+            raise PlanError(f"train_step: a batch of {rows} does not split into micro-batches of {size}: use {legal}")
+        tokens = self._tokens(stage, blueprint, batch)
+        self._partial.set_aside()
+        losses = []
+        for start in range(0, rows, size):
+            self._root.set_requires_gradient_sync(start + size >= rows)
+            inputs = {name: held[start : start + size] for name, held in batch.items()}
+            loss = self._root(stage.forward, **inputs, num_items_in_batch=tokens)["loss"]
+            loss.backward()
+            losses.append(loss.detach())
+        self._partial.add_up()
+        return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a global 2-norm of at most `max_norm`, over every axis; returns the norm before."""
+        return clip_grad_norm(self.parameters(), max_norm, self._axes)
+
+    def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3) -> None:
+        """Write a HuggingFace directory (config.json, safetensors) from all ranks together; no rank holds the whole model."""
+        from shardcomp.runtime.huggingface import save_pretrained
+
+        plans = self._blueprint.parameters
+        entries = [(n, p.shape, self._get(n).dtype, self._fetcher(n)) for n, p in plans.items()]
+        for name in self._blueprint.persistent_buffers:
+            held = self._get(name)
+            entries.append((name, tuple(held.shape), held.dtype, lambda held=held: held.detach().cpu()))
+        writer = torch.distributed.get_rank() == 0
+        save_pretrained(path, entries, self.config, is_writer=writer, max_shard_size=max_shard_size)
+
+    def _fetcher(self, name: str) -> Callable[[], Tensor]:
+        def fetch() -> Tensor:
+            held = self._get(name).detach()
+            return (held.full_tensor() if isinstance(held, DTensor) else held).cpu()
+
+        return fetch
+
+    def _get(self, name: str) -> Any:
+        return self._getter(name)()
+
+    def _getter(self, name: str) -> Callable[[], Any]:
+        path, _, leaf = name.rpartition(".")
+        module = self.get_submodule(path)
+        return lambda: getattr(module, leaf)
+
+    def _tokens(self, stage: Stage, blueprint: Blueprint, batch: Mapping[str, Tensor]) -> Tensor:
+        """The labels of the global batch that the loss is a mean over."""
+        given = {name: held for name, held in batch.items() if name in blueprint.token_inputs}
+        with torch.no_grad():
+            return self._axes["dp"].all_reduce(stage.tokens(**given))
+
+    def _check(self, batch: Mapping[str, Tensor]) -> None:
+        """Refuse what would fail inside the forward, or go wrong silently."""
+        if not batch:
+            raise PlanError("no inputs: give at least input_ids=")
+        wrong = [f"{n} = {type(held).__name__}" for n, held in batch.items() if not isinstance(held, Tensor)]
+        if wrong:
+            raise PlanError(f"inputs must be tensors, but {', '.join(wrong)}")
+        shapes = {n: tuple(held.shape[:2]) for n, held in batch.items()}
+        if len(set(shapes.values())) > 1:
+            raise PlanError(f"inputs of one call share batch and length, but these do not: {shapes}")
+        length = next(iter(shapes.values()))[1]
+        multiple = self._blueprint.sequence_multiple
+        if length % multiple:
+            longer = -(-length // multiple) * multiple
+            raise PlanError(
+                f"a sequence of {length} does not split over tensor = {multiple} under sequence parallelism; the next length "
+                f"that does is {longer}: pad with labels of -100, or set sequence_parallel = false"
+            )
+
+    def _stage(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) -> tuple[Blueprint, Stage]:
+        """The code for a call signature; lowered on first use."""
+        call: Call = (tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, self.training)
+        if call not in self._stages:
+            blueprint = self._blueprint_for(call)
+            stage = blueprint.module().Model(self._homes, self._unit_axes, self.device)
+            self._stages[call] = (blueprint, stage)
+        return self._stages[call]
+
+    def _blueprint_for(self, call: Call) -> Blueprint:
+        inputs, outputs, training = call
+        mine = self._blueprint
+        if (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training):
+            return mine
+        if self._lower is None:
+            given = ", ".join(name for name, _ in inputs)
+            raise PlanError(
+                f"this source was written for ({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = "
+                f"{mine.training}; the call is ({given}) -> ({', '.join(outputs)}), training = {training}"
+            )
+        return self._lower(call)
+
+
+def _as_dtensor(held: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:
+    shape = torch.Size([*held.shape[:dim], size, *held.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(held, mesh["tp"], [Shard(dim)], run_check=False, shape=shape, stride=stride)
+
+
+def _output_type(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build(
+    blueprint: Blueprint,
+    weights: Weights,
+    config: Any = None,
+    lower: Callable[[Call], Blueprint] | None = None,
+) -> ShardedModel:
+    """Allocate this rank's part of a lowered model and hand it over. `weights` is asked for the local part of each
+    parameter."""
+    mesh, device = world.start(blueprint.mesh)
+    coordinates = {name: axis.rank for name, axis in world.axes_of(mesh).items()}
+    tree = nn.Module()
+    for name, plan in blueprint.parameters.items():
+        index = local_index(plan, blueprint.mesh, coordinates)
+        held = weights(name, index).to(device=device, dtype=MASTER[blueprint.precision], copy=True)
+        path, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(_distribute(held, plan, mesh), requires_grad=plan.requires_grad)
+        _descend(tree, path).register_parameter(leaf, parameter)
+    for name, buffer in blueprint.buffers.items():
+        path, _, leaf = name.rpartition(".")
+        _descend(tree, path).register_buffer(leaf, buffer.to(device), persistent=name in blueprint.persistent_buffers)
+    homes, root = _homes(blueprint, tree)
+    _replicate(blueprint, homes, root, mesh)
+    return ShardedModel(blueprint, tree, homes, root, mesh, device, config, lower)
+
+
+def local_index(plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int]) -> tuple[slice, ...]:
+    """Which part of a parameter the rank at `coordinates` holds."""
+    index = [slice(0, size) for size in plan.shape]
+    for axis, dim in plan.split.items():
+        size = plan.shape[dim]
+        step = -(-size // mesh.size(axis))
+        index[dim] = slice(min(size, coordinates[axis] * step), min(size, (coordinates[axis] + 1) * step))
+    return tuple(index)
+
+
+def _distribute(held: Tensor, plan: ParameterPlan, mesh: DeviceMesh) -> DTensor:
+    placement = Shard(plan.split["tp"]) if "tp" in plan.split else Replicate()
+    stride = torch.empty(plan.shape, device="meta").stride()
+    return DTensor.from_local(
+        held.contiguous(), mesh["tp"], [placement], run_check=False, shape=torch.Size(plan.shape), stride=stride
+    )
+
+
+def _descend(tree: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, made on the way where it is not there."""
+    for part in path.split(".") if path else []:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    return tree
+
+
+def _homes(blueprint: Blueprint, tree: nn.Module) -> tuple[list[Home], Root]:
+    """A home for each unit. A module whose parameters several units use, such as a tied embedding, belongs to the root."""
+    users: dict[str, set[int]] = {}
+    for index, unit in enumerate(blueprint.units):
+        for name in unit.parameters.values():
+            users.setdefault(name.rpartition(".")[0], set()).add(index)
+    homes = []
+    for unit in blueprint.units:
+        names = {**unit.parameters, **unit.buffers}
+        places = {short: (tree.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in names.items()}
+        owned = dict.fromkeys(n.rpartition(".")[0] for n in unit.parameters.values())
+        homes.append(Home(places, [tree.get_submodule(path) for path in owned if len(users[path]) == 1]))
+    shared = [tree.get_submodule(path) for path, indices in users.items() if len(indices) > 1]
+    return homes, Root(homes, shared)
+
+
+def _replicate(blueprint: Blueprint, homes: Iterable[Home], root: Root, mesh: DeviceMesh) -> None:
+    """Data parallelism: parameters copied over dp, cast to the compute dtype for each forward, gradients summed over dp in the
+    masters' dtype."""
+    compute, master = COMPUTE[blueprint.precision], MASTER[blueprint.precision]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
+    for module in (*(home for home in homes if any(True for _ in home.parameters())), root):
+        replicate(module, mesh=mesh["dp"], mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,96 @@
+"""Units and stages at run time: `Home` holds a unit's parameters, `Unit` is the base of its emitted code, `Stage` calls
+the units.
+
+Code and parameters are apart because one set of parameters serves every call signature, each of which has code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardcomp.collectives import Axis
+
+
+class Home(nn.Module):
+    """The parameters and buffers of one unit, held by modules of the model's tree; what FSDP gathers and reduces.
+
+    places: the name in the emitted code -> (module, attribute).
+    owned: the modules whose parameters belong to this unit alone.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[nn.Module, str]], owned: list[nn.Module]) -> None:
+        super().__init__()
+        self.owned = nn.ModuleList(owned)
+        self.places = {name: place for name, place in places.items()}
+
+    def forward(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
+        return body(*inputs)
+
+
+class Local:
+    """One level of the names in `w.self_attn.q_proj.weight`: plain attributes that hold local tensors."""
+
+
+def local(unit: Unit) -> Any:
+    """The unit's parameters and buffers as this rank's local tensors, under their names in the model."""
+    top = Local()
+    for name, (module, attribute) in unit.home.places.items():
+        *path, leaf = name.split(".")
+        at: Any = top
+        for part in path:
+            if part not in at.__dict__:
+                setattr(at, part, Local())
+            at = at.__dict__[part]
+        held = getattr(module, attribute)
+        setattr(at, leaf, held.to_local() if isinstance(held, DTensor) else held)
+    return top
+
+
+class Unit:
+    """Base of the emitted classes. `self.tp` and the like are the axes of the mesh, `self.device` where tensors are made."""
+
+    def __init__(self, home: Home, axes: Mapping[str, Axis], device: torch.device) -> None:
+        self.home = home
+        self.device = device
+        for name, axis in axes.items():
+            setattr(self, name, axis)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        raise TypeError(f"{type(self).__name__} has no emitted forward")
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.home(self.forward, *inputs)
+
+
+class Stage:
+    """Base of the emitted stage: its units in order, `self.each`."""
+
+    units: ClassVar[tuple[tuple[str, type[Unit]], ...]] = ()
+
+    def __init__(self, homes: list[Home], axes: Mapping[str, Axis], device: torch.device) -> None:
+        self.device = device
+        self.each = [code(home, axes, device) for (_, code), home in zip(self.units, homes, strict=True)]
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} has no emitted forward")
+
+    def tokens(self, **inputs: Tensor) -> Tensor:
+        """The number of labels of these inputs that the loss is a mean over."""
+        raise TypeError("this program was captured without labels")
+
+
+class Root(nn.Module):
+    """The module that FSDP takes for the root of all units. `shared`: modules whose parameters more than one unit uses."""
+
+    def __init__(self, homes: list[Home], shared: list[nn.Module]) -> None:
+        super().__init__()
+        self.homes = nn.ModuleList(homes)
+        self.shared = nn.ModuleList(shared)
+
+    def forward(self, body: Callable[..., Any], **inputs: Tensor) -> Any:
+        return body(**inputs)

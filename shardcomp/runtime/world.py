@@ -1,0 +1,53 @@
+"""The process group, this rank's device, and the axes of the mesh: started here if nobody has."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardcomp.collectives import Axis
+from shardcomp.errors import PlanError
+from shardcomp.mesh import AXES, Mesh
+
+
+def world_size() -> int:
+    """The number of ranks: of the running group, else as torchrun says, else one. Starts nothing."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(mesh: Mesh) -> tuple[DeviceMesh, torch.device]:
+    """Join the process group, starting it if nobody has, and lay the mesh over it."""
+    device = _device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != mesh.world_size:
+        raise PlanError(f"the plan is for {mesh.world_size} ranks, but the process group has {dist.get_world_size()}")
+    return mesh.device_mesh(device.type), device
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available() or (dist.is_initialized() and dist.get_backend() == "gloo"):
+        return torch.device("cpu")
+    if dist.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def axes_of(mesh: DeviceMesh) -> dict[str, Axis]:
+    """The axes as this rank sees them."""
+    found = {}
+    for name in AXES:
+        size = mesh[name].size()
+        found[name] = Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
+    return found

@@ -1,0 +1,66 @@
+"""`shard()`: allocates what `lower()` decided, and hands over a ShardedModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shardcomp.errors import PlanError
+from shardcomp.lowering import Lowered, lower
+from shardcomp.policy import Policy
+from shardcomp.runtime import world
+from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.huggingface import WeightFiles
+from shardcomp.runtime.initialisation import initialise
+from shardcomp.runtime.model import ShardedModel, Weights, build
+
+
+DEFAULT_LENGTH = 2048
+"""Only reports depend on the length that a plan is lowered for; this one's multiples always divide."""
+
+
+def shard(model: nn.Module, policy: Policy | str | Path, checkpoint: str | Path | None = None) -> ShardedModel:
+    """Turn an unmodified model into this rank's part of it.
+
+    Runs under torchrun, or as one rank without it. Real weights of `model` are cut and kept; weights on meta come from
+    `checkpoint`, a HuggingFace directory of which only this rank's part is read, else from the model's own initialisation rule,
+    the same numbers on every topology. `model` itself is left as it was. Everything that cannot be done raises a ShardError
+    before a process group is started or anything is allocated.
+    """
+    chosen = policy if isinstance(policy, Policy) else Policy.load(policy)
+    degree = chosen.options.tensor
+    lowered = lower(model, chosen, world_size=world.world_size(), seq=degree * DEFAULT_LENGTH)
+    return allocate(lowered, weights_of(lowered, checkpoint))
+
+
+def allocate(lowered: Lowered, weights: Weights, blueprint: Blueprint | None = None) -> ShardedModel:
+    """Build a lowered model on the running process group; further call signatures are lowered when they are first used.
+
+    `blueprint` stands in for the lowered model's own.
+    """
+    return build(blueprint or lowered.blueprint(), weights, getattr(lowered.model, "config", None), lowered.for_call)
+
+
+def weights_of(lowered: Lowered, checkpoint: str | Path | None = None) -> Weights:
+    """Where each parameter's numbers come from: the checkpoint, the model's real tensors, or its initialisation rule."""
+    model, parameters = lowered.model, lowered.program.parameters
+    real = dict(model.named_parameters(remove_duplicate=False))
+    if checkpoint is not None:
+        files = WeightFiles(checkpoint)
+        files.check({name: tuple(p.shape) for name, p in parameters.items()}, lowered.program.canonical_names())
+        return lambda name, index: files.read(name, index, torch.float32)
+    meta = [name for name in parameters if real[name].is_meta]
+    if meta and len(meta) < len(parameters):
+        raise PlanError(
+            f"{len(meta)} of {len(parameters)} parameters are on meta, such as {meta[0]}: give all or none, or checkpoint="
+        )
+    if not meta:
+        return lambda name, index: real[name].detach()[index]
+    seed = lowered.policy.options.seed
+
+    def drawn(name: str, index: tuple[slice, ...]) -> Tensor:
+        return initialise(name, model, seed, torch.float32)[index]
+
+    return drawn

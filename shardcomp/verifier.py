@@ -1,0 +1,274 @@
+"""`verify()`: a plan against the dense model: loss, every gradient, norm, logits, and the weights after optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardcomp import presets
+from shardcomp.errors import VerifyError
+from shardcomp.lowering import Lowered, lower
+from shardcomp.mutation import Mutant, mutants
+from shardcomp.policy import Policy
+from shardcomp.ranks import run_ranks
+from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps
+from shardcomp.runtime.initialisation import initialize
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.sharding import allocate, weights_of
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
+"""Largest relative deviation, by precision. bf16 is judged by its distance from float64, see `BF16_FACTOR`."""
+BF16_FACTOR = 1.5
+"""How much further from float64 a bf16 plan may be than the dense bf16 model is."""
+FLOOR = 1e-6
+"""A gradient is compared with its own norm, or with this share of the norm of all gradients if that is larger."""
+MAX_RANKS = 16
+
+
+@dataclass
+class Verification:
+    """The answer: `deviation` holds the largest of each quantity, `worst` the one nearest to (or furthest over) its
+    tolerance."""
+
+    ok: bool
+    precision: str
+    deviation: dict[str, float]
+    worst: dict[str, Any]
+    reproduce: str
+    mutants: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(
+    model_or_config: Any,
+    policy: Policy | str | Path,
+    world_size: int | None = None,
+    shrink: dict[str, Any] | None = None,
+    mutate: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    kinds: tuple[str, ...] = KINDS,
+) -> Verification:
+    """Run a plan on ranks that are threads of this process, and compare it with the unmodified dense model.
+
+    A preset or a configuration is first lowered at full size, which checks that the plan is legal, then shrunk to a small model
+    of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model with real weights is taken as it is.
+    kinds: the batches to compare on; causal is always among them. mutate: plant every fault that can be enumerated from the program, and require that each is noticed by its numbers.
+    """
+    if not isinstance(policy, Policy):
+        policy = Policy.load(policy)
+    options = policy.options
+    model, name = _small_model(model_or_config, policy, world_size, shrink or {}, progress)
+    mesh = policy.mesh(world_size or options.tensor * (options.data or 1))
+    if mesh.world_size > MAX_RANKS:
+        raise VerifyError(
+            f"a world of {mesh.world_size} ranks: verify runs at most {MAX_RANKS}; verify a smaller one of its kind"
+        )
+    rows = mesh.dp * 2
+    plan = policy if options.micro_batch in (None, 1, 2) else policy.replace(micro_batch=1)
+    if plan.options.micro_batch is None:
+        plan = plan.replace(micro_batch=1)
+    length = -(-24 // mesh.tp) * mesh.tp
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    given = {kind: held for kind, held in batches(vocabulary, rows, length, options.seed).items() if kind in ("causal", *kinds)}
+    updates = steps(vocabulary, rows, length, options.seed)
+    progress("dense model")
+    precision = options.precision
+    exact = dense(model, "fp64" if precision == "bf16" else precision, given, updates)
+    rough = dense(model, "bf16", given, updates) if precision == "bf16" else None
+    lowered = lower(model, plan, mesh.world_size, seq=length)
+    progress(f"{mesh.world_size} ranks")
+    outcome = _sharded(lowered, given, updates)
+    deviation, worst, ok = _compare(outcome, exact, rough, precision)
+    reproduce = _command(name, policy, mesh.world_size, shrink or {})
+    found = Verification(ok, precision, deviation, worst, reproduce)
+    if mutate:
+        found.mutants = _mutation(lowered, {"causal": given["causal"]}, exact, rough, precision, progress)
+        found.ok = ok and not found.mutants["survivors"]
+    return found
+
+
+def _small_model(
+    model_or_config: Any, policy: Policy, world_size: int | None, shrink: dict[str, Any], progress: Callable[[str], None]
+) -> tuple[nn.Module, str]:
+    """A dense model with real float32 weights, and what to call it on the command line."""
+    if isinstance(model_or_config, nn.Module):
+        if any(p.is_meta for p in model_or_config.parameters()):
+            model_or_config = initialize(model_or_config, policy.options.seed)
+        return model_or_config, type(model_or_config).__name__
+    config = presets.config_of(model_or_config)
+    name = str(model_or_config) if isinstance(model_or_config, (str, Path)) else type(config).__name__
+    if not shrink.get("none"):
+        progress("full size")
+        lower(config, policy, world_size)
+        keep = {key: held for key, held in shrink.items() if key != "none"}
+        config = presets.shrink(config, keep, tensor=policy.options.tensor)
+    return initialize(presets.build(config), policy.options.seed), name
+
+
+def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mutant: Mutant | None = None) -> Outcome:
+    """What the plan gives on all its ranks; the losses of all ranks must be one number."""
+    weights = weights_of(lowered)
+    for batch in given.values():  # lowered here, because tracing is not for threads
+        lowered.for_call(_call(batch, ("loss",)))
+    if mutant is None:
+        lowered.for_call(_call({"input_ids": given["causal"]["input_ids"]}, ("logits",)))
+
+    def work(rank: int) -> Outcome:
+        torch.set_num_threads(1)
+        sharded = allocate(lowered, weights, mutant.blueprint if mutant else None)
+        if mutant is not None:
+            mutant.plant(sharded)
+        return _run(sharded, given, updates, with_logits=mutant is None)
+
+    outcomes = run_ranks(lowered.mesh.world_size, work)
+    if mutant is None:
+        for kind, loss in outcomes[0].loss.items():
+            if any(not torch.equal(other.loss[kind], loss) for other in outcomes):
+                raise VerifyError(
+                    f"the ranks disagree about the loss of the {kind} batch: {[float(o.loss[kind]) for o in outcomes]}"
+                )
+    logits = {o.rows: o.logits for o in outcomes if o.logits is not None}  # type: ignore[attr-defined]
+    outcomes[0].logits = torch.cat([logits[key] for key in sorted(logits)]) if logits else None
+    return outcomes[0]
+
+
+def _call(batch: Batch, outputs: tuple[str, ...]) -> Any:
+    return tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, True
+
+
+def _run(sharded: ShardedModel, given: dict[str, Batch], updates: list[Batch], with_logits: bool) -> Outcome:
+    rank, size = sharded.mesh.get_local_rank("dp"), sharded.mesh["dp"].size()
+
+    def mine(batch: Batch) -> Batch:
+        return {name: held.chunk(size)[rank] for name, held in batch.items()}
+
+    found = Outcome()
+    found.rows = rank  # type: ignore[attr-defined]
+    for kind, batch in given.items():
+        found.loss[kind] = sharded.train_step(**mine(batch)).loss
+        found.gradients[kind] = {name: _full(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+        found.norm[kind] = sharded.clip_grad_norm_(math.inf)
+        sharded.zero_grad()
+    if with_logits:
+        with torch.no_grad():
+            logits = sharded(input_ids=mine(given["causal"])["input_ids"]).logits
+        found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+    if updates:
+        optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], foreach=True, **OPTIMIZER)
+        for batch in updates:
+            sharded.train_step(**mine(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.weights = {name: _full(p) for name, p in sharded.named_parameters()}
+    return found
+
+
+def _full(held: Tensor | None) -> Tensor:
+    assert held is not None
+    whole = held.detach()
+    return (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone()
+
+
+@dataclass
+class _Tally:
+    """Collects deviations: the largest per quantity, and the one nearest to its tolerance."""
+
+    deviation: dict[str, float] = field(default_factory=dict)
+    worst: dict[str, Any] = field(default_factory=dict)
+    ok: bool = True
+
+    def add(self, quantity: str, parameter: str, value: float, tolerance: float) -> None:
+        value = math.inf if math.isnan(value) else value
+        self.deviation[quantity] = max(self.deviation.get(quantity, 0.0), value)
+        self.ok = self.ok and value <= tolerance
+        if not self.worst or value / tolerance > self.worst["value"] / self.worst["tolerance"]:
+            self.worst = {"quantity": quantity, "parameter": parameter, "value": value, "tolerance": tolerance}
+
+
+def _compare(
+    got: Outcome, exact: Outcome, rough: Outcome | None, precision: str
+) -> tuple[dict[str, float], dict[str, Any], bool]:
+    tally = _Tally()
+    if rough is not None:
+        _compare_rough(tally, got, exact, rough)
+        return tally.deviation, tally.worst, tally.ok
+    limit = TOLERANCE[precision]
+    for kind, loss in got.loss.items():
+        tally.add("loss", kind, _relative(loss, exact.loss[kind]), limit)
+        tally.add("norm", kind, _relative(got.norm[kind], exact.norm[kind]), limit)
+        floor = FLOOR * float(exact.norm[kind])
+        for name, gradient in exact.gradients[kind].items():
+            mine = got.gradients[kind].get(name, torch.zeros_like(gradient))
+            tally.add("gradients", name, _relative(mine, gradient, floor), limit)
+        extra = set(got.gradients[kind]) - set(exact.gradients[kind])
+        if extra:
+            raise VerifyError(f"gradients for parameters that have none in the dense model: {', '.join(sorted(extra))}")
+    if got.logits is not None and exact.logits is not None:
+        tally.add("logits", "", _relative(got.logits, exact.logits), limit)
+    norm = float(exact.norm["causal"])
+    for name, weight in got.weights.items():
+        if float(exact.gradients["causal"][name].norm() if name in exact.gradients["causal"] else 0) > FLOOR * norm:
+            tally.add("weights", name, _relative(weight, exact.weights[name]), limit)
+    return tally.deviation, tally.worst, tally.ok
+
+
+def _compare_rough(tally: _Tally, got: Outcome, exact: Outcome, rough: Outcome) -> None:
+    """bf16: everything may be at most `BF16_FACTOR` times as far from float64 as the dense bf16 model is."""
+
+    def joined(outcome: Outcome, kind: str) -> Tensor:
+        return torch.cat([outcome.gradients[kind][name].flatten().double() for name in exact.gradients[kind]])
+
+    for kind in got.loss:
+        mine, dense_one = (_relative(joined(o, kind), joined(exact, kind)) for o in (got, rough))
+        tally.add("gradients", kind, mine, BF16_FACTOR * dense_one)
+    losses = [torch.stack([o.loss[k].double() for k in got.loss]) for o in (got, rough, exact)]
+    # One number each: compared with the size of bf16's own rounding where the dense model is closer by luck.
+    rounding = float(torch.finfo(torch.bfloat16).eps) / 2
+    tally.add("loss", "", _relative(losses[0], losses[2]), max(BF16_FACTOR * _relative(losses[1], losses[2]), rounding))
+    if got.logits is not None and exact.logits is not None and rough.logits is not None:
+        tally.add("logits", "", _relative(got.logits, exact.logits), BF16_FACTOR * _relative(rough.logits, exact.logits))
+
+
+def _relative(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
+    """‖a − b‖ / max(‖b‖, floor), in float64."""
+    difference = float((a.double() - b.double()).norm())
+    return 0.0 if difference == 0.0 else difference / max(float(b.double().norm()), floor, 1e-300)
+
+
+def _mutation(
+    lowered: Lowered,
+    given: dict[str, Batch],
+    exact: Outcome,
+    rough: Outcome | None,
+    precision: str,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Plant each fault in turn; a fault survives if the comparison still passes."""
+    total, survivors = 0, []
+    for mutant in mutants(lowered.program, lowered.blueprint()):
+        total += 1
+        progress(f"mutant {total}: {mutant.what}")
+        outcome = _sharded(lowered, given, [], mutant)
+        if _compare(outcome, exact, rough, precision)[2]:
+            survivors.append(mutant.what)
+    return {"total": total, "killed": total - len(survivors), "survivors": survivors}
+
+
+def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any]) -> str:
+    """The command line that runs this comparison again."""
+    words = ["shardcomp", "verify", name, "--world", str(world_size), "--policy", str(policy.source)]
+    for key, held in asdict(policy.options).items():
+        if held is not None and key != "data":
+            words += [f"--{key.replace('_', '-')}", str(held).lower() if isinstance(held, bool) else str(held)]
+    for key, held in shrink.items():
+        words += ["--shrink", "none" if key == "none" else f"{key}={held}"]
+    return " ".join(words)

@@ -1,0 +1,241 @@
+"""Reports: what they say of a Program written by hand, and that a run holds and sends exactly what they predict."""
+
+from __future__ import annotations
+
+import collections
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from shardcomp.collectives import allgather_reducescatter, reducescatter_allgather
+from shardcomp.errors import PlanError
+from shardcomp.inspect.diff import diff
+from shardcomp.inspect.report import render, report, size_text
+from shardcomp.layout import PARTIAL, Layout, split
+from shardcomp.mesh import Mesh
+from shardcomp.policy import Policy
+from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Program, S, Signature, Unit, Value
+
+H, F, LAYERS, BATCH, LENGTH = 6, 10, 3, 2, 8
+
+
+def by_hand(tensor: int = 2, data: int = 2) -> Any:
+    """Layers of one gathered product and one scattered one, and a norm weight whose gradient is partial."""
+    tp = Layout().put("tp", split(1))
+    hidden = Value((B, S, H), torch.bfloat16, True, tp)
+    graph = fx.Graph()
+
+    def placeholder(name: str, role: str, value: Value) -> fx.Node:
+        node = graph.placeholder(name)
+        node.meta = {"role": role, "path": name, "value": value}
+        return node
+
+    def call(target: Any, args: tuple[Any, ...], value: Value) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta = {"path": "", "value": value}
+        return node
+
+    x = placeholder("x", INPUT, hidden)
+    norm = placeholder("norm.weight", PARAMETER, Value((H,), torch.float32, True))
+    up = placeholder("up.weight", PARAMETER, Value((F, H), torch.float32, True, Layout().put("tp", split(0))))
+    h = call(torch.ops.aten.mul.Tensor, (x, norm), hidden)
+    whole = call(allgather_reducescatter, (h, 1, "tp"), Value((B, S, H), torch.bfloat16, True))
+    wide = call(
+        torch.ops.aten.linear.default, (whole, up), Value((B, S, F), torch.bfloat16, True, Layout().put("tp", split(2)))
+    )
+    summand = call(torch.ops.aten.neg.default, (wide,), Value((B, S, H), torch.bfloat16, True, Layout().put("tp", PARTIAL)))
+    back = call(reducescatter_allgather, (summand, 1, "tp"), hidden)
+    graph.output((back,))
+    body = Body("Layer", graph)
+    units, parameters, values = [], {}, {"h0": hidden}
+    for i in range(LAYERS):
+        names = (f"layers.{i}.norm.weight", f"layers.{i}.up.weight")
+        parameters[names[0]] = Parameter(names[0], (H,), torch.float32, partial_gradient=("tp",))
+        parameters[names[1]] = Parameter(names[1], (F, H), torch.float32, layout=Layout().put("tp", split(0)))
+        values[f"h{i + 1}"] = hidden
+        units.append(Unit(f"layers.{i}", "layer", body, (f"h{i}",), (f"h{i + 1}",), names))
+    parameters["layers.0.up.weight"].requires_grad = False
+    mesh = Mesh(dp=data, tp=tensor)
+    program = Program(
+        name="Net",
+        signature=Signature((("x", 3),), ("y",)),
+        units=units,
+        inputs={"h0": hidden},
+        outputs={"y": f"h{LAYERS}"},
+        values=values,
+        parameters=parameters,
+        buffers={},
+        mesh=mesh,
+        degraded=[Degraded("a thing", "a reason")],
+    )
+    policy = Policy.load("llama", tensor=tensor)
+    return SimpleNamespace(
+        program=program, mesh=mesh, policy=policy, seq=LENGTH, micro_batch=BATCH, global_batch=BATCH * data * 2
+    )
+
+
+def traffic(found: dict[str, Any]) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """(op, axis, phase) -> (count, bytes), added up over the units."""
+    totals: dict[tuple[str, str, str], tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
+    for entry in found["collectives"]:
+        key = (entry["op"], entry["axis"], entry["phase"])
+        totals[key] = (totals[key][0] + entry["count"], totals[key][1] + entry["bytes"])
+    return dict(totals)
+
+
+def test_model_mesh_and_policy_are_what_was_lowered() -> None:
+    found = report(by_hand())
+    assert found["model"] == {"name": "Net", "parameters": LAYERS * (H + F * H), "layers": LAYERS}
+    assert found["mesh"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
+    options = found["policy"]["options"]
+    assert (options["tensor"], options["data"], options["micro_batch"], options["sequence_parallel"]) == (2, 2, BATCH, True)
+    assert found["step"] == {"seq": LENGTH, "micro_batch": BATCH, "global_batch": 8}
+    assert found["degraded"] == [{"what": "a thing", "why": "a reason"}]
+
+
+def test_memory_counts_this_ranks_share_of_what_is_cut_and_no_gradient_of_what_is_frozen() -> None:
+    share = H + F // 2 * H
+    trained = LAYERS * share - F // 2 * H
+    assert report(by_hand())["memory"] == {"parameters": 4 * LAYERS * share, "gradients": 4 * trained, "optimizer": 8 * trained}
+
+
+def test_messages_are_counted_once_per_micro_batch_and_gradients_once_per_step() -> None:
+    micro_batches, piece, whole = 2, BATCH * LENGTH // 2 * H * 2, BATCH * LENGTH * H * 2
+    times = LAYERS * micro_batches
+    found = traffic(report(by_hand()))
+    assert found["all_gather", "tp", "forward"] == (times, times * piece)
+    assert found["reduce_scatter", "tp", "forward"] == (times, times * whole)
+    assert found["reduce_scatter", "tp", "backward"] == (times, times * whole)
+    assert found["all_gather", "tp", "backward"] == (times, times * piece)
+    assert found["all_reduce", "tp", "step"] == (1, 4 * LAYERS * H)
+    assert found["all_reduce", "dp", "backward"] == (LAYERS, 4 * (LAYERS * H + (LAYERS - 1) * F // 2 * H))
+
+
+def test_an_axis_of_one_rank_sends_nothing() -> None:
+    assert {axis for _, axis, _ in traffic(report(by_hand(data=1)))} == {"tp"}
+    assert {axis for _, axis, _ in traffic(report(by_hand(tensor=1)))} == {"dp"}
+
+
+def test_a_report_is_plain_data() -> None:
+    found = report(by_hand())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_rank_that_is_not_there_is_refused() -> None:
+    with pytest.raises(PlanError, match="rank 4: the world has the ranks 0 to 3"):
+        report(by_hand(), rank=4)
+
+
+def test_the_rendered_report_adds_up_what_the_units_send() -> None:
+    found = report(by_hand())
+    text = render(found)
+    rows = [line.replace("│", " ").replace("┃", " ").split() for line in text.splitlines()]
+    totals = traffic(found)
+    count, size = sum(c for c, _ in totals.values()), sum(s for _, s in totals.values())
+    assert ["total", str(count), *size_text(size).split()] in rows
+    for (op, axis, phase), (count, size) in totals.items():
+        assert [op, axis, phase, str(count), *size_text(size).split()] in rows
+    assert "tensor = 2" in text and "degraded  a thing: a reason" in text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345_678, "12.3 MB"), (405_000_000_000, "405 GB")]
+)
+def test_sizes_have_three_digits(size: int, text: str) -> None:
+    assert size_text(size) == text
+
+
+def test_a_diff_shows_what_differs_and_nothing_where_nothing_does() -> None:
+    assert diff("a\nb\n", "a\nc\n", "before", "after").splitlines()[:2] == ["--- before", "+++ after"]
+    assert "-b\n+c\n" in diff("a\nb\n", "a\nc\n", "before", "after")
+    assert diff("a\n", "a\n", "before", "after") == ""
+
+
+class Counted:
+    """Counts the messages of every rank, by operation, axis and whether a backward pass is running."""
+
+    OPERATIONS = {
+        "all_reduce": ("all_reduce", 0),
+        "all_gather_into_tensor": ("all_gather", 1),
+        "reduce_scatter_tensor": ("reduce_scatter", 1),
+        "all_to_all_single": ("all_to_all", 1),
+    }
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: dict[int, dict[tuple[str, str, bool], tuple[int, int]]] = collections.defaultdict(dict)
+        self.axes: dict[int, dict[Any, str]] = {}
+        for name, (op, operand) in self.OPERATIONS.items():
+            monkeypatch.setattr(dist, name, self._counting(getattr(dist, name), op, operand))
+
+    def _counting(self, true: Any, op: str, operand: int) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            sent: Tensor = (
+                [*args, kwargs.get("output_tensor"), kwargs.get("input_tensor")][operand] if args else (kwargs["input_tensor"])
+            )
+            rank = dist.get_rank()
+            if rank in self.axes:
+                axis = self.axes[rank][kwargs["group"]]
+                key = (op, axis, torch._C._current_graph_task_id() != -1)
+                count, size = self.found[rank].get(key, (0, 0))
+                self.found[rank][key] = (count + 1, size + sent.numel() * sent.element_size())
+            return true(*args, **kwargs)
+
+        return counting
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"tensor": 2, "data": 2}, {"tensor": 2, "data": 1, "sequence_parallel": False}, {"data": 2}]
+)
+def test_a_run_sends_and_holds_what_the_report_says(
+    options: dict[str, Any], tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from shardcomp.lowering import lower
+    from shardcomp.ranks import run_ranks
+    from shardcomp.sharding import allocate, weights_of
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=67, num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
+    policy = Policy.load("llama", micro_batch=2, **options)
+    mesh = policy.mesh(policy.options.tensor * (policy.options.data or 1))
+    samples, length = 6, 16
+    lowered = lower(
+        LlamaForCausalLM(config), policy, mesh.world_size, seq=length, micro_batch=2, global_batch=samples * mesh.dp
+    )
+    counted = Counted(monkeypatch)
+    weights = weights_of(lowered)
+
+    def work(rank: int) -> dict[str, int]:
+        sharded = allocate(lowered, weights)
+        optimizer = torch.optim.AdamW(sharded.parameters(), foreach=True)
+        ids = torch.arange(samples * length).view(samples, length) % 67
+        counted.axes[rank] = {sharded.mesh.get_group(axis): axis for axis in ("dp", "tp") if sharded.mesh[axis].size() > 1}
+        sharded.train_step(input_ids=ids, labels=ids)
+        del counted.axes[rank]
+        optimizer.step()
+        local = [p.to_local() for p in sharded.parameters()]  # type: ignore[attr-defined]
+        gradients = [p.grad.to_local() for p in sharded.parameters()]  # type: ignore[union-attr]
+        moments = [m.to_local() for s in optimizer.state.values() for m in s.values() if m.dim()]
+        return {"parameters": _bytes(local), "gradients": _bytes(gradients), "optimizer": _bytes(moments)}
+
+    held = run_ranks(mesh.world_size, work)
+    for rank in range(mesh.world_size):
+        found = lowered.report(rank)
+        assert found["memory"] == held[rank]
+        expected: dict[tuple[str, str, bool], tuple[int, int]] = {}
+        for (op, axis, phase), (count, size) in traffic(found).items():
+            key = (op, axis, phase == "backward")
+            before = expected.get(key, (0, 0))
+            expected[key] = (before[0] + count, before[1] + size)
+        assert counted.found[rank] == expected
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)

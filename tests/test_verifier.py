@@ -1,0 +1,87 @@
+"""Every topology against the dense model, gradients and all; and every planted fault noticed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+
+import shardcomp
+from shardcomp.verifier import TOLERANCE, verify
+
+WHOLE = {"none": True}
+
+
+def check(config: Any, **options: Any) -> None:
+    world = options.pop("world")
+    policy = shardcomp.Policy.load("llama", **options)
+    found = verify(config, policy, world, shrink=WHOLE)
+    assert found.ok, found
+    expected = {"loss", "norm", "gradients", "logits", "weights"} if options["precision"] != "bf16" else {"loss", "gradients", "logits"}
+    assert set(found.deviation) == expected
+
+
+@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, True), (2, False), (4, True), (4, False)])
+def test_float64_agrees_on_every_topology(tensor: int, sequence_parallel: bool, data: int) -> None:
+    config = tiny(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    check(config, tensor=tensor, sequence_parallel=sequence_parallel, precision="fp64", world=tensor * data)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_float64_agrees_on_three_ranks(sequence_parallel: bool) -> None:
+    config = tiny(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    check(config, tensor=3, sequence_parallel=sequence_parallel, precision="fp64", world=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"vocab_size": 101, "num_key_value_heads": 4},
+        {"num_hidden_layers": 1, "pad_token_id": 3},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_float64_agrees_for_variants_of_the_model(changes: dict[str, Any], sequence_parallel: bool) -> None:
+    check(tiny(**changes), tensor=2, sequence_parallel=sequence_parallel, precision="fp64", world=4)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_casts_of_the_model_are_kept_in_lower_precision(precision: str, sequence_parallel: bool) -> None:
+    check(tiny(), tensor=2, sequence_parallel=sequence_parallel, precision=precision, world=4)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_every_planted_fault_is_noticed_by_its_numbers(sequence_parallel: bool) -> None:
+    policy = shardcomp.Policy.load("llama", tensor=2, sequence_parallel=sequence_parallel, precision="fp64")
+    found = verify(tiny(attention_bias=True), policy, 4, shrink=WHOLE, mutate=True, kinds=("causal",))
+    assert found.mutants["survivors"] == []
+    assert found.mutants["killed"] == found.mutants["total"] >= 15
+    assert found.ok
+
+
+def test_a_wrong_answer_is_reported_with_where_and_how_to_reproduce_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOLERANCE, "fp64", 1e-30)
+    found = verify(tiny(), shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 2, shrink=WHOLE, kinds=("causal",))
+    assert not found.ok
+    assert found.worst["value"] > found.worst["tolerance"] == 1e-30
+    assert "--tensor 2" in found.reproduce
+
+
+def test_a_model_with_real_weights_is_verified_as_it_is() -> None:
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(tiny())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = verify(model, shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 2, kinds=("causal",))
+    assert found.ok, found
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
