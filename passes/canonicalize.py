@@ -1,240 +1,248 @@
-"""Bring the captured graph to a canonical form that later passes can read without knowing where it came from.
+"""Bring the captured graph into one form, so that every later pass meets one way of saying each thing.
 
-Needs: a captured Program of one unit. Afterwards a call's target is an ATen operator or a kernel, sizes are numbers or expressions
-in b and s, every view is a reshape with its sizes written out, nothing names a device, and what computes nothing is gone: asserts,
-aliases, casts to the same dtype, slices of everything, dropout that drops nothing. A loss that is a mean becomes a sum over tokens
-divided by `num_items_in_batch`, a new input, so that the same program serves any share of a batch.
+Needs: a captured Program of one unit. Afterwards
+- calls are ATen operators without a device, `getitem`, `attention` and `cross_entropy`;
+- a change of shape is a `reshape` with every size given, a cast is `to.dtype`, an `expand` names every size;
+- identities are gone: copies, aliases, full slices, casts to the same dtype, dropout that drops nothing, dead code;
+- what was computed under no_grad simply needs no gradient; a `detach` stands where such a region reads something that does;
+- segments and key masks that no input decides, and that let every query see everything, are gone;
+- the loss is a sum divided by `num_items_in_batch`, a new input.
 
-Legality: what is dropped is the identity on values and gradients. A mean over n labels is their sum divided by n. Segments and key
-masks that no input of the caller reaches and that are the same for every token mask nothing.
+Legality: each replacement computes the same numbers. The mean over labels that count is their sum divided by how many there
+are, and only the caller knows how many there are in a batch that is spread over ranks and micro-batches.
+
+    view(x, [-1, v]) -> cross_entropy_loss        reshape(x, [b·s, v]) -> cross_entropy -> sum -> div(num_items_in_batch)
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from shardcomp.errors import CaptureError, PlanError
+from shardcomp.capture.evaluate import ancestors, compute
+from shardcomp.capture.flatten import mark_gradients
+from shardcomp.errors import CaptureError, PlanError, raise_all
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
-from shardcomp.program import INPUT, B, Body, Context, Contract, Program, S, Value, tensor_arguments, value
+from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Context, Contract, Program, S, Value, value
 
 CONTRACT = Contract(provides=frozenset({"canonical"}))
+
 COUNT = "num_items_in_batch"
+"""The input that the loss is divided by: int64, shape (), the labels that count in the global batch."""
+
 aten = torch.ops.aten
 
-_IDENTITIES = {aten.contiguous, aten.alias, aten.lift_fresh, aten.lift_fresh_copy, aten.lift, aten._to_copy}
-_VIEWS = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as, aten.ravel}
-_EXPANDS = {aten.expand, aten.expand_as, aten.broadcast_to}
-_CASTS = {aten.to, aten.type_as, aten._to_copy}
-_PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
-_PROBES = ((1, 3), (2, 8), (3, 33))
-"""Sizes (b, s) at which a mask that depends on sizes alone is looked at."""
+_COPIES = {aten.contiguous, aten.clone, aten.alias, aten.lift_fresh, aten.lift_fresh_copy}
+_CASTS = {aten.to, aten._to_copy, aten.type_as}
+_SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.view_as}
+_SHAPES |= {aten.reshape_as, aten.ravel}
+_EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
+_DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+_PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
+_TO_THE_END = 2**63 - 1
+_TRIED = ((2, 17), (1, 2**20))
+"""The (b, s) at which a mask that depends on sizes alone is evaluated, the longest longer than any model's chunks."""
 
 
 def run(program: Program, context: Context) -> Program:
     [unit] = program.units
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    results = graph.graph_copy(unit.body.graph, copied)
-    for old, new in copied.items():
-        new.meta = dict(old.meta)
-    graph.output(results)
-    body = Body(unit.body.name, graph)
-    for node in list(body.calls()):
-        _simplify(node)
-    _stop_gradients(body)
-    _refuse_dropout(body)
+    raise_all(PlanError, program.name, _random_numbers(program))
+    body = _Rewriting(unit.body).body
+    _drop_idle_masks(body, program)
     inputs = dict(program.inputs)
     if "loss" in program.outputs:
-        inputs[COUNT] = _divide_by_count(body, list(program.outputs).index("loss"))
-    _drop_idle_masks(body)
-    graph.eliminate_dead_code()
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.meta["role"] != INPUT and not node.users:
-            graph.erase_node(node)
-    _propagate_gradients(body)
-    roles = {role: tuple(n.meta["path"] for n in body.placeholders(role)) for role in ("input", "parameter", "buffer")}
-    changed = replace(unit, body=body, inputs=roles["input"], parameters=roles["parameter"], buffers=roles["buffer"])
-    values = {**program.values, **inputs}
-    values.update(zip(program.outputs.values(), (value(node) for node in body.results), strict=True))
-    return replace(program, units=[changed], inputs=inputs, values=values)
+        _count_labels(body, program)
+        inputs[COUNT] = Value((), torch.int64)
+    _drop_dead(body)
+    mark_gradients(body, program.parameters)
+    outputs = {name: value(node) for name, node in zip(unit.outputs, body.results, strict=True)}
+    used = tuple(node.meta["path"] for node in body.placeholders(BUFFER))
+    return replace(
+        program,
+        units=[replace(unit, body=body, inputs=tuple(inputs), buffers=used)],
+        inputs=inputs,
+        values={**program.values, **inputs, **outputs},
+        buffers={name: held for name, held in program.buffers.items() if held.persistent or name in used},
+    )
 
 
-def _replace(node: fx.Node, other: fx.Node) -> None:
-    node.replace_all_uses_with(other)
-    node.graph.erase_node(node)
-
-
-def _simplify(node: fx.Node) -> None:
-    """Rewrite one call in its canonical form, or drop it."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    if packet is torch.ops.shardcomp.attention:
-        _attention(node)
+def _random_numbers(program: Program) -> Iterator[str]:
+    """Calls that draw random numbers, in the caller's words."""
+    [unit] = program.units
+    modules = sorted({node.meta["path"] or "the model" for node in unit.body.calls() if _draws(node)})
+    if not modules:
         return
-    if packet is operator.getitem:
-        return
-    held = node.meta["value"]
-    node.kwargs = {key: argument for key, argument in node.kwargs.items() if key not in _PLACES}
-    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if isinstance(held, Value) and first is not None and isinstance(first.meta["value"], Value):
-        before = value(first)
-        if packet in _CASTS and before.dtype != held.dtype:
-            node.target, node.args, node.kwargs = aten.to.dtype, (first, held.dtype), {}
-            return
-        if packet in _CASTS or packet in _IDENTITIES:
-            _replace(node, first)
-            return
-        if packet in _VIEWS | _EXPANDS:
-            if before.shape == held.shape:
-                _replace(node, first)
-                return
-            node.target = aten.expand.default if packet in _EXPANDS else aten.reshape.default
-            node.args, node.kwargs = (first, list(held.shape)), {}
-            return
-        if packet is aten.slice and before.shape == held.shape:
-            _replace(node, first)
-            return
-        if packet in (aten.dropout, aten.feature_dropout, aten.alpha_dropout) and (node.args[1] == 0 or not node.args[2]):
-            _replace(node, first)
+    settings = program.config.to_dict() if hasattr(program.config, "to_dict") else {}
+    keys = [key for key, held in settings.items() if "drop" in key and isinstance(held, float) and held > 0]
+    remedy = f"set {' = '.join(keys)} = 0 in the configuration" if keys else "train it without"
+    yield f"{modules[0]} (and {len(modules) - 1} more) draws random numbers, as dropout does, which is not supported: {remedy}"
 
 
-def _attention(node: fx.Node) -> None:
-    """The recorded operator as a call of the kernel, with only the options that say something."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
-    tensors = tuple(given.pop(name) for name in ("q", "k", "v"))
-    options = {key: held for key, held in given.items() if held is not None and not (key == "dropout" and held == 0)}
-    node.target, node.args, node.kwargs = attention, tensors, options
+def _draws(node: fx.Node) -> bool:
+    if node.target is attention:
+        return bool(node.kwargs.get("dropout"))
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _DROPOUTS:
+        return bool(node.args[1]) and bool(node.args[2])
+    if packet is aten.scaled_dot_product_attention:
+        return len(node.args) > 4 and bool(node.args[4]) or bool(node.kwargs.get("dropout_p"))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _stop_gradients(body: Body) -> None:
-    """Where a region without gradient reads something that has one, cut it off; everywhere else such a region changes nothing."""
-    for node in list(body.calls()):
-        if not node.meta.pop("no_gradient", False):
-            continue
-        for operand in dict.fromkeys(tensor_arguments(node)):
-            held = operand.meta["value"]
-            if isinstance(held, Value) and held.requires_grad:
-                with body.graph.inserting_before(node):
-                    cut = body.graph.call_function(aten.detach.default, (operand,))
-                cut.meta = {"path": node.meta["path"], "value": replace(held, requires_grad=False)}
-                node.replace_input_with(operand, cut)
+class _Rewriting:
+    """Copies a graph call by call, each in its canonical form."""
+
+    def __init__(self, old: Body) -> None:
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, Any] = {}
+        self.detached: dict[fx.Node, fx.Node] = {}
+        needed = ancestors(old.results)
+        for node in old.graph.nodes:
+            if node.op == "placeholder":
+                self.copies[node] = self.graph.node_copy(node)
+                self.copies[node].meta = dict(node.meta)
+            elif node.op == "call_function" and node in needed:
+                self.copies[node] = self._rewrite(node)
+        self.graph.output(tuple(self.copies[node] for node in old.results))
+        self.body = Body(old.name, self.graph)
+
+    def _rewrite(self, node: fx.Node) -> fx.Node:
+        frozen = node.meta.get("no_grad", False)
+        args = fx.map_arg(node.args, lambda argument: self._read(argument, frozen, node))
+        kwargs = fx.map_arg(dict(node.kwargs), lambda argument: self._read(argument, frozen, node))
+        kwargs = {key: held for key, held in kwargs.items() if key not in _PLACES}
+        target: Any = node.target
+        packet = getattr(target, "overloadpacket", None)
+        source = args[0] if args and isinstance(args[0], fx.Node) else None
+        if source is not None and isinstance(source.meta["value"], Value) and isinstance(node.meta["value"], Value):
+            before, after = value(source), value(node)
+            unchanged = before.shape == after.shape and before.dtype == after.dtype
+            if packet in _COPIES or packet in _DROPOUTS or unchanged and _keeps(packet, args, after):
+                return source
+            if packet is aten.detach and not before.requires_grad:
+                return source
+            if packet in _CASTS:
+                target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
+            elif packet in _SHAPES and before.dtype == after.dtype:
+                target, args, kwargs = aten.reshape.default, (source, list(after.shape)), {}
+            elif packet in _EXPANSIONS:
+                target, args, kwargs = aten.expand.default, (source, list(after.shape)), {}
+            elif packet is aten.slice and len(args) == 4 and args[3] == _TO_THE_END:
+                args = args[:3]
+        elif source is None and isinstance(node.meta["value"], Value) and value(node).floating and _takes_dtype(target):
+            kwargs = {**kwargs, "dtype": value(node).dtype}
+        return self._call(target, args, kwargs, node.meta["value"], node)
+
+    def _read(self, argument: fx.Node, frozen: bool, reader: fx.Node) -> fx.Node:
+        """The copy of an argument; inside no_grad, cut off from its gradient."""
+        copy = self.copies[argument]
+        held = copy.meta["value"]
+        if not frozen or not isinstance(held, Value) or not held.requires_grad:
+            return copy
+        if copy not in self.detached:
+            self.detached[copy] = self._call(aten.detach.default, (copy,), {}, replace(held, requires_grad=False), reader)
+        return self.detached[copy]
+
+    def _call(self, target: Any, args: Any, kwargs: dict[str, Any], held: Any, origin: fx.Node) -> fx.Node:
+        call = self.graph.call_function(target, args, kwargs)
+        call.meta = {"value": held, "path": origin.meta["path"], "source": origin.meta.get("source", "")}
+        return call
 
 
-def _refuse_dropout(body: Body) -> None:
-    for node in body.calls():
-        packet = getattr(node.target, "overloadpacket", node.target)
-        rate = node.kwargs.get("dropout", 0) if packet is attention else node.args[1] if packet is aten.dropout else 0
-        if rate:
-            where = node.meta["path"] or "the model"
-            raise PlanError(
-                f"{where} drops values at the rate {rate} in training, and random masks over ranks are not supported: "
-                "set the dropout rates of the configuration (attention_dropout, resid_pdrop and the like) to 0, or call eval()"
-            )
+def _keeps(packet: Any, args: Any, after: Value) -> bool:
+    """Whether a call whose result has its operand's shape and dtype gives just that operand."""
+    if packet in _CASTS or packet in _SHAPES or packet in _EXPANSIONS:
+        return True
+    if packet is aten.slice:
+        return len(args) < 5 or args[4] == 1
+    if packet is aten.mul:
+        return type(args[1]) in (int, float) and args[1] == 1
+    return packet in (aten.add, aten.sub) and type(args[1]) is int and args[1] == 0 and not after.floating
 
 
-def _divide_by_count(body: Body, position: int) -> Value:
-    """Turn the mean cross entropy behind the loss into a sum divided by a new input; returns what is known of that input."""
-    packets = {node: getattr(node.target, "overloadpacket", None) for node in body.calls()}
-    losses = [node for node, packet in packets.items() if packet in (aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd)]
-    if len(losses) != 1 or packets[losses[0]] is not aten.cross_entropy_loss:
-        raise CaptureError(f"the loss is made of {len(losses)} cross entropies, where exactly one can be counted per token")
-    [node] = losses
-    if node not in _ancestors(body.results[position]):
-        raise CaptureError("the loss does not come from the model's cross entropy, so it has no tokens to be a mean over")
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)  # type: ignore[union-attr]
-    if given.get("weight") is not None or given.get("label_smoothing", 0) or given.get("reduction", 1) != 1:
-        raise CaptureError("the loss is not a plain mean: class weights, label smoothing and other reductions have no rule")
-    logits, labels = node.args[0], node.args[1]
-    known = value(logits)  # type: ignore[arg-type]
-    count = Value((), torch.int64)
-    inputs = body.placeholders(INPUT)
-    with body.graph.inserting_after(inputs[-1]):
-        total_count = body.graph.placeholder(COUNT)
-    total_count.meta = {"role": INPUT, "path": COUNT, "value": count}
-    path = node.meta["path"]
-    with body.graph.inserting_before(node):
-        each = body.graph.call_function(cross_entropy, (logits, labels, given.get("ignore_index", -100)))
-        each.meta = {"path": path, "value": Value(known.shape[:1], known.dtype, known.requires_grad)}
-        total = body.graph.call_function(aten.sum.default, (each,))
-        total.meta = {"path": path, "value": Value((), known.dtype, known.requires_grad)}
-        mean = body.graph.call_function(aten.div.Tensor, (total, total_count))
-        mean.meta = {"path": path, "value": Value((), known.dtype, known.requires_grad)}
-    _replace(node, mean)
-    return count
+def _takes_dtype(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        at = pending.pop()
-        if at not in found:
-            found.add(at)
-            pending += tensor_arguments(at)
-    return found
-
-
-def _drop_idle_masks(body: Body) -> None:
-    """Segments that no input reaches and that are one segment for every length: positions that the model counted up itself."""
-    known: dict[fx.Node, bool] = {}
+def _drop_idle_masks(body: Body, program: Program) -> None:
+    """Remove the segments and key masks of attention that hide nothing, whatever the caller gives."""
+    idle: dict[fx.Node, bool] = {}
     for node in body.calls():
         if node.target is not attention:
             continue
-        kept = dict(node.kwargs)
         for names in (("q_segment", "k_segment"), ("key_mask",)):
-            held = kept.get(names[0])
-            if not isinstance(held, fx.Node):
-                continue
-            if held not in known:
-                known[held] = _is_idle(held, want_true=names == ("key_mask",))
-            if known[held]:
-                for name in names:
-                    kept.pop(name, None)
-        node.kwargs = kept
+            masks = [node.kwargs[name] for name in names if isinstance(node.kwargs.get(name), fx.Node)]
+            for mask in masks:
+                if mask not in idle:
+                    idle[mask] = _is_idle(mask, program)
+            if masks and all(idle[mask] for mask in masks):
+                node.kwargs = {key: held for key, held in node.kwargs.items() if key not in names}
 
 
-def _is_idle(node: fx.Node, want_true: bool) -> bool:
-    """Whether a mask that depends on sizes alone is the same for every token (and true, for one of keys)."""
-    needed = _ancestors(node)
-    if any(n.op == "placeholder" for n in needed):
+def _is_idle(mask: fx.Node, program: Program) -> bool:
+    """Whether a [b, s] mask is made of sizes alone and is constant along s; a bool one must be true as well."""
+    roles = {node.meta["role"] for node in ancestors([mask]) if node.op == "placeholder"}
+    if roles & {INPUT, PARAMETER}:
         return False
-    for b, s in _PROBES:
-        found = _evaluate([n for n in node.graph.nodes if n in needed], {B: b, S: s})[node]
-        if not bool((found == found[..., :1]).all()) or (want_true and not bool(found.all())):
+    buffers = {name: held.value for name, held in program.buffers.items()}
+    for rows, length in (program.static_shape,) if program.static_shape else _TRIED:
+        found = compute([mask], buffers, {B: rows, S: length})[mask]
+        if not bool((found == (True if found.dtype == torch.bool else found[:, :1])).all()):
             return False
     return True
 
 
-def _evaluate(nodes: list[fx.Node], sizes: dict[sympy.Symbol, int]) -> dict[fx.Node, Any]:
-    found: dict[fx.Node, Any] = {}
+def _count_labels(body: Body, program: Program) -> None:
+    """Replace the mean of a cross entropy by its sum over the labels that count, divided by the number given."""
+    graph = body.graph
+    position = list(program.outputs).index("loss")
+    result = body.results[position]
+    loss = result
+    while loss.target is aten.to.dtype:
+        loss = loss.args[0]  # type: ignore[assignment]
+    means = [node for node in ancestors([result]) if getattr(node.target, "overloadpacket", None) is aten.cross_entropy_loss]
+    if len(means) != 1:
+        raise CaptureError(f"{program.name}: {len(means)} cross entropies feed the loss; exactly one can be spread over ranks")
+    where = f"{program.name}, {loss.meta.get('source') or 'its loss'}"
+    if loss is not means[0]:
+        raise CaptureError(
+            f"{where}: the loss is not the mean of a cross entropy but made of one by {loss.target}; give labels only to a model "
+            "whose loss is that mean, or take its logits and compute the loss yourself"
+        )
+    names = [argument.name for argument in loss.target._schema.arguments]  # type: ignore[union-attr]
+    defaults = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
+    given = defaults | dict(zip(names, loss.args, strict=False)) | loss.kwargs
+    logits, labels = given["self"], given["target"]
+    odd = [f"{key} = {given[key]}" for key in ("weight", "reduction", "label_smoothing") if given[key] != defaults[key]]
+    if odd or len(value(logits).shape) != 2:
+        shape = value(logits).shape
+        raise CaptureError(f"{where}: the cross entropy is not a plain mean over [t, v] logits: {', '.join(odd) or f'they are {shape}'}")
+    with graph.inserting_after(body.placeholders(INPUT)[-1]):
+        count = graph.placeholder(COUNT)
+        count.meta = {"role": INPUT, "path": COUNT, "value": Value((), torch.int64)}
+    held = value(loss)
+    steps = (
+        (cross_entropy, lambda before: (logits, labels, given["ignore_index"]), Value(value(labels).shape, held.dtype)),
+        (aten.sum.default, lambda before: (before,), held),
+        (aten.div.Tensor, lambda before: (before, count), held),
+    )
+    made = loss
+    with graph.inserting_before(loss):
+        for target, arguments, known in steps:
+            made = graph.call_function(target, arguments(made))
+            made.meta = {**loss.meta, "value": known}
+    loss.replace_all_uses_with(made)
 
-    def concrete(argument: Any) -> Any:
-        return int(argument.subs(sizes)) if isinstance(argument, sympy.Expr) else argument
 
-    for node in nodes:
-        args = fx.node.map_aggregate(fx.map_arg(node.args, lambda n: found[n]), concrete)
-        kwargs = fx.node.map_aggregate(fx.map_arg(dict(node.kwargs), lambda n: found[n]), concrete)
-        found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return found
-
-
-def _propagate_gradients(body: Body) -> None:
-    """A floating result of something that has a gradient has one, up to where it is cut off."""
-    for node in body.calls():
-        held = node.meta["value"]
-        graded = any(_any_gradient(a) for a in tensor_arguments(node)) and node.target is not aten.detach.default
-        each = tuple(replace(v, requires_grad=graded and v.floating) for v in ([held] if isinstance(held, Value) else held))
-        node.meta["value"] = each[0] if isinstance(held, Value) else each
-
-
-def _any_gradient(node: fx.Node) -> bool:
-    held = node.meta["value"]
-    return any(v.requires_grad for v in ([held] if isinstance(held, Value) else held))
-
+def _drop_dead(body: Body) -> None:
+    needed = ancestors(body.results)
+    for node in reversed(list(body.graph.nodes)):
+        unread_buffer = node.op == "placeholder" and node.meta["role"] == BUFFER
+        if (node.op == "call_function" or unread_buffer) and node not in needed:
+            body.graph.erase_node(node)

@@ -228,3 +228,21 @@ def test_a_batch_that_does_not_fit_is_refused_before_the_forward(call: Any, mess
 
     with pytest.raises(PlanError, match=message):
         run_ranks(2, work)
+
+
+def test_an_optimizer_made_after_a_forward_holds_the_parameters_themselves() -> None:
+    lowered = shardcomp.lower(tiny(), policy(precision="bf16"), 2, seq=8)
+    batch = batches(97, 2, 8, 0)["causal"]
+
+    def work(rank: int) -> None:
+        sharded = allocate(lowered, weights_of(lowered))
+        expected = dict(sharded.named_parameters())
+        with torch.no_grad():
+            sharded(input_ids=batch["input_ids"])
+        loss = sharded(**batch).loss
+        assert all(p is expected[name] for name, p in sharded.named_parameters())
+        assert all(held.dtype == torch.float32 for held in sharded.state_dict().values())
+        loss.backward()
+        assert all(p.grad is not None for p in expected.values())
+
+    run_ranks(2, work)

@@ -19,6 +19,7 @@ class Twin:
     """`module`: the copy. Its floating parameters have the compute dtype; floating buffers float32, or float64 under that."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode, training: bool) -> None:
+        self.name = type(model).__name__
         self._originals: dict[int, Tensor] = {}
         memo: dict[int, Any] = {}
         with mode:

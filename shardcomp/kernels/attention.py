@@ -144,10 +144,10 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("shardcomp::attention", mutates_args=(), schema=_SCHEMA)
-def _recorded(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, **settings: object) -> Tensor:
+def _recorded(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Tensor:
     raise NotImplementedError("this operator is recorded by a capture; a program runs shardcomp.kernels.attention")
 
 
 @_recorded.register_fake
-def _shape(q: Tensor, k: Tensor, v: Tensor, *masks: Tensor | None, **settings: object) -> Tensor:
+def _shape(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))

@@ -1,134 +1,157 @@
-"""Models by name: configurations that come with shardcomp, models on meta from a configuration, and small ones for comparisons.
+"""Configurations that go by a short name, and models made from a configuration without memory for their weights.
 
-A preset is a HuggingFace `config.json` in this folder.
+A preset is a HuggingFace `config.json` in this directory, named for what it is called on the command line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
-from importlib import resources
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardcomp.errors import ShardError
+from shardcomp.presets.shrinking import shrink
+
+__all__ = ["buffers_of", "build", "config_of", "names", "shrink"]
+
+_HERE = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The presets, small ones first."""
-    folder = Path(str(resources.files(__name__)))
-    return sorted((path.stem for path in folder.glob("*.json")), key=lambda name: (name != "tiny", name))
+    """The presets, in the order in which a person would list them: small before large within a family."""
+    return [path.stem for path in sorted(_HERE.glob("*.json"), key=_order)]
+
+
+def _order(path: Path) -> tuple[str, int]:
+    family, _, size = path.stem.rpartition("-")
+    number = size.removesuffix("b")
+    return (family or path.stem, int(number)) if number.isdigit() else (path.stem, 0)
 
 
 def config_of(model: Any) -> Any:
-    """The HuggingFace configuration of a preset, a directory or `config.json`, a hub name, or a configuration itself.
+    """The HuggingFace configuration that `model` stands for.
 
-    Raises ShardError that names the presets where none of these fits.
+    model: a configuration (returned as it is), a preset's name, a directory or `config.json` of the caller's, or a hub name, in
+    this order. Raises ShardError where there is none, or where it needs code of its own, which is never run.
     """
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(model, PretrainedConfig):
         return model
-    preset = Path(str(resources.files(__name__))) / f"{model}.json"
-    path = preset if preset.is_file() else Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
-        try:
-            settings = json.loads(path.read_text())
-            return AutoConfig.for_model(settings.pop("model_type"), **settings)
-        except (ValueError, KeyError, TypeError) as fault:
-            raise ShardError(f"{path} is not the configuration of a model that this transformers knows: {fault}") from fault
-    if path.suffix == ".json" or Path(model).exists():
-        raise ShardError(f"{model}: no config.json there; give a preset ({', '.join(names())}), a directory, or a hub name")
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise ShardError(f"{model!r} is no model: give {_choices()}")
+    if str(model) in names():
+        source = _HERE / f"{model}.json"
+    else:
+        source = _own_file(Path(model).expanduser())
     try:
-        return AutoConfig.from_pretrained(str(model))
-    except (OSError, ValueError) as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise ShardError(f"{model!r} is no preset ({', '.join(names())}), no directory, and not reachable as a hub name: {reason}") from fault
+        if source is not None:
+            return AutoConfig.from_pretrained(str(source.absolute()), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except Exception as problem:
+        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        if source is not None:
+            raise ShardError(f"{source} is no configuration that transformers can read: {reason}") from problem
+        raise ShardError(
+            f"{model} is no preset, no file or directory, and could not be had from the hub: {reason}\ngive {_choices()}"
+        ) from problem
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Weights are made by `torch.empty`: those go to meta. What is computed, such as rotary buffers, stays real."""
+def _choices() -> str:
+    return f"a preset ({', '.join(names())}), a directory or config.json, or a hub name that can be reached from here"
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run `func`, a factory of empty tensors with the meta device."""
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+
+def _own_file(path: Path) -> Path | None:
+    """The `config.json` that a path of the caller's means; None if nothing is there, so that it must be a hub name."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        if path.is_dir():
+            raise ShardError(f"{path}: the directory holds no config.json")
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as problem:
+        raise ShardError(f"{file}: not a JSON file: {problem}") from problem
+    if not isinstance(found, dict) or "model_type" not in found:
+        raise ShardError(f'{file}: no "model_type" in it, so it is not a HuggingFace configuration')
+    return file
 
 
 def build(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The causal language model of a configuration: parameters in `dtype` on meta, buffers real on the CPU."""
+    """The causal language model of a configuration: parameters on meta in `dtype`, so that no memory is taken for weights,
+    buffers real and on the CPU. `config` is copied. Raises ShardError where transformers has no such model.
+    """
     from transformers import AutoModelForCausalLM
 
-    with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return _parameters_to_meta(model, dtype)
-
-
-def _parameters_to_meta(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The model with every parameter on meta; ties stay ties."""
-    moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                kind = dtype if dtype is not None and p.is_floating_point() else p.dtype
-                made = moved.setdefault(id(p), nn.Parameter(torch.empty(p.shape, dtype=kind, device="meta"), p.requires_grad))
-                module._parameters[name] = made
+    config = copy.deepcopy(config)
+    # Releases before 4.56 know the dtype by another name.
+    key = "dtype" if hasattr(config, "dtype") else "torch_dtype"
+    with _parameters_on_meta():
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{key: dtype})
+        except (ValueError, KeyError, ImportError) as problem:
+            raise ShardError(f"no causal language model from this {type(config).__name__}: {problem}") from problem
+    model.config.architectures = [type(model).__name__]
     return model
 
 
-def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    """The real values of a model's buffers: its own, or, where those are on meta, of the same class built anew."""
-    own = dict(model.named_buffers())
-    if not any(buffer.is_meta for buffer in own.values()):
-        return {name: buffer.detach().cpu() for name, buffer in own.items()}
-    config = getattr(model, "config", None)
-    if config is None:
-        missing = next(name for name, buffer in own.items() if buffer.is_meta)
-        raise ShardError(f"the buffer {missing} is on meta and {type(model).__name__} has no config to compute it from: build the "
-                         "model with real buffers")
-    with _EmptyOnMeta():
-        again = dict(type(model)(copy.deepcopy(config)).named_buffers())
-    missing = [name for name in own if name not in again or again[name].is_meta]
-    if missing:
-        raise ShardError(f"the buffer {missing[0]} of {type(model).__name__} has no value: build the model with real buffers")
-    return {name: again[name].detach() if buffer.is_meta else buffer.detach().cpu() for name, buffer in own.items()}
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread registers go to meta; one that is registered twice stays one.
 
-
-_SMALL = {"num_hidden_layers": 2, "vocab_size": 97, "max_position_embeddings": 128}
-
-
-def shrink(config: Any, keep: Mapping[str, Any] | None = None, tensor: int = 1) -> Any:
-    """A small configuration of the same structure: the ratio of query to key heads, ties, biases and rotary variant stay.
-
-    `keep` sets keys to values of the caller's. `tensor`: the heads stay divisible by it where the full number is.
+    Each exists on the CPU for the moment in between, uninitialised, which costs address space but no memory. Everything else
+    is computed on the CPU, whatever device the caller has made the default.
     """
-    small = copy.deepcopy(config)
-    unknown = [key for key in keep or {} if not hasattr(config, key)]
-    if unknown:
-        raise ShardError(f"shrink: {type(config).__name__} has no {', '.join(unknown)}")
-    heads = int(config.num_attention_heads)
-    groups = heads // int(getattr(config, "num_key_value_heads", None) or heads)
-    kv = tensor if (heads // groups) % tensor == 0 else heads // groups
-    sizes = {**_SMALL, "num_attention_heads": kv * groups}
-    if getattr(config, "num_key_value_heads", None):
-        sizes["num_key_value_heads"] = kv
-    head = 4
-    sizes["hidden_size"] = head * kv * groups
-    if getattr(config, "head_dim", None):
-        sizes["head_dim"] = head
-    if getattr(config, "intermediate_size", None):
-        sizes["intermediate_size"] = 3 * head * kv * groups
-    if getattr(config, "pad_token_id", None) is not None:
-        sizes["pad_token_id"] = 1
-    for key, held in {**sizes, **(keep or {})}.items():
-        setattr(small, key, held)
-    return small
+    mine = threading.get_ident()
+    replaced = WeakTensorKeyDictionary()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != mine or parameter.is_meta:
+            return None
+        if parameter not in replaced:
+            replaced[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        return replaced[parameter]
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        hook.remove()
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """The values of all buffers by name, on the CPU where the model's own are on meta: those come from building it once more.
+
+    Raises ShardError for a buffer on meta of a model that cannot be built from `model.config` alone.
+    """
+    own = dict(model.named_buffers(remove_duplicate=False))
+    absent = [name for name, held in own.items() if held.is_meta]
+    if not absent:
+        return own
+    config = getattr(model, "config", None)
+    advice = "build the model with its buffers on a real device"
+    if config is None:
+        raise ShardError(f"{type(model).__name__}: buffer {absent[0]} is on meta, and there is no config to compute it from: {advice}")
+    with _parameters_on_meta():
+        try:
+            again = dict(type(model)(copy.deepcopy(config)).named_buffers(remove_duplicate=False))
+        except Exception as problem:
+            raise ShardError(
+                f"{type(model).__name__}: buffer {absent[0]} is on meta, and the model cannot be built from its config: "
+                f"{type(problem).__name__}: {problem}; {advice}"
+            ) from problem
+    for name in absent:
+        if name not in again or again[name].shape != own[name].shape or again[name].is_meta:
+            raise ShardError(f"{type(model).__name__}: buffer {name} is on meta and its config does not determine it: {advice}")
+        own[name] = again[name].to(own[name].dtype)
+    return own

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from shardcomp.errors import PlanError
 from shardcomp.layout import Layout, split
 from shardcomp.mesh import Mesh
 
+_loading = threading.Lock()
 _SOURCE, _PLAN, _BUFFERS = "model.py", "plan.json", "buffers.safetensors"
 
 
@@ -83,8 +85,10 @@ class Blueprint:
         """The emitted source, imported from a real file, so that tracebacks and debuggers show its lines."""
         digest = hashlib.sha256(self.source.encode()).hexdigest()[:16]
         name = f"shardcomp_emitted_{digest}"
-        if name in sys.modules:
-            return sys.modules[name]
+        with _loading:
+            return sys.modules[name] if name in sys.modules else self._import(name, digest)
+
+    def _import(self, name: str, digest: str) -> ModuleType:
         folder = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}" / digest
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / _SOURCE

@@ -5,7 +5,7 @@ from a blueprint."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardcomp.collectives import allreduce_identity
@@ -62,6 +62,9 @@ class ShardedModel(nn.Module):
         lower: Callable[[Call], Blueprint] | None = None,
     ) -> None:
         super().__init__()
+        # Not children: their parameters are those of the tree, under other names.
+        object.__setattr__(self, "_homes", homes)
+        object.__setattr__(self, "_root", root)
         for name, child in tree.named_children():
             self.add_module(name, child)
         for name, parameter in tree.named_parameters(recurse=False):
@@ -74,9 +77,6 @@ class ShardedModel(nn.Module):
         self._lower = lower
         self._blueprint = blueprint
         self._stages: dict[Call, tuple[Blueprint, Stage]] = {}
-        # Not a child: its parameters are those of the tree, under other names.
-        object.__setattr__(self, "_homes", homes)
-        object.__setattr__(self, "_root", root)
         self._partial = PartialGradients(
             [(self._getter(name), p.partial_gradient) for name, p in blueprint.parameters.items()], self._axes
         )
@@ -94,12 +94,30 @@ class ShardedModel(nn.Module):
             count = self._tokens(stage, blueprint, batch) if num_items_in_batch is None else num_items_in_batch
             inputs["num_items_in_batch"] = torch.as_tensor(count, device=self.device)
         found = self._root(stage.forward, **inputs)
+        if not torch.is_grad_enabled():
+            self._lay_down()
         if "loss" in found:
             found["loss"] = around_backward(found["loss"], self._partial.set_aside, self._partial.add_up)
             found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
         for name, (dim, size) in blueprint.output_split.items():
             found[name] = _as_dtensor(found[name], self.mesh, dim, size)
         return _output_type(blueprint.output_type)(**found)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that an optimizer updates, also while a forward is under way with copies of them in their place."""
+        self._lay_down()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `named_parameters`: this rank's DTensors under HuggingFace's names, and the buffers that are saved."""
+        self._lay_down()
+        return super().state_dict(*args, **kwargs)
+
+    def _lay_down(self) -> None:
+        """Put the parameters themselves back where a forward without a backward left its copies. FSDP takes them up again."""
+        for module in (*self._homes, self._root):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def train_step(self, **batch: Tensor) -> StepResult:
         """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over

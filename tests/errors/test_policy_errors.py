@@ -161,7 +161,7 @@ def test_a_policy_of_another_family_says_so_first() -> None:
     with pytest.raises(PolicyError) as caught:
         Policy.load("llama").check([f"{module}.weight" for module in modules], modules, model_type="gpt2")
     first = str(caught.value).splitlines()[1]
-    assert "1. this policy is for the family 'llama', but the model's type is 'gpt2': no file is" in first
+    assert "1. this policy is for the family 'llama', but the model's type is 'gpt2': no file has that family" in first
 
 
 def test_a_policy_of_another_family_names_the_right_file(tmp_path: Path) -> None:

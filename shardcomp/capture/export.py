@@ -1,0 +1,91 @@
+"""One call of `torch.export` on a fake twin, and its failures in the caller's words."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+
+from shardcomp.errors import CaptureError
+from shardcomp.precision import Widened
+from shardcomp.program import Signature
+
+
+def export(
+    module: nn.Module, mode: FakeTensorMode, signature: Signature, sample: tuple[int, int], dynamic: bool, widened: bool
+) -> tuple[ExportedProgram, type]:
+    """Export `module` called with [b, s] int64 inputs; b and s stay symbols if `dynamic`, else they are `sample`.
+
+    Returns the exported program, whose outputs are `signature.outputs` in that order, and the type of the model's result.
+    """
+    with mode:
+        given: dict[str, Any] = {name: torch.ones(sample, dtype=torch.int64) for name, _ in signature.inputs}
+    shapes: dict[str, Any] = {}
+    if dynamic:
+        dims = {0: Dim("b", min=1), 1: Dim("s", min=2)}
+        shapes = {name: dict(dims) for name in given}
+    for name, setting in (("use_cache", False), ("return_dict", True)):
+        if name in inspect.signature(module.forward).parameters:
+            given[name] = setting
+            shapes[name] = None
+    results = _Results(signature)
+    hook = module.register_forward_hook(results)
+    try:
+        with Widened() if widened else nullcontext(), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes if dynamic else None)
+    finally:
+        hook.remove()
+    assert results.kind is not None
+    return exported, results.kind
+
+
+class _Results:
+    """A forward hook: notes the type of the model's result and keeps what the signature asks for."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        self.kind: type | None = None
+
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> tuple[Tensor, ...]:
+        self.kind = type(result)
+        found = result if isinstance(result, Mapping) else {}
+        missing = [name for name in self.signature.outputs if not isinstance(found.get(name), Tensor)]
+        if missing:
+            has = ", ".join(key for key, held in found.items() if isinstance(held, Tensor)) or self.kind.__name__
+            given = ", ".join(name for name, _ in self.signature.inputs)
+            raise CaptureError(f"{type(module).__name__}({given}) returns no {' and no '.join(missing)}: it returns {has}")
+        return tuple(found[name] for name in self.signature.outputs)
+
+
+def explain(error: BaseException, module: nn.Module) -> str:
+    """Where in the model an export failed and why: the innermost module and source line that are the model's own."""
+    names = {id(child): name for name, child in module.named_modules()}
+    where, line = type(module).__name__, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            where = f"{names[id(owner)] or 'the model'} ({type(owner).__name__})"
+        file = frame.f_code.co_filename
+        if _is_model_code(file):
+            line = f", {Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
+    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    return f"{where}{line}: {reason}"
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parents[1])
+
+
+def _is_model_code(file: str) -> bool:
+    return not file.startswith((_TORCH, _OURS, "<")) and "importlib" not in file

@@ -1,0 +1,239 @@
+"""An exported program as one flat, pure graph: wrappers inlined, sizes as expressions in B and S, no operator in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from shardcomp.errors import CaptureError
+from shardcomp.kernels.attention import attention
+from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
+
+aten = torch.ops.aten
+
+_ROLES = {
+    InputKind.USER_INPUT: INPUT,
+    InputKind.PARAMETER: PARAMETER,
+    InputKind.BUFFER: BUFFER,
+    InputKind.CONSTANT_TENSOR: BUFFER,
+}
+_MAKES_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
+
+
+def flatten(exported: ExportedProgram, parameters: Mapping[str, Parameter]) -> Body:
+    """The exported graph as a Body.
+
+    Placeholders come inputs first, then parameters, then buffers; a tied weight is one placeholder under its first name. Every
+    call has `value`, `path` (its module), `source` (the model's file and line) and, if it was made under no_grad, `no_grad`.
+    Raises CaptureError for what has no place in such a graph.
+    """
+    return _Flattening(exported, parameters).body
+
+
+class _Flattening:
+    def __init__(self, exported: ExportedProgram, parameters: Mapping[str, Parameter]) -> None:
+        self.graph = fx.Graph()
+        self.sizes: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.parameters = parameters
+        env = self._placeholders(exported)
+        results = self._inline(exported.graph_module, env, {})
+        self.graph.output(tuple(results))
+        self.body = Body("Model", self.graph)
+        mark_gradients(self.body, parameters)
+
+    def _placeholders(self, exported: ExportedProgram) -> dict[fx.Node, Any]:
+        first_names = {alias: p.name for p in self.parameters.values() for alias in p.aliases}
+        nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
+        env: dict[fx.Node, Any] = {}
+        found: dict[str, list[tuple[fx.Node, str]]] = {INPUT: [], PARAMETER: [], BUFFER: []}
+        for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
+            if spec.kind not in _ROLES:
+                raise CaptureError(f"the model takes {node.name}, which is no tensor ({spec.kind.name})")
+            role = _ROLES[spec.kind]
+            if role == INPUT and not isinstance(node.meta.get("val"), Tensor):
+                env[node] = node.meta.get("val")
+                continue
+            name = node.name if role == INPUT else str(spec.target)
+            found[role].append((node, first_names.get(name, name)))
+        for node, _ in found[INPUT]:
+            for size, symbol in zip(node.meta["val"].shape, (B, S), strict=False):
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    self.sizes.setdefault(size.node.expr, symbol)
+        made: dict[str, fx.Node] = {}
+        for role, entries in found.items():
+            for node, name in entries:
+                if name not in made:
+                    made[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
+                    made[name].meta = {"role": role, "path": name, "value": self._value(node.meta["val"], node)}
+                env[node] = made[name]
+        return env
+
+    def _inline(self, module: fx.GraphModule, env: dict[fx.Node, Any], extra: dict[str, Any]) -> list[Any]:
+        """Copy the nodes of `module`; `env` maps its nodes to copies and sizes. Returns its results."""
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return [self._map(result, env) for result in node.args[0]]
+            if node.op == "get_attr":
+                env[node] = getattr(module, str(node.target))
+            elif node.op == "call_function":
+                env[node] = self._call(node, env, extra)
+        raise AssertionError("a graph without an output")
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any], extra: dict[str, Any]) -> Any:
+        name = getattr(node.target, "__name__", str(node.target))
+        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            return self._wrapper(node, env, extra, name)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"{_where(node)}: the model's control flow depends on data ({name}), which has no one graph")
+        known = node.meta.get("val")
+        if known is None:
+            return None  # an assertion about shapes or metadata
+        if not _has_tensor(known):
+            return self._size(known, node)
+        args, kwargs = (self._map(given, env) for given in (node.args, node.kwargs))
+        if name == "getitem" and isinstance(args[0], (list, tuple)):
+            return args[0][args[1]]
+        target = _pure(node)
+        if target is torch.ops.shardcomp.attention.default:
+            target, args, kwargs = _attention_call(args, kwargs)
+        copy = self.graph.call_function(target, args, kwargs)
+        copy.meta = {
+            "value": pytree.tree_map(lambda result: self._value(result, node), _results(known)),
+            "path": _module_path(node),
+            "source": _source(node),
+            **extra,
+        }
+        if _in_place(node):
+            env[node.args[0]] = copy
+        return copy
+
+    def _wrapper(self, node: fx.Node, env: dict[fx.Node, Any], extra: dict[str, Any], name: str) -> list[Any]:
+        """The body of `with torch.set_grad_enabled(…)` or `with torch.autocast(…)`."""
+        if name == "wrap_with_autocast":
+            _, _, enabled, _, inner, *operands = (self._map(argument, env) for argument in node.args)
+            if enabled:
+                raise CaptureError(f"{_where(node)}: the model turns autocast on, which leaves no trace in a graph")
+        else:
+            enabled, inner, *operands = (self._map(argument, env) for argument in node.args)
+            extra = {key: held for key, held in extra.items() if key != "no_grad"} | ({} if enabled else {"no_grad": True})
+        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        return self._inline(inner, dict(zip(placeholders, operands, strict=True)), extra)
+
+    def _map(self, argument: Any, env: dict[fx.Node, Any]) -> Any:
+        if isinstance(argument, fx.Node):
+            return env[argument]
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self._map(entry, env) for entry in argument)
+        if isinstance(argument, dict):
+            return {key: self._map(entry, env) for key, entry in argument.items()}
+        return argument
+
+    def _value(self, result: Any, node: fx.Node) -> Any:
+        if not isinstance(result, Tensor):
+            return result
+        return Value(tuple(self._size(size, node) for size in result.shape), result.dtype)
+
+    def _size(self, size: Any, node: fx.Node) -> Any:
+        """A number that the graph computes: itself, or an expression in B and S."""
+        if not isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return size
+        expr = size.node.expr.xreplace(self.sizes)
+        if expr.free_symbols - {B, S}:
+            raise CaptureError(f"{_where(node)}: a size depends on the data")
+        if expr.is_Integer:
+            return int(expr)
+        return float(expr) if expr.is_number else expr
+
+
+def mark_gradients(body: Body, parameters: Mapping[str, Parameter]) -> None:
+    """Write into every value whether a gradient flows into it: it is floating and comes from a parameter that needs one."""
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            flows = node.meta["role"] == PARAMETER and parameters[node.meta["path"]].requires_grad
+        elif node.op == "call_function":
+            packet = getattr(node.target, "overloadpacket", node.target)
+            name = getattr(packet, "__name__", "")
+            blocked = node.meta.get("no_grad") or name in _MAKES_NO_GRADIENT or name.startswith("new_")
+            flows = not blocked and any(_needs_gradient(argument) for argument in tensor_arguments(node))
+        else:
+            continue
+        node.meta["value"] = pytree.tree_map_only(
+            Value, lambda held, flows=flows: Value(held.shape, held.dtype, flows and held.floating, held.layout), node.meta["value"]
+        )
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    return any(isinstance(held, Value) and held.requires_grad for held in pytree.tree_leaves(node.meta["value"]))
+
+
+def _results(known: Any) -> Any:
+    return tuple(known) if isinstance(known, (list, tuple)) else known
+
+
+def _has_tensor(known: Any) -> bool:
+    return any(isinstance(result, Tensor) for result in pytree.tree_leaves(known))
+
+
+def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The recorded operator as a call of its Python function, without the arguments that are left at their defaults."""
+    schema = torch.ops.shardcomp.attention.default._schema
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    named = {a.name: given[a.name] for a in schema.arguments[3:] if a.name in given and given[a.name] != a.default_value}
+    return attention, args[:3], named
+
+
+def _in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _pure(node: fx.Node) -> Callable[..., Any]:
+    """The operator of a call; for one that works in place, its counterpart that does not."""
+    target = node.target
+    if not _in_place(node):
+        return target  # type: ignore[return-value]
+    changed = node.args[0]
+    packet = getattr(aten, str(target.overloadpacket.__name__).removesuffix("_"), None)  # type: ignore[union-attr]
+    pure = getattr(packet, target._overloadname, None) if packet is not None else None  # type: ignore[union-attr]
+    if pure is None or not isinstance(changed, fx.Node) or changed.op != "call_function" or _shares_memory(changed):
+        raise CaptureError(f"{_where(node)}: {target} changes a tensor in place that other tensors may share")
+    if changed.meta["val"].dtype != node.meta["val"].dtype:
+        raise CaptureError(f"{_where(node)}: {target} changes a tensor in place and casts the result")
+    return pure
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether a tensor may be a view of another, or another a view of it."""
+    return any(_is_view(call) for call in (node, *node.users))
+
+
+def _is_view(call: fx.Node) -> bool:
+    schema = getattr(call.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+
+
+def _module_path(node: fx.Node) -> str:
+    """The innermost module that a call was made in; the root is ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    path = re.sub(r"@\d+", "", path)
+    return "" if path.startswith("_empty_nn_module_stack") else path
+
+
+def _source(node: fx.Node) -> str:
+    """`file.py:line` of the model."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+
+
+def _where(node: fx.Node) -> str:
+    return ", ".join(part for part in (_module_path(node) or "the model", _source(node)) if part)
