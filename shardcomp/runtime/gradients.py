@@ -15,15 +15,12 @@ from shardcomp.collectives import Axis
 class PartialGradients:
     """Parameters on whose gradient each rank of an axis holds one summand, such as a norm's weight under sequence parallelism.
 
-    What a backward adds is summed over the axis once, when all of the step's gradients are there. Only that increment:
-    gradients
+    What a backward adds is summed over the axis once, when all of the step's gradients are there. Only that increment: gradients
     that stood before were summed already, and summing them again would count them once per rank.
     """
 
-    def __init__(
-        self, parameters: Iterable[tuple[Callable[[], nn.Parameter], tuple[str, ...]]], axes: Mapping[str, Axis]
-    ) -> None:
-        self._parameters = [(get, names) for get, names in parameters if any(axes[name].size > 1 for name in names)]
+    def __init__(self, parameters: Iterable[tuple[nn.Parameter, tuple[str, ...]]], axes: Mapping[str, Axis]) -> None:
+        self._parameters = [(p, names) for p, names in parameters if any(axes[name].size > 1 for name in names)]
         self._axes = axes
         self._before: list[Tensor | None] | None = None
 
@@ -31,9 +28,9 @@ class PartialGradients:
         """Called before a backward: take the gradients that stand away."""
         if self._before is not None:
             return
-        self._before = [get().grad for get, _ in self._parameters]
-        for get, _ in self._parameters:
-            get().grad = None
+        self._before = [p.grad for p, _ in self._parameters]
+        for p, _ in self._parameters:
+            p.grad = None
 
     @torch.no_grad()
     def add_up(self) -> None:
@@ -42,16 +39,15 @@ class PartialGradients:
             return
         before, self._before = self._before, None
         for name, axis in self._axes.items():
-            new = [_local(p.grad) for get, names in self._parameters if name in names and (p := get()).grad is not None]
+            new = [_local(p.grad) for p, names in self._parameters if name in names and p.grad is not None]
             if not new or axis.size == 1:
                 continue
             total = axis.all_reduce(torch.cat([gradient.flatten() for gradient in new]))
             for gradient, piece in zip(new, total.split([g.numel() for g in new]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
-        for (get, _), old in zip(self._parameters, before, strict=True):
-            parameter = get()
+        for (p, _), old in zip(self._parameters, before, strict=True):
             if old is not None:
-                parameter.grad = old if parameter.grad is None else parameter.grad + old
+                p.grad = old if p.grad is None else p.grad + old
 
 
 class _Began(torch.autograd.Function):

@@ -1,10 +1,15 @@
-"""HuggingFace directories: reading only this rank's part of each tensor, and writing a model from all ranks together."""
+"""HuggingFace directories: reading one rank's slices of safetensors, and writing a directory from all ranks.
+
+Nothing is ever unpickled, and no process holds more of a model than one file of it.
+"""
 
 from __future__ import annotations
 
+import copy
+import fnmatch
 import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,174 +18,292 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shardcomp.errors import CheckpointError, raise_all
+from shardcomp.errors import CheckpointError, InternalError, ShardError, raise_all
+from shardcomp.runtime.staging import Staging
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
-"""(name, global shape, dtype, a function that every rank calls and that returns the whole tensor on the CPU)."""
+"""A tensor to save: its name, global shape, dtype, and a call that returns it whole on the CPU."""
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (SINGLE, INDEX, "model-*-of-*.safetensors")
+PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+RECOMPUTED = ("inv_freq",)
+"""Last parts of the names of tensors that older releases saved and every release computes."""
+FLOATING = ("F64", "F32", "F16", "BF16")
+SHOWN = 8
 
 
 class WeightFiles:
-    """The safetensors files of a HuggingFace directory. Opening reads headers only; nothing is ever unpickled."""
+    """The tensors of a HuggingFace directory (`model.safetensors`, or its index and shards). Opening reads headers only.
+
+    `bytes_read` counts what `read` has read. Raises CheckpointError where there is nothing to open; what is wrong with the
+    files is for `check` to say.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self.bytes_read = 0
-        self._aliases: dict[str, str] = {}
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, Path] = {}
-        problems = []
-        for path in self._paths():
-            try:
-                file = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError, ValueError) as fault:
-                problems.append(f"{path.name} is not a whole safetensors file: {fault}")
-                continue
-            self._files[str(path)] = file
-            self._where.update(dict.fromkeys(file.keys(), path))
-        raise_all(CheckpointError, str(self.directory), problems)
+        self._found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # name -> file, shape, dtype as the file says it
+        self._unreadable: dict[str, str] = {}  # file -> why
+        self._problems: list[str] = []
+        self._stored_as: dict[str, list[str]] = {}
+        self._promised: dict[str, str] = {}  # name -> file, as the index says
+        for file in self._files():
+            self._open(file)
+        for name, file in self._promised.items():
+            if name not in self._found and file not in self._unreadable:
+                self._problems.append(f"{INDEX} says that {file} holds {name}, but it does not")
 
-    def _paths(self) -> list[Path]:
-        at = self.directory
-        if not at.is_dir():
-            raise CheckpointError(f"{at}: no such directory; give a directory with {SINGLE} or {INDEX}")
-        if (at / INDEX).is_file():
-            try:
-                names = sorted(set(json.loads((at / INDEX).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as fault:
-                raise CheckpointError(f"{at / INDEX} is not an index of safetensors files: {fault}") from fault
-            strange = [name for name in names if Path(name).name != name]
-            missing = [name for name in names if not (at / name).is_file()]
-            if strange or missing:
-                raise CheckpointError(f"{at / INDEX} names files that are not there: {', '.join(strange + missing)}")
-            return [at / name for name in names]
-        if (at / SINGLE).is_file():
-            return [at / SINGLE]
-        pickled = sorted(path.name for path in at.glob("*.bin"))
+    def _files(self) -> list[str]:
+        if not self.directory.is_dir():
+            kind = "is no directory" if self.directory.exists() else "does not exist"
+            raise CheckpointError(f"{self.directory} {kind}: give a directory that save_pretrained wrote or the hub gave")
+        if (self.directory / SINGLE).exists():
+            return [SINGLE]
+        if (self.directory / INDEX).exists():
+            return self._indexed()
+        names = sorted(path.name for path in self.directory.iterdir())
+        pickled = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLED)]
         if pickled:
             raise CheckpointError(
-                f"{at} has only {', '.join(pickled[:3])}, which would have to be unpickled; save the model with "
-                "save_pretrained(safe_serialization=True) first"
+                f"{self.directory}: its weights are pickled ({_some(pickled)}), and unpickling runs whatever the file says: load it "
+                "with transformers where you trust it, and save it again with save_pretrained, which writes safetensors"
             )
-        raise CheckpointError(f"{at} has neither {SINGLE} nor {INDEX}")
+        raise CheckpointError(f"{self.directory} holds neither {SINGLE} nor {INDEX}, only {_some(names) or 'nothing'}")
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str], spare: Iterable[str] = ()) -> None:
-        """Raise one CheckpointError that lists every tensor that is missing, unexpected or of another shape.
+    def _indexed(self) -> list[str]:
+        try:
+            found = json.loads((self.directory / INDEX).read_text())["weight_map"]
+            self._promised = {str(name): str(file) for name, file in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise CheckpointError(
+                f"{self.directory / INDEX} is damaged ({type(problem).__name__}: {problem}): get the directory again"
+            ) from problem
+        outside = [file for file in self._promised.values() if Path(file).name != file]
+        if outside:
+            raise CheckpointError(f"{self.directory / INDEX} names {outside[0]}, which is not a file of this directory")
+        return sorted(set(self._promised.values()))
 
-        expected: name -> global shape. aliases: another name of a tied weight -> its name; either may be in the files. spare: names
-        that the files may hold beside, such as buffers.
+    def _open(self, file: str) -> None:
+        try:
+            with safe_open(str(self.directory / file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118: it is no dictionary
+                    held = opened.get_slice(name)
+                    if name in self._found:
+                        self._problems.append(f"{name} is in {self._found[name][0]} and in {file}")
+                    self._found[name] = (file, tuple(held.get_shape()), str(held.get_dtype()))
+        except FileNotFoundError:
+            self._unreadable[file] = f"{file} is missing, but {INDEX} names it: get the file"
+        except (SafetensorError, OSError) as problem:
+            self._unreadable[file] = f"{file} is truncated or no safetensors file ({problem}): get the file again"
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> None:
+        """Compare the headers with a model. Raises one CheckpointError with everything that does not fit.
+
+        expected: global shapes by name. aliases: the other names of tied weights -> the name in `expected`; a tied weight may be
+        stored under any of its names, or several.
         """
-        self._aliases = {}
-        for alias, name in aliases.items():
-            if name not in self._where and alias in self._where:
-                self._aliases[name] = alias
-        problems = []
-        for name, shape in expected.items():
-            found = self._shape(name)
-            if found is None:
-                problems.append(f"{name} is missing")
-            elif found != tuple(shape):
-                problems.append(f"{name} has the shape {list(found)}, the model's is {list(shape)}")
-        known = {*expected, *aliases, *spare}
-        unexpected = [n for n in self._where if n not in known and not n.endswith(("inv_freq", ".masked_bias", ".attn.bias"))]
-        problems += [f"{name} is not in the model" for name in unexpected]
-        if len(problems) > 24:
-            problems = [*problems[:24], f"and {len(problems) - 24} more: the files are of another model"]
-        raise_all(CheckpointError, str(self.directory), problems)
+        spellings: dict[str, list[str]] = {name: [name] for name in expected}
+        for alias, name in (aliases or {}).items():
+            spellings.setdefault(name, [name]).append(alias)
+        self._stored_as = {name: [each for each in known if each in self._found] for name, known in spellings.items()}
+        raise_all(CheckpointError, str(self.directory), self._violations(expected, spellings))
 
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        stored = self._aliases.get(name, name)
-        if stored not in self._where:
-            return None
-        return tuple(self._files[str(self._where[stored])].get_slice(stored).get_shape())
+    def _violations(self, expected: Mapping[str, tuple[int, ...]], spellings: Mapping[str, list[str]]) -> Iterator[str]:
+        yield from self._unreadable.values()
+        yield from self._problems
+        # What a damaged file ought to hold is not missing as well; without an index it might have held anything.
+        excused = {name for name, file in self._promised.items() if file in self._unreadable}
+        everything = bool(self._unreadable) and not self._promised
+        missing = [name for name in expected if not self._stored_as[name] and not excused & set(spellings[name])]
+        if missing and not everything:
+            yield f"{len(missing)} of the model's {len(expected)} tensors are not in it: {_some(missing)}; is it of another model?"
+        known = {each for names in spellings.values() for each in names}
+        unexpected = [n for n in self._found if n not in known and n.rpartition(".")[2] not in RECOMPUTED]
+        if unexpected:
+            yield f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}; is it of another model?"
+        stored = [(name, each) for name in expected for each in self._stored_as[name]]
+        misshapen = [
+            f"{each} is {_shape(self._found[each][1])} in {self._found[each][0]} and {_shape(expected[name])} in the model"
+            for name, each in stored
+            if self._found[each][1] != tuple(expected[name])
+        ]
+        yield from misshapen[:SHOWN]
+        if len(misshapen) > SHOWN:
+            yield f"{len(misshapen) - SHOWN} more tensors have other shapes than the model's"
+        coded = [f"{each} ({self._found[each][2]})" for _, each in stored if self._found[each][2] not in FLOATING]
+        if coded:
+            yield f"{len(coded)} tensors are not floating, as quantized weights are: {_some(coded)}; give the unquantized weights"
 
     def read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
-        """One part of a tensor; only its bytes are read."""
-        stored = self._aliases.get(name, name)
-        path = self._where[stored]
+        """The part of a tensor that `index` says (a slice without step for each dimension), on the CPU in `dtype`.
+
+        No more than this part is read. Raises CheckpointError where the file has changed since, or where a tied weight is stored
+        under two names with two values.
+        """
+        stored = self._stored_as.get(name) or [name]
+        parts = [self._read(each, index) for each in stored]
+        for other, part in zip(stored[1:], parts[1:], strict=True):
+            if not torch.equal(part, parts[0]):
+                raise CheckpointError(
+                    f"{self.directory}: {stored[0]} and {other} are one weight in the model, but differ in the files: it was "
+                    "trained untied (tie_word_embeddings = false)"
+                )
+        return parts[0].to(dtype, copy=True)
+
+    def _read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        if name not in self._found:
+            raise CheckpointError(f"{self.directory} holds no {name}")
+        file = self._found[name][0]
         try:
-            part = self._files[str(path)].get_slice(stored)[index]
-        except (SafetensorError, OSError, ValueError) as fault:
-            raise CheckpointError(f"{path}: {stored} cannot be read: {fault}") from fault
-        self.bytes_read += part.numel() * part.element_size()
-        return part.to(dtype)
+            with safe_open(str(self.directory / file), framework="pt") as opened:
+                part: Tensor = opened.get_slice(name)[index]
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(f"{self.directory / file} can no longer be read: {problem}") from problem
+        self.bytes_read += part.nbytes
+        return part
 
 
 def save_pretrained(
-    directory: str | Path, entries: Iterable[Entry], config: Any, is_writer: bool, max_shard_size: int = 5 * 1024**3
+    directory: str | Path,
+    tensors: Iterable[Entry],
+    config: Any,
+    is_writer: bool,
+    max_shard_size: int = 5 * 10**9,
+    generation_config: Any = None,
 ) -> None:
-    """Write config.json and safetensors files of at most `max_shard_size` bytes each.
+    """Write a directory that transformers' `from_pretrained` loads: config.json, and safetensors of at most `max_shard_size` bytes
+    (or one tensor) a file.
 
-    Every rank calls this with the same entries; the writer holds one file's tensors at a time. The directory appears at the end, so
-    that a save which fails leaves what was there. Raises CheckpointError where something other than an earlier save is there.
+    Every rank calls this with the same list; the calls in it are collective. Only the writer keeps what they return, one file at
+    a time, and only it touches the disk. The directory is written beside its place and moved there at the end, so that a save
+    that fails leaves what was there; an earlier save is replaced, with other files in it kept, and any other directory is
+    refused. The writer raises CheckpointError, after all collectives, so that no other rank waits for it in one.
     """
-    target = Path(directory)
-    if is_writer:
-        check_target(target)
-    shards = _shards(list(entries), max_shard_size)
-    scratch = target.with_name(f".{target.name}.saving")
-    if is_writer:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    total, weight_map = 0, {}
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, _, _, fetch in shard:
-            tensor = fetch()
-            if is_writer:
-                tensors[name] = tensor.contiguous()
-                total += tensor.numel() * tensor.element_size()
-                weight_map[name] = file
-        if is_writer:
-            save_file(tensors, scratch / file, metadata={"format": "pt"})
-    if not is_writer:
-        return
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    if config is not None:
-        config.save_pretrained(scratch)
-    _put_in_place(scratch, target)
+    if config is None:
+        raise CheckpointError("the model has no HuggingFace configuration to save: save its state with torch.distributed.checkpoint")
+    if max_shard_size < 1:
+        raise CheckpointError(f"max_shard_size = {max_shard_size}: give a number of bytes, such as {5 * 10**9}")
+    shards = _shards(tensors, max_shard_size)
+    save = _Save(Path(directory)) if is_writer else None
+    try:
+        if save is not None:
+            save.attempt(save.begin, config, generation_config, shards)
+        for file, shard in shards.items():
+            fetched = {}
+            for name, _, _, fetch in shard:
+                tensor = fetch()
+                if save is not None and save.failure is None:
+                    fetched[name] = tensor
+                del tensor
+            if save is not None:
+                save.attempt(save.write, file, shard, fetched)
+        if save is not None:
+            save.attempt(save.commit)
+    finally:
+        if save is not None:
+            save.discard()
+    if save is not None and save.failure is not None:
+        if isinstance(save.failure, ShardError):
+            raise save.failure
+        raise CheckpointError(f"{directory}: not saved: {type(save.failure).__name__}: {save.failure}") from save.failure
 
 
-def check_target(target: Path) -> None:
-    """Raise CheckpointError unless a model may be written to `target`: nothing is there, or an earlier save."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target} is a file; give a directory")
-    foreign = sorted(p.name for p in target.iterdir() if not _is_ours(p))
-    if foreign:
-        raise CheckpointError(f"{target} holds {', '.join(foreign[:3])}, which no earlier save wrote; give an empty or new directory")
+class _Save:
+    """The writer's part of a save. After the first failure, which is kept, nothing more is attempted."""
+
+    def __init__(self, destination: Path) -> None:
+        self.destination = destination
+        self.failure: Exception | None = None
+        self.staging: Staging | None = None
+
+    def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+        if self.failure is None:
+            try:
+                step(*arguments)
+            except Exception as problem:
+                self.failure = problem
+
+    @property
+    def path(self) -> Path:
+        assert self.staging is not None
+        return self.staging.path
+
+    def begin(self, config: Any, generation_config: Any, shards: Mapping[str, list[Entry]]) -> None:
+        self.staging = Staging(self.destination, (CONFIG, *WEIGHTS), _is_save)
+        entries = [entry for shard in shards.values() for entry in shard]
+        _described(config, entries).save_pretrained(self.path)
+        if generation_config is not None:
+            generation_config.save_pretrained(self.path)
+        if len(shards) > 1:
+            total = sum(_nbytes(entry) for entry in entries)
+            where = {entry[0]: file for file, shard in shards.items() for entry in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+            (self.path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, file: str, shard: list[Entry], fetched: dict[str, Tensor]) -> None:
+        for name, shape, dtype, _ in shard:
+            tensor = fetched[name]
+            if (tuple(tensor.shape), tensor.dtype) != (tuple(shape), dtype):
+                raise InternalError(f"{name}: {tensor.dtype} {_shape(tensor.shape)} was to be {dtype} {_shape(shape)}")
+            fetched[name] = tensor.contiguous()
+        save_file(fetched, self.path / file, metadata={"format": "pt"})
+
+    def commit(self) -> None:
+        assert self.staging is not None
+        self.staging.commit()
+
+    def discard(self) -> None:
+        if self.staging is not None:
+            self.staging.discard()
 
 
-def _is_ours(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name in (INDEX, "config.json", "generation_config.json")
+def _is_save(directory: Path) -> bool:
+    """Whether a directory was written by `save_pretrained`, ours or transformers', as safetensors."""
+    return (directory / CONFIG).is_file() and any(any(directory.glob(pattern)) for pattern in WEIGHTS)
 
 
-def _shards(entries: list[Entry], limit: int) -> list[list[Entry]]:
+def _shards(tensors: Iterable[Entry], limit: int) -> dict[str, list[Entry]]:
+    """Which tensors go into which file, in order, each file as full as `limit` bytes allow."""
     shards: list[list[Entry]] = [[]]
     size = 0
-    for entry in entries:
-        _, shape, dtype, _ = entry
-        one = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and size + one > limit:
+    for entry in tensors:
+        if shards[-1] and size + _nbytes(entry) > limit:
             shards.append([])
             size = 0
         shards[-1].append(entry)
-        size += one
-    return shards
+        size += _nbytes(entry)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _put_in_place(scratch: Path, target: Path) -> None:
-    """Rename, so that the target is the old save or the new one, and never a mixture."""
-    if not target.exists():
-        scratch.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    scratch.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _nbytes(entry: Entry) -> int:
+    return math.prod(entry[1]) * entry[2].itemsize
+
+
+def _described(config: Any, entries: list[Entry]) -> Any:
+    """A copy of the configuration that names the class, and the dtype that most of the weights have: what is loaded with
+    `dtype="auto"`, transformers 5's default, is then what was saved."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    saved = copy.deepcopy(config)
+    sizes: dict[torch.dtype, int] = {}
+    for entry in entries:
+        if entry[2].is_floating_point:
+            sizes[entry[2]] = sizes.get(entry[2], 0) + _nbytes(entry)
+    if sizes:
+        # Releases before 4.56 know the dtype by another name.
+        setattr(saved, "dtype" if hasattr(saved, "dtype") else "torch_dtype", max(sizes, key=lambda dtype: sizes[dtype]))
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(saved.model_type)
+    if not saved.architectures and isinstance(known, str):
+        saved.architectures = [known]
+    return saved
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return "×".join(str(size) for size in sizes) or "a scalar"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -78,7 +78,7 @@ class ShardedModel(nn.Module):
         self._blueprint = blueprint
         self._stages: dict[Call, tuple[Blueprint, Stage]] = {}
         self._partial = PartialGradients(
-            [(self._getter(name), p.partial_gradient) for name, p in blueprint.parameters.items()], self._axes
+            [(self._get(name), plan.partial_gradient) for name, plan in blueprint.parameters.items()], self._axes
         )
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
@@ -152,6 +152,7 @@ class ShardedModel(nn.Module):
         """Write a HuggingFace directory (config.json, safetensors) from all ranks together; no rank holds the whole model."""
         from shardcomp.runtime.huggingface import save_pretrained
 
+        self._lay_down()
         plans = self._blueprint.parameters
         entries = [(n, p.shape, self._get(n).dtype, self._fetcher(n)) for n, p in plans.items()]
         for name in self._blueprint.persistent_buffers:
@@ -168,12 +169,8 @@ class ShardedModel(nn.Module):
         return fetch
 
     def _get(self, name: str) -> Any:
-        return self._getter(name)()
-
-    def _getter(self, name: str) -> Callable[[], Any]:
         path, _, leaf = name.rpartition(".")
-        module = self.get_submodule(path)
-        return lambda: getattr(module, leaf)
+        return getattr(self.get_submodule(path), leaf)
 
     def _tokens(self, stage: Stage, blueprint: Blueprint, batch: Mapping[str, Tensor]) -> Tensor:
         """The labels of the global batch that the loss is a mean over."""
