@@ -86,7 +86,7 @@ def _random_numbers(program: Program) -> Iterator[str]:
 def _draws(node: fx.Node) -> bool:
     if node.target is attention:
         return bool(node.kwargs.get("dropout"))
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = _packet(node)
     if packet in _DROPOUTS:
         return bool(node.args[1]) and bool(node.args[2])
     if packet is aten.scaled_dot_product_attention:
@@ -117,7 +117,7 @@ class _Rewriting:
         kwargs = fx.map_arg(dict(node.kwargs), lambda argument: self._read(argument, frozen, node))
         kwargs = {key: held for key, held in kwargs.items() if key not in _PLACES}
         target: Any = node.target
-        packet = getattr(target, "overloadpacket", None)
+        packet = _packet(node)
         source = args[0] if args and isinstance(args[0], fx.Node) else None
         if source is not None and isinstance(source.meta["value"], Value) and isinstance(node.meta["value"], Value):
             before, after = value(source), value(node)
@@ -165,6 +165,11 @@ def _keeps(packet: Any, args: Any, after: Value) -> bool:
     return packet in (aten.add, aten.sub) and type(args[1]) is int and args[1] == 0 and not after.floating
 
 
+def _packet(node: fx.Node) -> Any:
+    """The operator of a call without its overload; None for a Python function."""
+    return getattr(node.target, "overloadpacket", None)
+
+
 def _takes_dtype(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
@@ -200,44 +205,50 @@ def _is_idle(mask: fx.Node, program: Program) -> bool:
 
 def _count_labels(body: Body, program: Program) -> None:
     """Replace the mean of a cross entropy by its sum over the labels that count, divided by the number given."""
-    graph = body.graph
-    position = list(program.outputs).index("loss")
-    result = body.results[position]
+    loss = _mean_loss(body, program)
+    logits, labels, ignored = _cross_entropy_arguments(loss, program)
+    held = value(loss)
+    with body.graph.inserting_after(body.placeholders(INPUT)[-1]):
+        count = body.graph.placeholder(COUNT)
+        count.meta = {"role": INPUT, "path": COUNT, "value": Value((), torch.int64)}
+    with body.graph.inserting_before(loss):
+        losses = body.graph.call_function(cross_entropy, (logits, labels, ignored))
+        total = body.graph.call_function(aten.sum.default, (losses,))
+        mean = body.graph.call_function(aten.div.Tensor, (total, count))
+    for node, shape in ((losses, value(labels).shape), (total, ()), (mean, ())):
+        node.meta = {**loss.meta, "value": Value(shape, held.dtype)}
+    loss.replace_all_uses_with(mean)
+
+
+def _mean_loss(body: Body, program: Program) -> fx.Node:
+    """The one cross entropy that the loss is."""
+    result = body.results[list(program.outputs).index("loss")]
+    found = [node for node in ancestors([result]) if _packet(node) is aten.cross_entropy_loss]
+    if len(found) != 1:
+        raise CaptureError(f"{program.name}: {len(found)} cross entropies feed the loss; exactly one can be spread over ranks")
     loss = result
     while loss.target is aten.to.dtype:
         loss = loss.args[0]  # type: ignore[assignment]
-    means = [node for node in ancestors([result]) if getattr(node.target, "overloadpacket", None) is aten.cross_entropy_loss]
-    if len(means) != 1:
-        raise CaptureError(f"{program.name}: {len(means)} cross entropies feed the loss; exactly one can be spread over ranks")
-    where = f"{program.name}, {loss.meta.get('source') or 'its loss'}"
-    if loss is not means[0]:
+    if loss is not found[0]:
         raise CaptureError(
-            f"{where}: the loss is not the mean of a cross entropy but made of one by {loss.target}; give labels only to a model "
-            "whose loss is that mean, or take its logits and compute the loss yourself"
+            f"{program.name}, {loss.meta['source']}: the loss is not the mean of a cross entropy but is made of one by "
+            f"{loss.target}; turn off what the model adds to it, or take the logits and compute the loss outside"
         )
+    return loss
+
+
+def _cross_entropy_arguments(loss: fx.Node, program: Program) -> tuple[fx.Node, fx.Node, int]:
+    """Logits [t, v], labels [t] and the label that does not count."""
     names = [argument.name for argument in loss.target._schema.arguments]  # type: ignore[union-attr]
-    defaults = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
-    given = defaults | dict(zip(names, loss.args, strict=False)) | loss.kwargs
-    logits, labels = given["self"], given["target"]
-    odd = [f"{key} = {given[key]}" for key in ("weight", "reduction", "label_smoothing") if given[key] != defaults[key]]
-    if odd or len(value(logits).shape) != 2:
-        shape = value(logits).shape
-        raise CaptureError(f"{where}: the cross entropy is not a plain mean over [t, v] logits: {', '.join(odd) or f'they are {shape}'}")
-    with graph.inserting_after(body.placeholders(INPUT)[-1]):
-        count = graph.placeholder(COUNT)
-        count.meta = {"role": INPUT, "path": COUNT, "value": Value((), torch.int64)}
-    held = value(loss)
-    steps = (
-        (cross_entropy, lambda before: (logits, labels, given["ignore_index"]), Value(value(labels).shape, held.dtype)),
-        (aten.sum.default, lambda before: (before,), held),
-        (aten.div.Tensor, lambda before: (before, count), held),
-    )
-    made = loss
-    with graph.inserting_before(loss):
-        for target, arguments, known in steps:
-            made = graph.call_function(target, arguments(made))
-            made.meta = {**loss.meta, "value": known}
-    loss.replace_all_uses_with(made)
+    plain = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
+    given = {**plain, **dict(zip(names, loss.args, strict=False)), **loss.kwargs}
+    odd = [f"{key} = {given[key]}" for key in ("weight", "reduction", "label_smoothing") if given[key] != plain[key]]
+    if len(value(given["self"]).shape) != 2:
+        odd.append(f"logits of shape {value(given['self']).shape}")
+    if odd:
+        where = f"{program.name}, {loss.meta['source']}"
+        raise CaptureError(f"{where}: only the plain mean of a cross entropy over [t, v] can be split; here {', '.join(odd)}")
+    return given["self"], given["target"], given["ignore_index"]
 
 
 def _drop_dead(body: Body) -> None:

@@ -48,7 +48,7 @@ from shardcomp.program import (
     tensor_arguments,
     value,
 )
-from shardcomp.propagate import Propagation, propagate, values
+from shardcomp.propagate import Cutting, Propagation, propagate, values
 from shardcomp.rules import factoring, unfuse
 from shardcomp.weights import module_of, weight_layouts
 
@@ -73,9 +73,10 @@ def run(program: Program, context: Context) -> Program:
         held.update(zip(unit.outputs, results, strict=True))
         units.append(replace(unit, body=body))
         rewrite.record_partial_gradients(unit, body)
-    heads = tuple(rewrite.violations)
+    violations = rewrite.violations()
+    heads = tuple(violations)
     rows = [text for name, text in uncut.items() if not any(name.startswith(where + ".") for where in heads)]
-    raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*rewrite.violations.values(), *rows])
+    raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*violations.values(), *rows])
     parameters = {
         name: replace(p, layout=layouts.get(name, Layout()), partial_gradient=rewrite.partial.get(name, ()))
         for name, p in program.parameters.items()
@@ -110,7 +111,7 @@ class _Rewrite:
     ) -> None:
         self.program, self.size, self.sequence_parallel = program, size, sequence_parallel
         self.layouts, self.shared = layouts, shared
-        self.violations: dict[str, str] = {}
+        self.indivisible: dict[str, set[int]] = {}
         self.degraded: list[Degraded] = []
         self.partial: dict[str, tuple[str, ...]] = {}
 
@@ -127,7 +128,7 @@ class _Rewrite:
         if self.size == 1:
             return body, tuple(Layout() for _ in body.results)
         self._separate_additions(body, given)
-        done = propagate(body, self.size, given)
+        done = propagate(body, Cutting(self.size, self.sequence_parallel), given)
         self._report(unit, done)
         self._convert(unit, body, done)
         return body, tuple(value(node).layout for node in body.results)
@@ -170,10 +171,16 @@ class _Rewrite:
 
     def _report(self, unit: Unit, done: Propagation) -> None:
         for lost in done.indivisible:
-            legal = [str(n) for n in range(1, lost.size + 1) if lost.size % n == 0]
-            where = module_of(unit, lost.node)
-            text = f"{where}: {self._named_sizes(lost.size)} does not split over tensor = {self.size}: use {', '.join(legal)}"
-            self.violations[where] = f"{self.violations[where]}; {text}" if where in self.violations else text
+            self.indivisible.setdefault(module_of(unit, lost.node), set()).add(lost.size)
+
+    def violations(self) -> dict[str, str]:
+        """For every module that cannot keep its cut: the sizes that do not divide, and the degrees that would."""
+        found = {}
+        for where, sizes in self.indivisible.items():
+            named = " and ".join(self._named_sizes(size) for size in sorted(sizes, reverse=True))
+            legal = ", ".join(str(n) for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes))
+            found[where] = f"{where}: {named} cannot be split over tensor = {self.size}: use {legal}"
+        return found
 
     def _named_sizes(self, size: int) -> str:
         """The size with the names of the configuration's keys that hold it, such as a number of heads."""

@@ -43,6 +43,8 @@ def run(program: Program, context: Context) -> Program:
     [whole] = program.units
     calls = list(whole.body.calls())
     modules = _modules(calls, program)
+    model_type = getattr(program.config, "model_type", None)
+    context.policy.check(program.parameters, modules, program.canonical_names(), model_type)
     kinds = context.policy.unit_kinds(modules)
     order, home = _assign(calls, kinds, whole.body)
     entries = context.policy.weight_entries(program.parameters, program.canonical_names())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.fsdp import FSDPModule
 
 from shardcomp.collectives import EXCHANGES, Axis
 from shardcomp.inspect.listing import source
@@ -84,7 +85,7 @@ def _messages(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
     for unit in {id(u.body): u for u in program.units}.values():
         for node in unit.body.calls():
             for operation, phase in _sent(node):
-                for fault in _faults(operation, program):
+                for fault in _faults(operation, node, program):
                     name = f"{node.args[-1]}_faulty"
                     text = _with_axis(program, node, name)
                     where = ".".join(part for part in (unit.path, node.meta["path"]) if part)
@@ -104,9 +105,10 @@ def _sent(node: fx.Node) -> Iterator[tuple[str, str]]:
         yield from ((operation, phase) for operation, phase, _, _ in node.meta["form"].exchanges(node))
 
 
-def _faults(operation: str, program: Program) -> list[str]:
+def _faults(operation: str, node: fx.Node, program: Program) -> list[str]:
+    """What can go wrong with a message and leave every shape right. A split form adds up what it gathers, in whatever order."""
     faults = [SILENT]
-    if operation != "all_reduce":
+    if operation != "all_reduce" and "form" not in node.meta:
         faults.append(SHIFTED)
     if program.mesh.dp > 1 and (operation == "all_reduce" or program.mesh.dp == program.mesh.tp):
         faults.append(ASTRAY)
@@ -149,10 +151,14 @@ def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
 
         def unreduced(sharded: ShardedModel, index: int = index) -> None:
             home: Any = sharded._homes[index]
-            if hasattr(home, "set_requires_all_reduce"):
-                home.set_requires_all_reduce(False)
-            else:
-                sharded._root.set_requires_all_reduce(False, recurse=False)
+            module = home if isinstance(home, FSDPModule) else sharded._root
+            true = sharded._root.set_requires_gradient_sync
+
+            def without(sync: bool) -> None:
+                true(sync)
+                module.set_requires_all_reduce(False, recurse=False)
+
+            object.__setattr__(sharded._root, "set_requires_gradient_sync", without)
 
         yield Mutant(f"{program.units[index].path}: gradients not summed over dp", blueprint, unreduced)
 

@@ -30,7 +30,9 @@ class Widened(TorchFunctionMode):
     other tensors are widened.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run `func` with every narrow dtype among its arguments widened."""
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and args[0].dtype != torch.float32:

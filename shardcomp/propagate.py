@@ -54,8 +54,16 @@ class Indivisible:
     size: int
 
 
-def propagate(body: Body, axis_size: int, given: Mapping[fx.Node, Placement]) -> Propagation:
-    """Choose for every call of `body` on one axis, from the placements of its placeholders.
+@dataclass(frozen=True)
+class Cutting:
+    """What one axis cuts: into how many pieces, and whether the residual stream is to be cut along the sequence."""
+
+    parts: int
+    sequence: bool
+
+
+def propagate(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement]) -> Propagation:
+    """Choose for every call of `body` how one axis cuts it, from the placements of its placeholders.
 
     given: placeholder -> placement; a placeholder that is not named is whole.
     """
@@ -67,9 +75,9 @@ def propagate(body: Body, axis_size: int, given: Mapping[fx.Node, Placement]) ->
             operands = tensor_arguments(node)
             current = tuple(_placement(done, operand, node) for operand in operands)
             rule = factoring(node)
-            choice = _choose(node, operands, current, rule, axis_size)
+            choice = _choose(node, operands, current, rule, cutting)
             if rule is not None:
-                done.indivisible += _lost_cuts(node, operands, current, choice, rule, axis_size)
+                done.indivisible += _lost_cuts(node, operands, current, choice, rule, cutting.parts)
             done.choices[node] = choice
             done.placements[node] = choice.results
     _push_back(body, done)
@@ -91,14 +99,16 @@ def values(node: fx.Node) -> tuple[Value, ...]:
     return (found,) if isinstance(found, Value) else tuple(found)
 
 
-def _choose(node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, n: int) -> Choice:
+def _choose(
+    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, cutting: Cutting
+) -> Choice:
     results = len(values(node))
     whole = Choice((WHOLE,) * len(operands), (WHOLE,) * results, (False,) * len(operands), ruled=rule is not None)
-    best, least = whole, _cost(whole, operands, current, n)
+    best, least = whole, _cost(whole, operands, current, cutting)
     if rule is None or least == 0:
         return best
-    for choice in (*_cuts(node, operands, current, rule, n), *_passes(operands, current, rule, results)):
-        cost = _cost(choice, operands, current, n)
+    for choice in (*_cuts(node, operands, current, rule, cutting.parts), *_passes(operands, current, rule, results)):
+        cost = _cost(choice, operands, current, cutting)
         if cost < least:
             best, least = choice, cost
     return best
@@ -114,6 +124,8 @@ def _cuts(node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...]
         if any(dims.count(factor) > 1 for dims in (*rule.operands, *rule.results)):
             continue
         sizes = _sizes(operands, node, rule, factor)
+        if any(isinstance(size, sympy.Expr) and size.has(B) for size in sizes):
+            continue  # samples belong to data parallelism
         if not all(divides(size, n) for size in sizes):
             uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), n)
             already = all(at == _at(dims, factor) for at, dims in zip(current, rule.operands, strict=True) if factor in dims)
@@ -159,16 +171,21 @@ def _leaves_none_empty(size: int, n: int) -> bool:
     return -(-size // n) * (n - 1) < size
 
 
-def _cost(choice: Choice, operands: list[fx.Node], current: tuple[Placement, ...], n: int) -> float:
+def _cost(choice: Choice, operands: list[fx.Node], current: tuple[Placement, ...], cutting: Cutting) -> float:
     """Bytes that bringing the operands to what a choice needs moves, forward and backward."""
     total = 0.0
     for operand, now, needed, partial in zip(operands, current, choice.operands, choice.partial_gradient, strict=True):
-        total += conversion_cost(operand, now, needed, partial, n)
+        total += conversion_cost(operand, now, needed, partial, cutting)
     return total
 
 
-def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial_gradient: bool, n: int) -> float:
-    """Bytes for one operand. An all-reduce counts twice; a whole weight's partial gradient is added up once per step."""
+def conversion_cost(
+    operand: fx.Node, now: Placement, needed: Placement, partial_gradient: bool, cutting: Cutting
+) -> float:
+    """Bytes for one operand. An all-reduce counts twice; a whole weight's partial gradient is added up once per step.
+
+    A sum is scattered only to where the residual stream lies: scattered elsewhere it would have to be gathered again.
+    """
     held = values(operand)[0]
     weight = operand.op == "placeholder" and operand.meta["role"] == PARAMETER
     size = bytes_of(held)
@@ -176,13 +193,16 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
         if now.is_whole and partial_gradient and held.requires_grad and not weight:
             return 2 * size
         return 0.0
-    if needed.partial or (now.is_split and not all(divides(d, n) for d in _cut_sizes(held, now, needed))):
+    if needed.partial or (now.is_split and not all(divides(d, cutting.parts) for d in _cut_sizes(held, now, needed))):
         return _FORBIDDEN
     if weight:
         return size * _WEIGHT
     if now.is_whole:
         return size if held.requires_grad else 0.0
-    return size * (2 if now.partial and needed.is_whole else 1)
+    if now.partial:
+        scattered = needed.dim is not None and cutting.sequence and held.shape[needed.dim] == S
+        return size * (1 if scattered else 2 if needed.is_whole else 3)
+    return size
 
 
 def _cut_sizes(held: Value, now: Placement, needed: Placement) -> list[Size]:
@@ -197,7 +217,9 @@ def _lost_cuts(
     node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], choice: Choice, rule: Factoring, n: int
 ) -> Iterator[Indivisible]:
     """Operands whose cut this call has a factor for, but a size that does not divide."""
-    for now, needed, dims in zip(current, choice.operands, rule.operands, strict=True):
+    for operand, now, needed, dims in zip(operands, current, choice.operands, rule.operands, strict=True):
+        if operand.op == "placeholder" and operand.meta["role"] == PARAMETER:
+            continue  # a weight that does not divide is found where the policy's word is given its meaning
         if now.is_split and needed != now and dims[now.dim] is not None:  # type: ignore[index]
             factor = dims[now.dim]  # type: ignore[index]
             bad = [size for size in _sizes(operands, node, rule, str(factor)) if not divides(size, n)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -271,4 +272,4 @@ def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any])
             words += [f"--{key.replace('_', '-')}", str(held).lower() if isinstance(held, bool) else str(held)]
     for key, held in shrink.items():
         words += ["--shrink", "none" if key == "none" else f"{key}={held}"]
-    return " ".join(words)
+    return shlex.join(words)

@@ -60,7 +60,7 @@ def _indivisible(rows: int, size: int, word: str) -> str | None:
     if divides(rows, size):
         return None
     legal = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows % n == 0)
-    return f"does not split over tensor = {size}: use {legal}"
+    return f"cannot be split over tensor = {size}: use {legal}"
 
 
 def _dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Iterator[int]:

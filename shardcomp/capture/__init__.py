@@ -49,7 +49,9 @@ def capture(model: nn.Module, signature: Signature, *, precision: str, sample: t
     with _LOCK:
         found = _first_that_exports(model, signature, dtype, sample or _SAMPLE)
         program = _program(model, signature, dtype, found)
-        check_after_capture(program, model)
+        unchecked = check_after_capture(program, model)
+        if unchecked is not None:
+            program.degraded.append(unchecked)
         return program
 
 
@@ -105,7 +107,7 @@ def _export(
                 raise CaptureError(f"{type(model).__name__} cannot be exported: {why}") from error
             first = why
             continue
-        fault = recorder.fault() if attention == NAME else None
+        fault = recorder.fault(_layers(model)) if attention == NAME else None
         if fault is not None:
             return fault
         degraded = [Degraded("attention", "the model makes its mask as a [b, 1, s, s] tensor")] if recorder.dense_masks else []
@@ -113,6 +115,10 @@ def _export(
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
         return _Found(exported, kind, twin, None if dynamic else sample, degraded)
     raise AssertionError("an export without dynamic shapes returns or raises")
+
+
+def _layers(model: nn.Module) -> int:
+    return getattr(getattr(model, "config", None), "num_hidden_layers", 0)
 
 
 def _own_attention(model: nn.Module) -> list[str]:
@@ -166,6 +172,6 @@ def _constants(found: _Found, body: Body) -> dict[str, Buffer]:
         if held is not None and not has_data(held):
             held = found.twin.original(held)
         if held is None or not has_data(held):
-            raise CaptureError(f"{found.twin.name}: the tensor {name}, which is no buffer, has no data: build the model off meta")
+            raise CaptureError(f"{found.twin.name}: the tensor {name} is no buffer and has no data: build the model off meta")
         constants[name] = Buffer(name, held.detach().to("cpu", value(node).dtype, copy=True), persistent=False)
     return constants

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from shardcomp.capture.evaluate import compute, evaluate
-from shardcomp.capture.twin import buffer_dtype, configs, has_data
+from shardcomp.capture.twin import configs
 from shardcomp.errors import CaptureError
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.precision import Widened
-from shardcomp.program import B, Program, S
+from shardcomp.program import B, Degraded, Program, S
 
 LIMIT = 50_000_000
 """A capture checks itself for models up to this many parameters; a larger one is checked in its small version by `verify`."""
@@ -22,40 +23,48 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _IGNORED = -100
 
 
-def check_after_capture(program: Program, model: nn.Module) -> None:
-    """`self_check` where it is cheap and its answer is certain: real weights on the CPU, not too many, no dropout.
+def check_after_capture(program: Program, model: nn.Module) -> Degraded | None:
+    """`self_check` where it is cheap and its answer is certain: not too many parameters, no dropout.
 
-    Raises CaptureError where the Program does not compute what the model does.
+    Returns what stands in the way where the model itself does not run here; raises CaptureError where the Program does not
+    compute what the model does.
     """
-    parameters = list(model.parameters())
-    cheap = sum(p.numel() for p in parameters) <= LIMIT and all(has_data(p) and p.device.type == "cpu" for p in parameters)
-    if not cheap or _drops(program):
-        return
-    deviation = self_check(program, model)
+    if sum(p.numel() for p in model.parameters()) > LIMIT or _drops(program):
+        return None
+    try:
+        deviation = self_check(program, model)
+    except _ModelFailure as failure:
+        return Degraded("self-check", f"the captured graph was not compared with the model, which fails on its own: {failure}")
     tolerance = _TOLERANCE[_dtype(program)]
     if not deviation <= tolerance:
         raise CaptureError(
             f"{program.name}{program.signature}: the captured graph is off from the model by {deviation:.1e} (relative, of "
             f"{tolerance:.0e} allowed): the model does something that its graph does not show"
         )
+    return None
+
+
+class _ModelFailure(CaptureError):
+    """The caller's model does not run by itself in the dtype that was captured."""
 
 
 def self_check(program: Program, model: nn.Module) -> float:
     """The largest deviation of an output from the caller's model, relative to the output's largest value.
 
-    program: as captured or canonical. model: with its weights, at least on the CPU; it is copied, not touched. Raises
-    CaptureError where it has no weights.
+    program: as captured or canonical. model: its tensors may be on meta; a copy with random weights is run, because an
+    attention that is nearly uniform, as HuggingFace's initialisation leaves it, hides what is wrong with it. Raises CaptureError
+    where the model does not run by itself.
     """
-    without = next((name for name, p in model.named_parameters() if not has_data(p)), None)
-    if without is not None:
-        raise CaptureError(f"{type(model).__name__} cannot be compared with its graph: {without} has no data")
     dtype = _dtype(program)
     reference = _reference(model, dtype, program)
     given = _random_input(program, reference)
     with torch.no_grad():
         with Widened() if dtype == torch.float64 else nullcontext():
             options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-            expected = reference(**given, **options)
+            try:
+                expected = reference(**given, **options)
+            except RuntimeError as error:
+                raise _ModelFailure(f"{program.name} in {dtype}: {error}") from error
         parameters = dict(reference.named_parameters())
         got = evaluate(program, given | _label_count(program, given), parameters)
     return max(_deviation(got[name], expected[name]) for name in program.signature.outputs)
@@ -77,21 +86,30 @@ def _drops(program: Program) -> bool:
 
 
 def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Module:
-    """A copy of the model on the CPU that computes in `dtype`, floating buffers as the Program holds them."""
-    twin = copy.deepcopy(model).cpu().train(program.signature.training)
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for module in twin.modules():
-        for name, held in module.named_buffers(recurse=False):
-            if held.is_floating_point():
-                module._buffers[name] = held.to(buffer_dtype(dtype))
+    """A copy of the model on the CPU that computes in `dtype`: random parameters, the Program's buffers."""
+    draw = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(_random_weight(parameter, dtype, draw), requires_grad=False)
+    for name, held in model.named_buffers():
+        known = program.buffers.get(name)
+        memo[id(held)] = torch.zeros(held.shape, dtype=held.dtype) if known is None else known.value.clone()
+    twin = copy.deepcopy(model, memo).train(program.signature.training)
     capped = any(node.kwargs.get("softcap") or node.kwargs.get("sinks") for body in program.bodies() for node in body.calls())
     for config in configs(twin):
         # Some versions drop a soft-cap silently under SDPA; there the eager attention is what the model means.
         if capped or config._attn_implementation not in ("sdpa", "eager"):
             config._attn_implementation = "eager" if capped else "sdpa"
     return twin
+
+
+def _random_weight(like: Tensor, dtype: torch.dtype, draw: torch.Generator) -> Tensor:
+    """Matrices that double the size of what they are applied to, vectors around one; the numbers of a quantized weight: zero."""
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    if like.dim() < 2:
+        return (0.5 + torch.rand(like.shape, generator=draw)).to(dtype)
+    return (2 * like.shape[-1] ** -0.5 * torch.randn(like.shape, generator=draw)).to(dtype)
 
 
 def _random_input(program: Program, model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from shardcomp.program import B, Program, S
 
+
 def evaluate(program: Program, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs of a Program that has not been cut into units, by the caller's names.
 
@@ -20,10 +21,10 @@ def evaluate(program: Program, inputs: Mapping[str, Tensor], parameters: Mapping
     given = {**parameters, **inputs}
     given |= {name: held.value for name, held in program.buffers.items()}
     sizes: dict[sympy.Symbol, int] = {}
-    for name, held in program.inputs.items():
-        sizes |= {symbol: inputs[name].shape[dim] for dim, symbol in enumerate(held.shape) if symbol in (B, S)}
-    held = compute(list(unit.body.results), given, sizes)
-    return {key: held[node] for key, node in zip(program.outputs, unit.body.results, strict=True)}
+    for name, known in program.inputs.items():
+        sizes |= {symbol: inputs[name].shape[dim] for dim, symbol in enumerate(known.shape) if symbol in (B, S)}
+    env = compute(unit.body.results, given, sizes)
+    return {key: env[node] for key, node in zip(program.outputs, unit.body.results, strict=True)}
 
 
 def compute(wanted: Sequence[fx.Node], given: Mapping[str, Tensor], sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any]:

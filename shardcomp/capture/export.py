@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
 import traceback
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def export(
     results = _Results(signature)
     hook = module.register_forward_hook(results)
     try:
-        with Widened() if widened else nullcontext(), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        # torch prints the graph so far to stderr where an export fails; the error that is raised says what matters.
+        quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
+        with Widened() if widened else nullcontext(), torch.enable_grad(), quiet[0], quiet[1]:
             exported = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes if dynamic else None)
     finally:
         hook.remove()
@@ -79,13 +81,13 @@ def explain(error: BaseException, module: nn.Module) -> str:
         file = frame.f_code.co_filename
         if _is_model_code(file):
             line = f", {Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
-    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    reason = next((text.removeprefix("- ") for text in lines if text.startswith("- ")), lines[0])
     return f"{where}{line}: {reason}"
 
 
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parents[1])
+_TORCH, _OURS = (str(Path(module).parent) for module in (torch.__file__, inspect.getfile(Signature)))
 
 
 def _is_model_code(file: str) -> bool:
-    return not file.startswith((_TORCH, _OURS, "<")) and "importlib" not in file
+    return not file.startswith((_TORCH, _OURS, "<"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from shardcomp.errors import CaptureError
-from shardcomp.kernels.attention import attention
+from shardcomp.kernels.attention import RECORDED, SETTINGS, attention
 from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
 
 aten = torch.ops.aten
@@ -26,6 +27,7 @@ _ROLES = {
     InputKind.BUFFER: BUFFER,
     InputKind.CONSTANT_TENSOR: BUFFER,
 }
+_TORCH = str(Path(torch.__file__).parent)
 _MAKES_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
 
 
@@ -93,7 +95,7 @@ class _Flattening:
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             return self._wrapper(node, env, extra, name)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"{_where(node)}: the model's control flow depends on data ({name}), which has no one graph")
+            raise CaptureError(f"{_where(node)}: a call of {name}, which has no place in a flat graph")
         known = node.meta.get("val")
         if known is None:
             return None  # an assertion about shapes or metadata
@@ -103,7 +105,7 @@ class _Flattening:
         if name == "getitem" and isinstance(args[0], (list, tuple)):
             return args[0][args[1]]
         target = _pure(node)
-        if target is torch.ops.shardcomp.attention.default:
+        if target is RECORDED:
             target, args, kwargs = _attention_call(args, kwargs)
         copy = self.graph.call_function(target, args, kwargs)
         copy.meta = {
@@ -166,8 +168,9 @@ def mark_gradients(body: Body, parameters: Mapping[str, Parameter]) -> None:
             flows = not blocked and any(_needs_gradient(argument) for argument in tensor_arguments(node))
         else:
             continue
+        held = node.meta["value"]
         node.meta["value"] = pytree.tree_map_only(
-            Value, lambda held, flows=flows: Value(held.shape, held.dtype, flows and held.floating, held.layout), node.meta["value"]
+            Value, lambda v, flows=flows: replace(v, requires_grad=flows and v.floating), held
         )
 
 
@@ -185,10 +188,8 @@ def _has_tensor(known: Any) -> bool:
 
 def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The recorded operator as a call of its Python function, without the arguments that are left at their defaults."""
-    schema = torch.ops.shardcomp.attention.default._schema
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    named = {a.name: given[a.name] for a in schema.arguments[3:] if a.name in given and given[a.name] != a.default_value}
-    return attention, args[:3], named
+    given = dict(zip(SETTINGS, args[3:], strict=False)) | kwargs
+    return attention, args[:3], {name: held for name, held in given.items() if held != SETTINGS[name]}
 
 
 def _in_place(node: fx.Node) -> bool:
@@ -218,7 +219,8 @@ def _shares_memory(node: fx.Node) -> bool:
 
 def _is_view(call: fx.Node) -> bool:
     schema = getattr(call.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+    aliases = [result.alias_info for result in schema.returns] if schema is not None else []
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _module_path(node: fx.Node) -> str:
@@ -232,7 +234,8 @@ def _module_path(node: fx.Node) -> str:
 def _source(node: fx.Node) -> str:
     """`file.py:line` of the model."""
     places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+    own = [place for place in places if not place[0].startswith(_TORCH)] or places
+    return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
 
 
 def _where(node: fx.Node) -> str:

@@ -12,13 +12,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from shardcomp.capture.masks import Mask, MaskToken, UnclearMask, classify, mask_of
-from shardcomp.kernels import attention as _  # noqa: F401  defines torch.ops.shardcomp.attention
+from shardcomp.kernels.attention import RECORDED
 
 NAME = "shardcomp"
 """The attention implementation that a twin's configuration names during a capture."""
-
-_KNOWN = {"softcap", "s_aux", "position_bias", "head_mask"}
-"""What models hand to their attention beyond the mask and that changes its result."""
 
 
 class Recorder:
@@ -31,13 +28,14 @@ class Recorder:
         self.problem: str | None = None
         self.dense_masks = 0
 
-    def fault(self) -> str | None:
-        """Why the model's attention is not what was recorded; None where it is."""
+    def fault(self, layers: int) -> str | None:
+        """Why the attention of a model of that many layers is not what was recorded; None where it is."""
         if self.problem is not None:
             return self.problem
         if self.calls == 0:
             return "the model does not call transformers' attention interface"
-        if any(id(token) not in self.arrived for token in self.tokens):
+        # A mask for a kind of layer that this model has none of arrives nowhere; then every layer has called us all the same.
+        if self.calls < layers and any(id(token) not in self.arrived for token in self.tokens):
             return "the model asks for a mask that never reaches its attention"
         return None
 
@@ -87,7 +85,7 @@ class Recorder:
             mask, bias = Mask(), _sum(bias, _additive(attention_mask[..., : key.shape[2]], query.dtype))
         else:
             raise self._refuse("the model calls its attention without the mask that it was given")
-        out = torch.ops.shardcomp.attention(
+        out = RECORDED(
             query,
             key,
             value,

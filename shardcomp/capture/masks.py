@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class MaskToken:
         token = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
         token._refuse(f"computes with it ({getattr(func, '__name__', func)})")
 
-    def _refuse(self, what: str) -> Any:
+    def _refuse(self, what: str) -> NoReturn:
         self._misused(what)
         raise TypeError(f"a model under capture {what}: this is an attention mask that only an attention function can read")
 

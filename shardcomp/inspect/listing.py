@@ -96,7 +96,7 @@ class Writer:
             self.names[node] = self._unique(re.sub(r"_\d+$", "", name))
         for node in body.graph.nodes:
             if node.op == "placeholder" and node.meta["role"] != INPUT:
-                self.names[node] = f"w.{node.meta['path']}" if node.meta["path"] else node.name
+                self.names[node] = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"w.{node.meta['path']}")
 
     def input_names(self) -> list[str]:
         return [self.names[node] for node in self.body.placeholders(INPUT)]

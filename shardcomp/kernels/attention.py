@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -144,10 +145,16 @@ _SCHEMA = (
 
 
 @torch.library.custom_op("shardcomp::attention", mutates_args=(), schema=_SCHEMA)
-def _recorded(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Tensor:
-    raise NotImplementedError("this operator is recorded by a capture; a program runs shardcomp.kernels.attention")
+def _recorded(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+    return attention(q, k, v, **dict(zip(SETTINGS, settings, strict=False)))
 
 
 @_recorded.register_fake
-def _shape(q: Tensor, k: Tensor, v: Tensor, *settings: object) -> Tensor:
+def _shape(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+RECORDED = torch.ops.shardcomp.attention.default
+"""`attention` as the operator that a capture records. It has no gradient: programs call the function."""
+SETTINGS = {argument.name: argument.default_value for argument in RECORDED._schema.arguments[3:]}
+"""What `attention` takes after q, k and v, in the operator's order, with its defaults."""

@@ -49,14 +49,9 @@ def config_of(model: Any) -> Any:
         return model
     if not isinstance(model, (str, Path)) or not str(model):
         raise ShardError(f"{model!r} is no model: give {_choices()}")
-    if str(model) in names():
-        source = _HERE / f"{model}.json"
-    else:
-        source = _own_file(Path(model).expanduser())
+    source = _HERE / f"{model}.json" if str(model) in names() else _own_file(Path(model).expanduser())
     try:
-        if source is not None:
-            return AutoConfig.from_pretrained(str(source.absolute()), trust_remote_code=False)
-        return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(source.absolute() if source else model), trust_remote_code=False)
     except Exception as problem:
         reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
         if source is not None:
@@ -141,7 +136,7 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     config = getattr(model, "config", None)
     advice = "build the model with its buffers on a real device"
     if config is None:
-        raise ShardError(f"{type(model).__name__}: buffer {absent[0]} is on meta, and there is no config to compute it from: {advice}")
+        raise ShardError(f"{type(model).__name__}: buffer {absent[0]} is on meta, and no config says what is in it: {advice}")
     with _parameters_on_meta():
         try:
             again = dict(type(model)(copy.deepcopy(config)).named_buffers(remove_duplicate=False))

@@ -19,7 +19,14 @@ MAX_LAYERS = 8
 """Layers that are kept, at most, to have one of each kind."""
 
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
-INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+INNER = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "ffn_hidden_size",
+)
 LIKE_HIDDEN = ("word_embed_proj_dim",)
 ROTARY = ("rope_parameters", "rope_scaling")
 
@@ -51,7 +58,7 @@ class _Shrinking:
         absent = [key for key in needed if not isinstance(self._full(key), int)]
         if absent:
             raise ShardError(
-                f"{type(self.config).__name__} has no {', '.join(absent)}, so it cannot be shrunk: verify it as it is (--shrink none)"
+                f"{type(self.config).__name__} has no {', '.join(absent)}, so it cannot shrink: take it whole (--shrink none)"
             )
         self._heads_and_widths()
         self._layers()
@@ -114,7 +121,7 @@ class _Shrinking:
                 self._set(key, _cut_factors(self._full(key), full_dim, dim))
 
     def _few_groups(self, full: int) -> int:
-        """Key-value heads: two for each rank, so that one taken for the other shows, or one; no better split than at full size."""
+        """Key-value heads: two for each rank, so that one taken for the other shows; no better split than at full size."""
         if full % self.tensor:
             return math.gcd(full, self.tensor)
         return min(full, 2 * self.tensor)
@@ -136,7 +143,8 @@ class _Shrinking:
         full = self._full("num_hidden_layers")
         lists = {key: held for key, held in self.full.items() if isinstance(held, list) and len(held) == full}
         count = min(LAYERS, full)
-        while count < min(full, MAX_LAYERS) and any(len(set(map(str, h[:count]))) < len(set(map(str, h))) for h in lists.values()):
+        kinds = {key: len(set(map(str, held))) for key, held in lists.items()}
+        while count < min(full, MAX_LAYERS) and any(len(set(map(str, h[:count]))) < kinds[key] for key, h in lists.items()):
             count += 1
         count = self._set("num_hidden_layers", count)
         for key, held in lists.items():

@@ -9,6 +9,7 @@ import copy
 import fnmatch
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ class WeightFiles:
         pickled = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PICKLED)]
         if pickled:
             raise CheckpointError(
-                f"{self.directory}: its weights are pickled ({_some(pickled)}), and unpickling runs whatever the file says: load it "
-                "with transformers where you trust it, and save it again with save_pretrained, which writes safetensors"
+                f"{self.directory}: its weights are pickled ({_some(pickled)}), and unpickling runs what a file says: load "
+                "them with transformers where you trust them, and save again with save_pretrained, which writes safetensors"
             )
         raise CheckpointError(f"{self.directory} holds neither {SINGLE} nor {INDEX}, only {_some(names) or 'nothing'}")
 
@@ -87,7 +88,7 @@ class WeightFiles:
     def _open(self, file: str) -> None:
         try:
             with safe_open(str(self.directory / file), framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118: it is no dictionary
+                for name in opened.keys():  # noqa: SIM118
                     held = opened.get_slice(name)
                     if name in self._found:
                         self._problems.append(f"{name} is in {self._found[name][0]} and in {file}")
@@ -100,8 +101,8 @@ class WeightFiles:
     def check(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> None:
         """Compare the headers with a model. Raises one CheckpointError with everything that does not fit.
 
-        expected: global shapes by name. aliases: the other names of tied weights -> the name in `expected`; a tied weight may be
-        stored under any of its names, or several.
+        expected: global shapes by name. aliases: the other names of tied weights -> the name in `expected`; a tied weight may
+        be stored under any of its names, or several.
         """
         spellings: dict[str, list[str]] = {name: [name] for name in expected}
         for alias, name in (aliases or {}).items():
@@ -117,11 +118,11 @@ class WeightFiles:
         everything = bool(self._unreadable) and not self._promised
         missing = [name for name in expected if not self._stored_as[name] and not excused & set(spellings[name])]
         if missing and not everything:
-            yield f"{len(missing)} of the model's {len(expected)} tensors are not in it: {_some(missing)}; is it of another model?"
+            yield f"{len(missing)} of the model's {len(expected)} tensors are missing: {_some(missing)}; is this another model?"
         known = {each for names in spellings.values() for each in names}
         unexpected = [n for n in self._found if n not in known and n.rpartition(".")[2] not in RECOMPUTED]
         if unexpected:
-            yield f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}; is it of another model?"
+            yield f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}; is this another model?"
         stored = [(name, each) for name in expected for each in self._stored_as[name]]
         misshapen = [
             f"{each} is {_shape(self._found[each][1])} in {self._found[each][0]} and {_shape(expected[name])} in the model"
@@ -133,13 +134,13 @@ class WeightFiles:
             yield f"{len(misshapen) - SHOWN} more tensors have other shapes than the model's"
         coded = [f"{each} ({self._found[each][2]})" for _, each in stored if self._found[each][2] not in FLOATING]
         if coded:
-            yield f"{len(coded)} tensors are not floating, as quantized weights are: {_some(coded)}; give the unquantized weights"
+            yield f"{len(coded)} tensors are quantized, or no weights: {_some(coded)}; give the unquantized weights"
 
     def read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The part of a tensor that `index` says (a slice without step for each dimension), on the CPU in `dtype`.
 
-        No more than this part is read. Raises CheckpointError where the file has changed since, or where a tied weight is stored
-        under two names with two values.
+        No more than this part is read. Raises CheckpointError where the file has changed since, or where a tied weight is
+        stored under two names with two values.
         """
         stored = self._stored_as.get(name) or [name]
         parts = [self._read(each, index) for each in stored]
@@ -172,40 +173,40 @@ def save_pretrained(
     max_shard_size: int = 5 * 10**9,
     generation_config: Any = None,
 ) -> None:
-    """Write a directory that transformers' `from_pretrained` loads: config.json, and safetensors of at most `max_shard_size` bytes
-    (or one tensor) a file.
+    """Write a directory that transformers' `from_pretrained` loads: config.json, and safetensors of at most `max_shard_size`
+    bytes (or one tensor) a file.
 
-    Every rank calls this with the same list; the calls in it are collective. Only the writer keeps what they return, one file at
-    a time, and only it touches the disk. The directory is written beside its place and moved there at the end, so that a save
-    that fails leaves what was there; an earlier save is replaced, with other files in it kept, and any other directory is
+    Every rank calls this with the same list; the calls in it are collective. Only the writer keeps what they return, one file
+    at a time, and only it touches the disk. The directory is written beside its place and moved there at the end, so that a
+    save that fails leaves what was there; an earlier save is replaced, with other files in it kept, and any other directory is
     refused. The writer raises CheckpointError, after all collectives, so that no other rank waits for it in one.
     """
     if config is None:
-        raise CheckpointError("the model has no HuggingFace configuration to save: save its state with torch.distributed.checkpoint")
+        raise CheckpointError("the model has no HuggingFace configuration: save its state with torch.distributed.checkpoint")
     if max_shard_size < 1:
         raise CheckpointError(f"max_shard_size = {max_shard_size}: give a number of bytes, such as {5 * 10**9}")
     shards = _shards(tensors, max_shard_size)
-    save = _Save(Path(directory)) if is_writer else None
+    if not is_writer:
+        for shard in shards.values():
+            for *_, fetch in shard:
+                fetch()
+        return
+    save = _Save(Path(directory))
     try:
-        if save is not None:
-            save.attempt(save.begin, config, generation_config, shards)
+        save.attempt(save.begin, config, generation_config, shards)
         for file, shard in shards.items():
             fetched = {}
-            for name, _, _, fetch in shard:
+            for name, *_, fetch in shard:
                 tensor = fetch()
-                if save is not None and save.failure is None:
+                if save.failure is None:
                     fetched[name] = tensor
-                del tensor
-            if save is not None:
-                save.attempt(save.write, file, shard, fetched)
-        if save is not None:
-            save.attempt(save.commit)
+            save.attempt(save.write, file, shard, fetched)
+        save.attempt(save.staging.commit)
     finally:
-        if save is not None:
-            save.discard()
-    if save is not None and save.failure is not None:
-        if isinstance(save.failure, ShardError):
-            raise save.failure
+        save.staging.discard()
+    if isinstance(save.failure, ShardError):
+        raise save.failure
+    if save.failure is not None:
         raise CheckpointError(f"{directory}: not saved: {type(save.failure).__name__}: {save.failure}") from save.failure
 
 
@@ -213,9 +214,9 @@ class _Save:
     """The writer's part of a save. After the first failure, which is kept, nothing more is attempted."""
 
     def __init__(self, destination: Path) -> None:
-        self.destination = destination
+        self.staging = Staging(destination, (CONFIG, *WEIGHTS), _is_save)
+        self.path = self.staging.path
         self.failure: Exception | None = None
-        self.staging: Staging | None = None
 
     def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
         if self.failure is None:
@@ -224,13 +225,8 @@ class _Save:
             except Exception as problem:
                 self.failure = problem
 
-    @property
-    def path(self) -> Path:
-        assert self.staging is not None
-        return self.staging.path
-
     def begin(self, config: Any, generation_config: Any, shards: Mapping[str, list[Entry]]) -> None:
-        self.staging = Staging(self.destination, (CONFIG, *WEIGHTS), _is_save)
+        self.staging.begin()
         entries = [entry for shard in shards.values() for entry in shard]
         _described(config, entries).save_pretrained(self.path)
         if generation_config is not None:
@@ -248,14 +244,7 @@ class _Save:
                 raise InternalError(f"{name}: {tensor.dtype} {_shape(tensor.shape)} was to be {dtype} {_shape(shape)}")
             fetched[name] = tensor.contiguous()
         save_file(fetched, self.path / file, metadata={"format": "pt"})
-
-    def commit(self) -> None:
-        assert self.staging is not None
-        self.staging.commit()
-
-    def discard(self) -> None:
-        if self.staging is not None:
-            self.staging.discard()
+        shutil.copymode(self.path / CONFIG, self.path / file)  # safetensors gives it to its owner alone
 
 
 def _is_save(directory: Path) -> bool:

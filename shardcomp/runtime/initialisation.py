@@ -1,6 +1,6 @@
 """Fresh weights: each parameter by its model's own initialisation rule, from a generator seeded by (seed, parameter name).
 
-So the numbers depend on the model, the seed and the name only: not on the topology, the precision, or the order in which ranks ask.
+So the numbers depend on the model, the seed and the name only: not on the topology, the precision, or the order of asking.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def initialise(name: str, model: nn.Module, seed: int, dtype: torch.dtype) -> Te
     """
     first, shape, floating = _find(name, model)
     if not floating:
-        raise ShardError(f"{first}: not a floating parameter, so there is no rule to initialise it: give its value, or checkpoint=")
+        raise ShardError(f"{first}: not a floating parameter, so no rule initialises it: give its value, or checkpoint=")
     if not all(parameter.is_meta for parameter in model.parameters()):
         model = _on_meta(model)  # a rule may also set this parameter's neighbours
     key = int.from_bytes(hashlib.sha256(f"{seed}/{first}".encode()).digest()[:8], "little") >> 1
@@ -56,8 +56,8 @@ def initialise(name: str, model: nn.Module, seed: int, dtype: torch.dtype) -> Te
             if found is not None and found.shape == shape and not found.isnan().any():
                 return found.detach().to(dtype)
     raise ShardError(
-        f"{first}: neither {type(model).__name__} nor {type(chain[-1]).__name__} has a rule that initialises it (_init_weights, "
-        "reset_parameters): give a model with real weights, or checkpoint="
+        f"{first}: neither {type(model).__name__} nor {type(chain[-1]).__name__} has a rule that initialises it "
+        "(_init_weights, reset_parameters): give a model with real weights, or checkpoint="
     )
 
 
@@ -125,7 +125,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 def _apply_rules(chain: list[nn.Module]) -> None:
-    """The rules that concern the last module: for it and then each ancestor, that of the nearest module around which has one."""
+    """The rules that concern the last module: for it and then each ancestor, that of the nearest module around with one."""
     for depth in range(len(chain), 0, -1):
         rule = next((m._init_weights for m in reversed(chain[:depth]) if callable(getattr(m, "_init_weights", None))), None)
         if rule is not None:

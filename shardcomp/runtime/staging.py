@@ -15,17 +15,21 @@ class Staging:
     """A new directory at `path`, to become `destination`.
 
     own: patterns of the files that belong to what is written; an earlier version's are replaced, its other files are kept.
-    is_earlier: whether a directory that stands at the destination is an earlier version, which may be replaced. Raises
-    CheckpointError for any other, and OSError where nothing can be written.
+    is_earlier: whether a directory that stands at the destination is an earlier version, which may be replaced.
     """
 
     def __init__(self, destination: Path, own: tuple[str, ...], is_earlier: Callable[[Path], bool]) -> None:
         self.destination = destination.expanduser().resolve()
         self.own = own
+        self.is_earlier = is_earlier
         self.path = self._beside("saving")
         self.previous = self._beside("previous")
+
+    def begin(self) -> None:
+        """Make the directory. Raises CheckpointError where the destination holds anything but an earlier version, and OSError
+        where nothing can be written."""
         self._recover()
-        self._refuse_others(is_earlier)
+        self._refuse_others()
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)  # of an interrupted save
         self.path.mkdir()
@@ -41,19 +45,19 @@ class Staging:
             else:
                 self.previous.rename(self.destination)
 
-    def _refuse_others(self, is_earlier: Callable[[Path], bool]) -> None:
+    def _refuse_others(self) -> None:
         if not self.destination.exists():
             return
         if not self.destination.is_dir():
             raise CheckpointError(f"{self.destination} is a file: name a directory")
         if os.path.ismount(self.destination):
-            raise CheckpointError(f"{self.destination} is a mount point, which cannot be replaced as a whole: name a directory in it")
+            raise CheckpointError(f"{self.destination} is a mount point, which cannot be replaced: name a directory in it")
         held = sorted(path.name for path in self.destination.iterdir())
-        if held and not is_earlier(self.destination):
+        if held and not self.is_earlier(self.destination):
             more = f" and {len(held) - 3} more" if len(held) > 3 else ""
             raise CheckpointError(
-                f"{self.destination} is not an earlier save, so it is not overwritten (it holds {', '.join(held[:3])}{more}): name a "
-                "new or empty directory"
+                f"{self.destination} is not an earlier save, so it is not overwritten (it holds {', '.join(held[:3])}{more}): "
+                "name a new or empty directory"
             )
 
     def commit(self) -> None:

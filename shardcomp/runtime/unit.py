@@ -33,7 +33,11 @@ class Home(nn.Module):
 
 
 class Local:
-    """One level of the names in `w.self_attn.q_proj.weight`: plain attributes that hold local tensors."""
+    """One level of the names in `w.self_attn.q_proj.weight`: plain attributes that hold local tensors. `w.experts[3]` reads the
+    attribute that a numbered module has."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__dict__[str(index)]
 
 
 def local(unit: Unit) -> Any:
