@@ -179,9 +179,7 @@ def _cost(choice: Choice, operands: list[fx.Node], current: tuple[Placement, ...
     return total
 
 
-def conversion_cost(
-    operand: fx.Node, now: Placement, needed: Placement, partial_gradient: bool, cutting: Cutting
-) -> float:
+def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial_gradient: bool, cutting: Cutting) -> float:
     """Bytes for one operand. An all-reduce counts twice; a whole weight's partial gradient is added up once per step.
 
     A sum is scattered only to where the residual stream lies: scattered elsewhere it would have to be gathered again.

@@ -16,7 +16,6 @@ from shardcomp.runtime.huggingface import WeightFiles
 from shardcomp.runtime.initialisation import initialise
 from shardcomp.runtime.model import ShardedModel, Weights, build
 
-
 DEFAULT_LENGTH = 2048
 """Only reports depend on the length that a plan is lowered for; this one's multiples always divide."""
 

@@ -61,8 +61,9 @@ def verify(
     """Run a plan on ranks that are threads of this process, and compare it with the unmodified dense model.
 
     A preset or a configuration is first lowered at full size, which checks that the plan is legal, then shrunk to a small model
-    of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model with real weights is taken as it is.
-    kinds: the batches to compare on; causal is always among them. mutate: plant every fault that can be enumerated from the program, and require that each is noticed by its numbers.
+    of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model is taken as it is.
+    kinds: the batches to compare on; causal is always among them. mutate: plant every fault that can be enumerated from
+    the program, and require that each is noticed by its numbers.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)

@@ -1,7 +1,7 @@
 """What a policy's words mean for a weight: which of its dimensions is cut, found from the operator that uses it and its rule.
 
-`colwise` cuts the factor that the product makes (its output features), `rowwise` the one that it contracts, `vocab` the one that
-an embedding looks up or a head makes. So a weight may be stored in any orientation.
+`colwise` cuts the factor that the product makes (its output features), `rowwise` the one that it contracts, `vocab` the one
+that an embedding looks up or a head makes. So a weight may be stored in any orientation.
 """
 
 from __future__ import annotations

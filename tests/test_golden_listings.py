@@ -1,4 +1,5 @@
-"""Listings of a LLaMA under a few plans. A change of listing is a reviewed change: run pytest --update-golden and read the diff."""
+"""Listings of a LLaMA under a few plans. A change of listing is a reviewed change: run pytest --update-golden and read
+the diff."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Drawn models × topologies × options: a legal plan agrees with the dense model, an illegal one is refused before anything runs."""
+"""Drawn models × topologies × options: a legal plan agrees with the dense model, an illegal one is refused before
+anything runs."""
 
 from __future__ import annotations
 

@@ -212,10 +212,25 @@ def test_initial_weights_are_the_same_numbers_on_every_topology() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda sharded: sharded.train_step(input_ids=torch.ones(2, 7, dtype=torch.long), labels=torch.ones(2, 7, dtype=torch.long)), "length that does is 8"),
-        (lambda sharded: sharded.train_step(input_ids=torch.ones(3, 8, dtype=torch.long), labels=torch.ones(3, 8, dtype=torch.long)), "use 1, 3"),
+        (
+            lambda sharded: sharded.train_step(
+                input_ids=torch.ones(2, 7, dtype=torch.long), labels=torch.ones(2, 7, dtype=torch.long)
+            ),
+            "length that does is 8",
+        ),
+        (
+            lambda sharded: sharded.train_step(
+                input_ids=torch.ones(3, 8, dtype=torch.long), labels=torch.ones(3, 8, dtype=torch.long)
+            ),
+            "use 1, 3",
+        ),
         (lambda sharded: sharded.train_step(input_ids=torch.ones(2, 8, dtype=torch.long)), "labels"),
-        (lambda sharded: sharded.train_step(input_ids=torch.ones(2, 8, dtype=torch.long), labels=torch.ones(2, 6, dtype=torch.long)), "share batch and length"),
+        (
+            lambda sharded: sharded.train_step(
+                input_ids=torch.ones(2, 8, dtype=torch.long), labels=torch.ones(2, 6, dtype=torch.long)
+            ),
+            "share batch and length",
+        ),
         (lambda sharded: sharded(), "no inputs"),
         (lambda sharded: sharded(input_ids=[[1, 2]]), "must be tensors"),
     ],

@@ -64,7 +64,13 @@ class Counted:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_sends_what_was_predicted(
-    monkeypatch: pytest.MonkeyPatch, tensor: int, data: int, sequence_parallel: bool, tied: bool, micro_batch: int, precision: str
+    monkeypatch: pytest.MonkeyPatch,
+    tensor: int,
+    data: int,
+    sequence_parallel: bool,
+    tied: bool,
+    micro_batch: int,
+    precision: str,
 ) -> None:
     if (tied, precision) not in ((True, "fp32"), (False, "bf16")):
         pytest.skip("each of the two is seen with one of the other two")
@@ -121,7 +127,9 @@ def test_a_layer_sends_the_fewest_messages_that_it_can() -> None:
 
 
 def test_the_loss_exchanges_three_numbers_per_token() -> None:
-    lowered = shardcomp.lower(tiny(), shardcomp.Policy.load("llama", tensor=2, sequence_parallel=False, precision="fp32"), seq=16)
+    lowered = shardcomp.lower(
+        tiny(), shardcomp.Policy.load("llama", tensor=2, sequence_parallel=False, precision="fp32"), seq=16
+    )
     every = messages(lowered.program, torch.float32, 1, 16, 1, lowered.mesh.coordinates(0))
     [loss] = [m for m in every if m.where == "lm_head" and m.axis == "tp" and m.phase == "forward"]
     assert (loss.op, loss.bytes) == ("all_gather", 3 * 16 * 4)

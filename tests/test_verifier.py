@@ -19,7 +19,11 @@ def check(config: Any, **options: Any) -> None:
     policy = shardcomp.Policy.load("llama", **options)
     found = verify(config, policy, world, shrink=WHOLE)
     assert found.ok, found
-    expected = {"loss", "norm", "gradients", "logits", "weights"} if options["precision"] != "bf16" else {"loss", "gradients", "logits"}
+    expected = (
+        {"loss", "norm", "gradients", "logits", "weights"}
+        if options["precision"] != "bf16"
+        else {"loss", "gradients", "logits"}
+    )
     assert set(found.deviation) == expected
 
 

@@ -52,7 +52,8 @@ def self_check(program: Program, model: nn.Module) -> float:
     """The largest deviation of an output from the caller's model, relative to the output's largest value.
 
     program: as captured or canonical. model: its tensors may be on meta; a copy with random weights is run, because an
-    attention that is nearly uniform, as HuggingFace's initialisation leaves it, hides what is wrong with it. Raises CaptureError
+    attention that is nearly uniform, as HuggingFace's initialisation leaves it, hides what is wrong with it. Raises
+    CaptureError
     where the model does not run by itself.
     """
     dtype = _dtype(program)
@@ -104,7 +105,8 @@ def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Mod
 
 
 def _random_weight(like: Tensor, dtype: torch.dtype, draw: torch.Generator) -> Tensor:
-    """Matrices that double the size of what they are applied to, vectors around one; the numbers of a quantized weight: zero."""
+    """Matrices that double the size of what they are applied to, vectors around one; the numbers of a quantized weight:
+    zero."""
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
     if like.dim() < 2:

@@ -15,7 +15,8 @@ from shardcomp.collectives import Axis
 class PartialGradients:
     """Parameters on whose gradient each rank of an axis holds one summand, such as a norm's weight under sequence parallelism.
 
-    What a backward adds is summed over the axis once, when all of the step's gradients are there. Only that increment: gradients
+    What a backward adds is summed over the axis once, when all of the step's gradients are there. Only that increment:
+    gradients
     that stood before were summed already, and summing them again would count them once per rank.
     """
 

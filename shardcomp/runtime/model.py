@@ -157,7 +157,7 @@ class ShardedModel(nn.Module):
         entries = [(n, p.shape, self._get(n).dtype, self._fetcher(n)) for n, p in plans.items()]
         for name in self._blueprint.persistent_buffers:
             held = self._get(name)
-            entries.append((name, tuple(held.shape), held.dtype, lambda held=held: held.detach().cpu()))
+            entries.append((name, tuple(held.shape), held.dtype, self._fetcher(name)))
         writer = torch.distributed.get_rank() == 0
         save_pretrained(path, entries, self.config, is_writer=writer, max_shard_size=max_shard_size)
 
@@ -306,5 +306,6 @@ def _replicate(blueprint: Blueprint, homes: Iterable[Home], root: Root, mesh: De
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
     for module in (*(home for home in homes if any(True for _ in home.parameters())), root):
         replicate(module, mesh=mesh["dp"], mp_policy=policy)
+        assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

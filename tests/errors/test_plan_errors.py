@@ -1,0 +1,103 @@
+"""Plans that must be refused, each with its message, before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import tiny
+from torch import nn
+
+import shardcomp
+from shardcomp import CheckpointError, PlanError, PolicyError, presets
+from shardcomp.driver import check_order
+from shardcomp.lowering import PASSES
+from shardcomp.passes import canonicalize, emit, tensor, units
+from shardcomp.sharding import shard, weights_of
+
+
+def lower(config: Any = None, world: int | None = None, seq: int = 16, **options: Any) -> shardcomp.lowering.Lowered:  # type: ignore[name-defined]
+    return shardcomp.lower(config or tiny(), shardcomp.Policy.load("llama", **options), world, seq=seq)
+
+
+def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:
+    with pytest.raises(PolicyError, match=r"num_key_value_heads = 2 cannot be split over tensor = 4: use 1, 2$"):
+        lower(tensor=4)
+
+
+def test_every_weight_that_does_not_divide_is_in_one_message() -> None:
+    with pytest.raises(PolicyError) as raised:
+        lower(tiny(intermediate_size=50, num_attention_heads=6, num_key_value_heads=3, hidden_size=48), tensor=3, seq=12)
+    text = str(raised.value)
+    assert all(
+        f"mlp.{name}_proj.weight: 50 cannot be split over tensor = 3: use 1, 2, 5" in text for name in ("gate", "up", "down")
+    )
+
+
+def test_a_vocabulary_smaller_than_the_degree_is_refused() -> None:
+    config = tiny(vocab_size=9, num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+    with pytest.raises(PolicyError, match="9 rows leave a rank of tensor = 8 without any"):
+        lower(config, tensor=8)
+
+
+def test_a_world_that_the_degrees_do_not_divide_is_refused() -> None:
+    with pytest.raises(PolicyError, match="tensor = 2 does not divide a world of 3 ranks"):
+        lower(tensor=2, world=3)
+
+
+def test_a_length_that_does_not_divide_names_the_next_legal_one() -> None:
+    with pytest.raises(PlanError, match="seq = 15 does not split over tensor = 2: use 16"):
+        lower(tensor=2, seq=15)
+    lower(tensor=2, seq=15, sequence_parallel=False)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(PlanError, match="a global batch of 3 is not a multiple"):
+        shardcomp.lower(tiny(), shardcomp.Policy.load("llama"), 2, seq=16, global_batch=3)
+
+
+def test_a_policy_of_another_family_says_so() -> None:
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=97, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    with pytest.raises(PolicyError, match="family 'llama', but the model's type is 'gpt2'"):
+        lower(config, tensor=2)
+
+
+def test_dropout_in_training_is_refused_by_the_name_of_its_setting() -> None:
+    with pytest.raises(PlanError, match="attention_dropout"):
+        lower(tiny(attention_dropout=0.1), tensor=2)
+
+
+def test_weights_that_are_partly_on_meta_are_refused() -> None:
+    model = presets.build(tiny())
+    model.lm_head.weight = nn.Parameter(torch.zeros(97, 32))
+    with pytest.raises(PlanError, match="are on meta"):
+        weights_of(lower(model))
+
+
+def test_nothing_is_started_when_a_plan_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(CheckpointError):
+        shard(presets.build(tiny()), shardcomp.Policy.load("llama", precision="fp32"), checkpoint=tmp_path / "nowhere")
+    with pytest.raises(PolicyError):
+        shard(presets.build(tiny()), shardcomp.Policy.load("llama", tensor=2))
+    assert not dist.is_initialized()
+
+
+def test_passes_in_an_impossible_order_are_refused_before_any_runs() -> None:
+    with pytest.raises(PlanError, match="units needs canonical"):
+        check_order([units, canonicalize, tensor, emit])
+    with pytest.raises(PlanError, match="tensor is not optional"):
+        check_order(PASSES, disabled=["tensor"])
+    with pytest.raises(PlanError, match="no pass is named fuse"):
+        check_order(PASSES, disabled=["fuse"])
+
+
+def test_a_pass_or_rank_that_does_not_exist_is_named() -> None:
+    lowered = lower()
+    with pytest.raises(PlanError, match="there are capture, canonicalize, units, tensor, emit"):
+        lowered.listing(after="fuse")
+    with pytest.raises(PlanError, match="rank 7"):
+        lowered.listing(rank=7)
