@@ -376,7 +376,7 @@ def unfuse(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node] | None:
 
     A product whose result is partial must be reduced before anything is added to it.
     """
-    packet = getattr(node.target, "overloadpacket", None)
+    packet: Any = getattr(node.target, "overloadpacket", None)
     if packet is aten.linear and len(node.args) == 3 and isinstance(node.args[2], fx.Node):
         return aten.linear.default, tuple(node.args[:2]), node.args[2]
     if packet is aten.addmm and not node.kwargs and isinstance(node.args[0], fx.Node):
