@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from shardcomp.errors import PlanError
 from shardcomp.lowering import Lowered, lower
 from shardcomp.policy import Policy
 from shardcomp.runtime import world
-from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.huggingface import WeightFiles
 from shardcomp.runtime.initialisation import initialise
 from shardcomp.runtime.model import ShardedModel, Weights, build
@@ -39,27 +40,40 @@ def allocate(lowered: Lowered, weights: Weights, blueprint: Blueprint | None = N
 
     `blueprint` stands in for the lowered model's own.
     """
-    return build(blueprint or lowered.blueprint(), weights, getattr(lowered.model, "config", None), lowered.for_call)
+    chosen = blueprint or lowered.blueprint()
+    saved = {name: weights(name, _all(chosen.buffers[name])) for name in chosen.persistent_buffers}
+    chosen = replace(chosen, buffers={**chosen.buffers, **saved})
+    return build(chosen, weights, getattr(lowered.model, "config", None), lowered.for_call)
+
+
+def _all(held: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in held.shape)
 
 
 def weights_of(lowered: Lowered, checkpoint: str | Path | None = None) -> Weights:
-    """Where each parameter's numbers come from: the checkpoint, the model's real tensors, or its initialisation rule."""
-    model, parameters = lowered.model, lowered.program.parameters
-    real = dict(model.named_parameters(remove_duplicate=False))
+    """Where each parameter's numbers come from: the checkpoint, the model's real tensors, or its initialisation rule.
+
+    Buffers that belong to the model's state come from the checkpoint or from the model.
+    """
+    model, parameters, buffers = lowered.model, lowered.program.parameters, lowered.program.buffers
     if checkpoint is not None:
         files = WeightFiles(checkpoint)
-        files.check({name: tuple(p.shape) for name, p in parameters.items()}, lowered.program.canonical_names())
-        return lambda name, index: files.read(name, index, torch.float32)
+        expected = {name: tuple(p.shape) for name, p in parameters.items()}
+        expected |= {name: tuple(buffer.value.shape) for name, buffer in buffers.items() if buffer.persistent}
+        files.check(expected, lowered.program.canonical_names())
+        master = MASTER[lowered.policy.options.precision]
+        return lambda name, index: files.read(name, index, buffers[name].value.dtype if name in buffers else master)
+    real: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     meta = [name for name in parameters if real[name].is_meta]
     if meta and len(meta) < len(parameters):
         raise PlanError(
             f"{len(meta)} of {len(parameters)} parameters are on meta, such as {meta[0]}: give all or none, or checkpoint="
         )
-    if not meta:
-        return lambda name, index: real[name].detach()[index]
     seed = lowered.policy.options.seed
 
-    def drawn(name: str, index: tuple[slice, ...]) -> Tensor:
-        return initialise(name, model, seed, torch.float32)[index]
+    def of_the_model(name: str, index: tuple[slice, ...]) -> Tensor:
+        if name in buffers:
+            return buffers[name].value[index]
+        return initialise(name, model, seed, torch.float32)[index] if meta else real[name].detach()[index]
 
-    return drawn
+    return of_the_model

@@ -26,7 +26,7 @@ def plans(draw: st.DrawFn) -> tuple[dict[str, object], dict[str, object], int]:
         "num_key_value_heads": kv,
         "num_attention_heads": heads,
         "head_dim": head,
-        "hidden_size": draw(st.sampled_from([8, 12, 20])),
+        "hidden_size": heads * draw(st.sampled_from([2, 3, 4])),
         "intermediate_size": draw(st.sampled_from([12, 24, 36, 40])),
         "vocab_size": draw(st.integers(11, 60)),
         "num_hidden_layers": draw(st.integers(1, 3)),

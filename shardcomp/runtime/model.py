@@ -153,13 +153,17 @@ class ShardedModel(nn.Module):
         from shardcomp.runtime.huggingface import save_pretrained
 
         self._lay_down()
-        plans = self._blueprint.parameters
-        entries = [(n, p.shape, self._get(n).dtype, self._fetcher(n)) for n, p in plans.items()]
-        for name in self._blueprint.persistent_buffers:
+        names = [*self._blueprint.parameters, *self._blueprint.persistent_buffers]
+        if not getattr(self.config, "tie_word_embeddings", True):
+            # Tied by hand: the configuration will not tie them when the files are read.
+            names += [alias for plan in self._blueprint.parameters.values() for alias in plan.aliases]
+        entries = []
+        for name in names:
             held = self._get(name)
             entries.append((name, tuple(held.shape), held.dtype, self._fetcher(name)))
         writer = torch.distributed.get_rank() == 0
         save_pretrained(path, entries, self.config, is_writer=writer, max_shard_size=max_shard_size)
+        torch.distributed.barrier()  # the directory is there for whoever goes on
 
     def _fetcher(self, name: str) -> Callable[[], Tensor]:
         def fetch() -> Tensor:
@@ -169,7 +173,9 @@ class ShardedModel(nn.Module):
         return fetch
 
     def _get(self, name: str) -> Any:
-        path, _, leaf = name.rpartition(".")
+        """A parameter or buffer, also by another name of a tied one."""
+        first = {alias: known for known, plan in self._blueprint.parameters.items() for alias in plan.aliases}
+        path, _, leaf = first.get(name, name).rpartition(".")
         return getattr(self.get_submodule(path), leaf)
 
     def _tokens(self, stage: Stage, blueprint: Blueprint, batch: Mapping[str, Tensor]) -> Tensor:
