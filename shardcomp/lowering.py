@@ -43,7 +43,7 @@ class Lowered:
     seq: int
     micro_batch: int
     global_batch: int
-    _others: dict[Signature, Blueprint] = field(default_factory=dict, repr=False)
+    _others: dict[tuple[Signature, tuple[int, int] | None], Blueprint] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -103,17 +103,20 @@ class Lowered:
             output_type=f"{kind.__module__}:{kind.__qualname__}",
         )
 
-    def for_call(self, call: Call) -> Blueprint:
-        """The blueprint of the same model and plan for another call signature; lowered once, whoever asks."""
+    def for_call(self, call: Call, shape: tuple[int, int]) -> Blueprint:
+        """The blueprint of the same model and plan for another call, of (batch, length) = `shape`; lowered once, whoever
+        asks."""
         signature = Signature(*call)
         with self._lock:
-            if signature == self.program.signature:
+            for known in (self._others.get((signature, None)), self._others.get((signature, shape))):
+                if known is not None:
+                    return known
+            if signature == self.program.signature and self.program.static_shape in (None, shape):
                 return self.blueprint()
-            if signature not in self._others:
-                world = self.mesh.world_size
-                again = lower(self.model, self.policy, world, self.seq, self.micro_batch, self.global_batch, signature)
-                self._others[signature] = again.blueprint()
-            return self._others[signature]
+            step = (self.seq, self.micro_batch, self.global_batch)
+            again = lower(self.model, self.policy, self.mesh.world_size, *step, signature, shape).blueprint()
+            self._others[signature, again.static_shape] = again
+            return again
 
     def save_source(self, directory: str | Path) -> None:
         """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the
@@ -140,13 +143,15 @@ def lower(
     micro_batch: int = 1,
     global_batch: int | None = None,
     signature: Signature = TRAINING,
+    sample: tuple[int, int] | None = None,
 ) -> Lowered:
     """`shard()` short of allocating: no process group, no memory for weights.
 
     model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
     world_size: the number of ranks, by default what the policy's degrees make with data = 1.
     seq, micro_batch, global_batch: the
-    step that reports are about. Raises ShardError, with every violation at once.
+    step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only.
+    Raises ShardError, with every violation at once.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
@@ -158,6 +163,6 @@ def lower(
     if options.sequence_parallel and seq % mesh.tp:
         raise PlanError(f"seq = {seq} does not split over tensor = {mesh.tp}: use {-(-seq // mesh.tp) * mesh.tp}")
     model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
-    program = capture(model, signature, precision=options.precision)
+    program = capture(model, signature, precision=options.precision, sample=sample)
     records = driver.run(program, Context(mesh, policy), PASSES)
     return Lowered(model, policy, mesh, records, seq, micro_batch, batch)

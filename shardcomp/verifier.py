@@ -120,9 +120,10 @@ def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mu
     """What the plan gives on all its ranks; the losses of all ranks must be one number."""
     weights = weights_of(lowered)
     for batch in given.values():  # lowered here, because tracing is not for threads
-        lowered.for_call(_call(batch, ("loss",)))
+        lowered.for_call(_call(batch, ("loss",)), (lowered.policy.options.micro_batch or 1, batch["input_ids"].shape[1]))
     if mutant is None:
-        lowered.for_call(_call({"input_ids": given["causal"]["input_ids"]}, ("logits",)))
+        ids = given["causal"]["input_ids"]
+        lowered.for_call(_call({"input_ids": ids}, ("logits",)), (ids.shape[0] // lowered.mesh.dp, ids.shape[1]))
 
     def work(rank: int) -> Outcome:
         torch.set_num_threads(1)

@@ -23,6 +23,8 @@ from shardcomp.errors import CaptureError
 from shardcomp.kernels.attention import _seen, attention
 from shardcomp.program import B, Program, S, Signature, Value, value
 
+PACKS = hasattr(masking_utils, "find_packed_sequence_indices")
+"""Whether this transformers takes positions that restart for packed sequences."""
 TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss", "logits"))
 
 
@@ -104,7 +106,7 @@ def test_heads_are_not_repeated_and_no_mask_is_as_large_as_the_scores() -> None:
             masks = {key: value(held).shape for key, held in node.kwargs.items() if hasattr(held, "meta")}
             assert set(masks.values()) <= {(B, S)}
             assert ("key_mask" in masks) == ("attention_mask" in names)
-            assert ("q_segment" in masks) == ("attention_mask" not in names)
+            assert ("q_segment" in masks) == (PACKS and "attention_mask" not in names)
 
 
 def test_a_capture_is_in_the_compute_dtype_with_upcasts_and_float32_buffers() -> None:
@@ -219,6 +221,7 @@ def test_a_sliding_window_is_a_number() -> None:
     assert [node.kwargs["window"] for node in attentions(program)] == [5, 5]
 
 
+@pytest.mark.skipif(not PACKS, reason="this transformers writes into its masks, which has no flat graph")
 def test_a_model_that_computes_with_its_mask_keeps_its_own_attention() -> None:
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
@@ -228,6 +231,24 @@ def test_a_model_that_computes_with_its_mask_keeps_its_own_attention() -> None:
     [degraded] = program.degraded
     assert degraded.what == "attention" and "own attention" in degraded.why
     assert self_check(program, model) <= 1e-12
+
+
+class DenseMask(LlamaForCausalLM):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **given: Any) -> Any:
+        length = input_ids.shape[1]
+        mask = torch.ones((length, length), dtype=torch.bool).tril().expand(input_ids.shape[0], 1, -1, -1)
+        return super().forward(input_ids=input_ids, labels=labels, attention_mask=mask, use_cache=False)
+
+
+def test_a_mask_that_the_model_makes_itself_becomes_a_bias() -> None:
+    torch.manual_seed(0)
+    model = DenseMask(tiny())
+    program = capture(model, TRAINING, precision="fp64")
+    assert [(value(node.kwargs["bias"]).shape, node.kwargs["causal"]) for node in attentions(program)] == [
+        ((B, 1, S, S), False)
+    ] * 2
+    assert [degraded.what for degraded in program.degraded] == ["attention"]
+    assert self_check(program, model) <= 1e-14
 
 
 class FixedLength(LlamaForCausalLM):
@@ -247,6 +268,31 @@ def test_a_graph_that_holds_for_one_shape_says_so() -> None:
     assert {value(node).shape for node in attentions(program)} == {(2, 4, 6, 8)}
 
 
+class Constants(LlamaForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scales = torch.linspace(0.5, 2.0, 97)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **given: Any) -> Any:
+        out = super().forward(input_ids=input_ids, use_cache=False)
+        logits = out.logits * self.scales
+        logits.add_(torch.tensor([1.0, 2.0])[1]).mul_(3.0)
+        out.logits = logits - 1.0
+        return out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_tensors_outside_of_buffers_become_buffers_and_changes_in_place_become_values(precision: str) -> None:
+    torch.manual_seed(0)
+    model = Constants(tiny())
+    program = capture(model, signature("input_ids"), precision=precision)
+    assert self_check(program, model) <= (1e-6 if precision == "fp32" else 1e-14)
+    extra = [held for name, held in program.buffers.items() if "rotary" not in name]
+    assert any(torch.equal(held.value.float(), model.scales) for held in extra)
+    assert not any(held.persistent for held in extra)
+    assert not any(node.target._schema.is_mutable for node in program.units[0].body.calls() if hasattr(node.target, "_schema"))
+
+
 # Masks: every function of HuggingFace's that is known must mean what the function itself computes.
 
 LENGTH = 12
@@ -260,16 +306,18 @@ def known() -> dict[str, Callable[..., Any]]:
     causal, window = m.causal_mask_function, m.sliding_window_causal_mask_function(4)
     functions = {
         "causal": causal,
-        "bidirectional": getattr(m, "bidirectional_mask_function", causal),
         "window": window,
         "two windows": m.and_masks(window, m.sliding_window_causal_mask_function(3)),
         "padding": m.and_masks(causal, m.padding_mask_function(PADDING)),
-        "packed": m.and_masks(causal, m.packed_sequence_mask_function(SEQUENCES)),
-        "padded and packed": m.and_masks(window, m.packed_sequence_mask_function(SEQUENCES), m.padding_mask_function(PADDING)),
     }
+    if hasattr(m, "packed_sequence_mask_function"):
+        packed = m.packed_sequence_mask_function(SEQUENCES)
+        functions["packed"] = m.and_masks(causal, packed)
+        functions["padded and packed"] = m.and_masks(window, packed, m.padding_mask_function(PADDING))
     if hasattr(m, "packed_sequence_compatibility_function"):
         functions["packed, positions restart"] = m.packed_sequence_compatibility_function(causal, POSITIONS, SEQUENCES)
         functions["packed window"] = m.packed_sequence_compatibility_function(window, POSITIONS, SEQUENCES)
+        functions["bidirectional"] = m.bidirectional_mask_function
         functions["chunked"] = m.chunked_causal_mask_function(5, torch.tensor([0, 0]))
         functions["chunked after padding"] = m.chunked_causal_mask_function(5, torch.tensor([3, 0]))
     return functions

@@ -78,7 +78,6 @@ def test_a_step_sends_what_was_predicted(
     policy = shardcomp.Policy.load("llama", **options)
     config = tiny(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=tied)
     lowered = shardcomp.lower(config, policy, tensor * data, seq=16, micro_batch=micro_batch, global_batch=2 * data)
-    lowered.for_call(((("input_ids", 2), ("labels", 2)), ("loss",), True))
     weights, batch = weights_of(lowered), batches(97, 2 * data, 16, 0)["causal"]
     counted = Counted(monkeypatch)
 

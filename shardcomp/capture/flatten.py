@@ -123,7 +123,8 @@ class _Flattening:
         if name == "wrap_with_autocast":
             _, _, enabled, _, inner, *operands = (self._map(argument, env) for argument in node.args)
             if enabled:
-                raise CaptureError(f"{_where(node)}: the model turns autocast on, which leaves no trace in a graph")
+                first = next((n for n in inner.graph.nodes if n.op == "call_function"), node)
+                raise CaptureError(f"{_where(first)}: the model turns autocast on, which leaves no trace in a graph")
         else:
             enabled, inner, *operands = (self._map(argument, env) for argument in node.args)
             extra = {key: held for key, held in extra.items() if key != "no_grad"} | ({} if enabled else {"no_grad": True})

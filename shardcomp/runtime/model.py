@@ -29,6 +29,8 @@ Weights = Callable[[str, tuple[slice, ...]], Tensor]
 """(parameter name, which part) -> that part, in any dtype, on any device."""
 Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool]
 """A call signature: the inputs given as (name, dimensions), the outputs wanted, training or not."""
+Lower = Callable[[Call, tuple[int, int]], Blueprint]
+"""Lowers a call of a given (batch, length), which matters only for models with static shapes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ShardedModel(nn.Module):
         mesh: DeviceMesh,
         device: torch.device,
         config: Any = None,
-        lower: Callable[[Call], Blueprint] | None = None,
+        lower: Lower | None = None,
     ) -> None:
         super().__init__()
         # Not children: their parameters are those of the tree, under other names.
@@ -76,7 +78,7 @@ class ShardedModel(nn.Module):
         self._unit_axes = dict(self._axes)
         self._lower = lower
         self._blueprint = blueprint
-        self._stages: dict[Call, tuple[Blueprint, Stage]] = {}
+        self._stages: dict[tuple[Call, tuple[int, int] | None], tuple[Blueprint, Stage]] = {}
         self._partial = PartialGradients(
             [(self._get(name), plan.partial_gradient) for name, plan in blueprint.parameters.items()], self._axes
         )
@@ -126,23 +128,26 @@ class ShardedModel(nn.Module):
         self._check(batch)
         if "labels" not in batch:
             raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
-        blueprint, stage = self._stage(batch, ("loss",))
+        pieces = self._micro_batches(batch)
+        blueprint, stage = self._stage(pieces[0], ("loss",))
+        tokens = self._tokens(stage, blueprint, *pieces)
+        self._partial.set_aside()
+        losses = []
+        for piece in pieces:
+            self._root.set_requires_gradient_sync(piece is pieces[-1])
+            loss = self._root(stage.forward, **piece, num_items_in_batch=tokens)["loss"]
+            loss.backward()
+            losses.append(loss.detach())
+        self._partial.add_up()
+        return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
+
+    def _micro_batches(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         rows = next(iter(batch.values())).shape[0]
         size = self._blueprint.micro_batch or rows
         if rows % size:
             legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
             raise PlanError(f"train_step: a batch of {rows} does not split into micro-batches of {size}: use {legal}")
-        tokens = self._tokens(stage, blueprint, batch)
-        self._partial.set_aside()
-        losses = []
-        for start in range(0, rows, size):
-            self._root.set_requires_gradient_sync(start + size >= rows)
-            inputs = {name: held[start : start + size] for name, held in batch.items()}
-            loss = self._root(stage.forward, **inputs, num_items_in_batch=tokens)["loss"]
-            loss.backward()
-            losses.append(loss.detach())
-        self._partial.add_up()
-        return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
+        return [{name: held[at : at + size] for name, held in batch.items()} for at in range(0, rows, size)]
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients to a global 2-norm of at most `max_norm`, over every axis; returns the norm before."""
@@ -178,11 +183,11 @@ class ShardedModel(nn.Module):
         path, _, leaf = first.get(name, name).rpartition(".")
         return getattr(self.get_submodule(path), leaf)
 
-    def _tokens(self, stage: Stage, blueprint: Blueprint, batch: Mapping[str, Tensor]) -> Tensor:
+    def _tokens(self, stage: Stage, blueprint: Blueprint, *pieces: Mapping[str, Tensor]) -> Tensor:
         """The labels of the global batch that the loss is a mean over."""
-        given = {name: held for name, held in batch.items() if name in blueprint.token_inputs}
         with torch.no_grad():
-            return self._axes["dp"].all_reduce(stage.tokens(**given))
+            mine = [stage.tokens(**{name: piece[name] for name in blueprint.token_inputs}) for piece in pieces]
+            return self._axes["dp"].all_reduce(torch.stack(mine).sum())
 
     def _check(self, batch: Mapping[str, Tensor]) -> None:
         """Refuse what would fail inside the forward, or go wrong silently."""
@@ -204,26 +209,28 @@ class ShardedModel(nn.Module):
             )
 
     def _stage(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) -> tuple[Blueprint, Stage]:
-        """The code for a call signature; lowered on first use."""
+        """The code for a call: lowered when its signature, or for a model with static shapes its shape, is first met."""
         call: Call = (tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, self.training)
-        if call not in self._stages:
-            blueprint = self._blueprint_for(call)
-            stage = blueprint.module().Model(self._homes, self._unit_axes, self.device)
-            self._stages[call] = (blueprint, stage)
-        return self._stages[call]
+        rows, length = next(iter(batch.values())).shape[:2]
+        for shape in (None, (rows, length)):
+            if (call, shape) in self._stages:
+                return self._stages[call, shape]
+        blueprint = self._blueprint_for(call, (rows, length))
+        stage = blueprint.module().Model(self._homes, self._unit_axes, self.device)
+        self._stages[call, blueprint.static_shape] = (blueprint, stage)
+        return blueprint, stage
 
-    def _blueprint_for(self, call: Call) -> Blueprint:
+    def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
         inputs, outputs, training = call
         mine = self._blueprint
-        if (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training):
+        same = (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training)
+        if same and mine.static_shape in (None, shape):
             return mine
         if self._lower is None:
-            given = ", ".join(name for name, _ in inputs)
-            raise PlanError(
-                f"this source was written for ({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = "
-                f"{mine.training}; the call is ({given}) -> ({', '.join(outputs)}), training = {training}"
-            )
-        return self._lower(call)
+            asked = f"({', '.join(name for name, _ in inputs)}) -> ({', '.join(outputs)}), training = {training}, shape {shape}"
+            has = f"({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = {mine.training}"
+            raise PlanError(f"this source was written for {has}, shape {mine.static_shape or 'any'}; the call is {asked}")
+        return self._lower(call, shape)
 
 
 def _as_dtensor(held: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:
@@ -241,7 +248,7 @@ def build(
     blueprint: Blueprint,
     weights: Weights,
     config: Any = None,
-    lower: Callable[[Call], Blueprint] | None = None,
+    lower: Lower | None = None,
 ) -> ShardedModel:
     """Allocate this rank's part of a lowered model and hand it over. `weights` is asked for the local part of each
     parameter."""

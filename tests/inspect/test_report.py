@@ -167,7 +167,6 @@ def test_a_run_holds_between_steps_what_the_report_says(options: dict[str, Any],
     lowered = lower(config, Policy.load("llama", **options), seq=16)
     weights = weights_of(lowered)
     ids = torch.arange(32).view(2, 16)
-    lowered.for_call(((("input_ids", 2), ("labels", 2)), ("loss",), True))
 
     def work(rank: int) -> dict[str, int]:
         sharded = allocate(lowered, weights)
