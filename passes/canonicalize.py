@@ -79,8 +79,9 @@ def _random_numbers(program: Program) -> Iterator[str]:
         return
     settings = program.config.to_dict() if hasattr(program.config, "to_dict") else {}
     keys = [key for key, held in settings.items() if "drop" in key and isinstance(held, float) and held > 0]
-    remedy = f"set {' = '.join(keys)} = 0 in the configuration" if keys else "train it without"
-    yield f"{modules[0]} (and {len(modules) - 1} more) draws random numbers, as dropout does, which is not supported: {remedy}"
+    remedy = f"set {' = '.join(keys)} = 0 in the configuration" if keys else "take them out of the model"
+    more = f" and {len(modules) - 3} more modules" if len(modules) > 3 else ""
+    yield f"random numbers, as dropout draws them, are not supported; drawn in {', '.join(modules[:3])}{more}: {remedy}"
 
 
 def _draws(node: fx.Node) -> bool:

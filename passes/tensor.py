@@ -57,11 +57,10 @@ AXIS = "tp"
 
 
 def run(program: Program, context: Context) -> Program:
-    sequence_parallel = context.policy.options.sequence_parallel
     size = context.mesh.size(AXIS)
     layouts, uncut = weight_layouts(program, context.policy, AXIS, size)
     shared = {name for unit in program.units for name in unit.parameters if _owners(program, name) > 1}
-    rewrite = _Rewrite(program, size, sequence_parallel, layouts, shared)
+    rewrite = _Rewrite(program, context, layouts, shared)
     held = {name: Layout() for name in program.inputs}
     memo: dict[Any, tuple[Body, tuple[Layout, ...]]] = {}
     units = []
@@ -106,10 +105,10 @@ class _Use:
 class _Rewrite:
     """Rewrites bodies for one axis, and gathers what it learns about parameters on the way."""
 
-    def __init__(
-        self, program: Program, size: int, sequence_parallel: bool, layouts: dict[str, Layout], shared: set[str]
-    ) -> None:
-        self.program, self.size, self.sequence_parallel = program, size, sequence_parallel
+    def __init__(self, program: Program, context: Context, layouts: dict[str, Layout], shared: set[str]) -> None:
+        self.program, self.size = program, context.mesh.size(AXIS)
+        self.sequence_parallel = context.policy.options.sequence_parallel
+        self.length = program.static_shape[1] if program.static_shape else S
         self.layouts, self.shared = layouts, shared
         self.indivisible: dict[str, set[int]] = {}
         self.degraded: list[Degraded] = []
@@ -128,7 +127,7 @@ class _Rewrite:
         if self.size == 1:
             return body, tuple(Layout() for _ in body.results)
         self._separate_additions(body, given)
-        done = propagate(body, Cutting(self.size, self.sequence_parallel), given)
+        done = propagate(body, Cutting(self.size, self.length if self.sequence_parallel else None), given)
         self._report(unit, done)
         self._convert(unit, body, done)
         return body, tuple(value(node).layout for node in body.results)
@@ -232,7 +231,7 @@ class _Rewrite:
             return now if now.is_split else WHOLE
         if self.sequence_parallel and held.floating and held.requires_grad:
             for dim, size in enumerate(held.shape):
-                if size == S:
+                if dim > 0 and size == self.length:
                     return split(dim)
         return WHOLE
 

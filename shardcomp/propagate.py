@@ -56,10 +56,10 @@ class Indivisible:
 
 @dataclass(frozen=True)
 class Cutting:
-    """What one axis cuts: into how many pieces, and whether the residual stream is to be cut along the sequence."""
+    """What one axis cuts: into how many pieces, and the length of the sequence where the residual stream is cut along it."""
 
     parts: int
-    sequence: bool
+    length: Size | None
 
 
 def propagate(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement]) -> Propagation:
@@ -198,7 +198,7 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
     if now.is_whole:
         return size if held.requires_grad else 0.0
     if now.partial:
-        scattered = needed.dim is not None and cutting.sequence and held.shape[needed.dim] == S
+        scattered = needed.dim is not None and cutting.length is not None and held.shape[needed.dim] == cutting.length
         return size * (1 if scattered else 2 if needed.is_whole else 3)
     return size
 

@@ -9,6 +9,7 @@ import torch
 from models import tiny
 
 import shardcomp
+from shardcomp import capture
 from shardcomp.verifier import TOLERANCE, verify
 
 WHOLE = {"none": True}
@@ -89,3 +90,23 @@ def test_a_model_with_real_weights_is_verified_as_it_is() -> None:
     found = verify(model, shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 2, kinds=("causal",))
     assert found.ok, found
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_model_with_static_shapes_only_is_lowered_for_each_shape_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, sequence_parallel: bool
+) -> None:
+    true = capture.export
+
+    def static(module: Any, mode: Any, signature: Any, sample: Any, dynamic: bool, *rest: Any) -> Any:
+        if dynamic:
+            raise RuntimeError("a size of this model is a constant")
+        return true(module, mode, signature, sample, dynamic, *rest)
+
+    monkeypatch.setattr(capture, "export", static)
+    policy = shardcomp.Policy.load("llama", tensor=2, sequence_parallel=sequence_parallel, precision="fp64")
+    lowered = shardcomp.lower(tiny(), policy, seq=16, sample=(2, 16))
+    assert lowered.program.static_shape == (2, 16)
+    assert "(2, 16) alone" in lowered.program.degraded[0].why
+    found = verify(tiny(), policy, 4, shrink=WHOLE)
+    assert found.ok, found

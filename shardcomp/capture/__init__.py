@@ -40,7 +40,8 @@ def capture(model: nn.Module, signature: Signature, *, precision: str, sample: t
     precision: bf16, fp32 or fp64; under fp64 the model's own casts to float32 are widened.
     sample: the (b, s) that is captured where the model's graph holds for a single shape only; the Program then says so in
     `static_shape` and `degraded`.
-    A small model with real weights is run and compared with what was captured. Raises CaptureError.
+    A model that is not too large is run with random weights and compared with what was captured. Raises CaptureError, and
+    PolicyError for an unknown precision.
     """
     wrong = [f"{name} has {ndim} dimensions" for name, ndim in signature.inputs if ndim != 2]
     if wrong:
@@ -96,7 +97,8 @@ def _export(
         twin.set_attention(attention)
         try:
             with registered(recorder):
-                exported, kind = export(twin.module, mode, signature, sample, dynamic, dtype == torch.float64)
+                shape = _SAMPLE if dynamic else sample  # a size of one would be taken for a constant
+                exported, kind = export(twin.module, mode, signature, shape, dynamic, dtype == torch.float64)
         except CaptureError:
             raise
         except Exception as error:

@@ -64,10 +64,13 @@ def self_check(program: Program, model: nn.Module) -> float:
             options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
             try:
                 expected = reference(**given, **options)
-            except RuntimeError as error:
+            except Exception as error:
                 raise _ModelFailure(f"{program.name} in {dtype}: {error}") from error
         parameters = dict(reference.named_parameters())
-        got = evaluate(program, given | _label_count(program, given), parameters)
+        try:
+            got = evaluate(program, given | _label_count(program, given), parameters)
+        except Exception as error:
+            raise CaptureError(f"{program.name}{program.signature}: the captured graph does not run: {error}") from error
     return max(_deviation(got[name], expected[name]) for name in program.signature.outputs)
 
 

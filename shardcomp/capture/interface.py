@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Recorder:
         except UnclearMask as unclear:
             raise self._refuse(str(unclear)) from None
         if mask.segment is not None:
-            mask = Mask(mask.causal, mask.window, mask.segment.expand(batch_size, -1), mask.key_mask)
+            mask = replace(mask, segment=mask.segment.expand(batch_size, -1))
         token = MaskToken(mask, lambda what: self._misused(what))
         self.tokens.append(token)
         return token

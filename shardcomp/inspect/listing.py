@@ -76,12 +76,12 @@ def _unit_class(body: Body, program: Program, used: set[str]) -> str:
 
 
 def unit_paths(units: list[Unit]) -> str:
-    """The paths of alike units, runs of numbers shortened: `model.layers.0 … 31, alike`."""
+    """The paths of alike units, from the first to the last: `model.layers.0 … 31, alike`."""
     if len(units) == 1:
         return units[0].path
     first, last = units[0].path, units[-1].path
     tail = next((b for a, b in zip(first.split("."), last.split("."), strict=False) if a != b), last)
-    return f"{first} … {tail}, {len(units)} alike"
+    return f"{first} … {tail}, alike"
 
 
 class Writer:

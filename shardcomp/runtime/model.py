@@ -44,6 +44,15 @@ class StepResult:
     tokens: Tensor
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The code of one call signature, and the parameters whose gradient it leaves partial."""
+
+    blueprint: Blueprint
+    stage: Stage
+    partial: PartialGradients
+
+
 class ShardedModel(nn.Module):
     """One rank's part of a model.
 
@@ -78,10 +87,7 @@ class ShardedModel(nn.Module):
         self._unit_axes = dict(self._axes)
         self._lower = lower
         self._blueprint = blueprint
-        self._stages: dict[tuple[Call, tuple[int, int] | None], tuple[Blueprint, Stage]] = {}
-        self._partial = PartialGradients(
-            [(self._get(name), plan.partial_gradient) for name, plan in blueprint.parameters.items()], self._axes
-        )
+        self._stages: dict[tuple[Call, tuple[int, int] | None], _Loaded] = {}
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
         """The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
@@ -90,20 +96,20 @@ class ShardedModel(nn.Module):
         self._check(batch)
         labelled = "labels" in batch
         outputs = (("loss",) if labelled else ()) + (("logits",) if return_logits or not labelled else ())
-        blueprint, stage = self._stage(batch, outputs)
+        code = self._code(batch, outputs)
         inputs = dict(batch)
         if labelled:
-            count = self._tokens(stage, blueprint, batch) if num_items_in_batch is None else num_items_in_batch
+            count = self._tokens(code, batch) if num_items_in_batch is None else num_items_in_batch
             inputs["num_items_in_batch"] = torch.as_tensor(count, device=self.device)
-        found = self._root(stage.forward, **inputs)
+        found = self._root(code.stage.forward, **inputs)
         if not torch.is_grad_enabled():
             self._lay_down()
         if "loss" in found:
-            found["loss"] = around_backward(found["loss"], self._partial.set_aside, self._partial.add_up)
+            found["loss"] = around_backward(found["loss"], code.partial.set_aside, code.partial.add_up)
             found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
-        for name, (dim, size) in blueprint.output_split.items():
+        for name, (dim, size) in code.blueprint.output_split.items():
             found[name] = _as_dtensor(found[name], self.mesh, dim, size)
-        return _output_type(blueprint.output_type)(**found)
+        return _output_type(code.blueprint.output_type)(**found)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer updates, also while a forward is under way with copies of them in their place."""
@@ -129,16 +135,16 @@ class ShardedModel(nn.Module):
         if "labels" not in batch:
             raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
         pieces = self._micro_batches(batch)
-        blueprint, stage = self._stage(pieces[0], ("loss",))
-        tokens = self._tokens(stage, blueprint, *pieces)
-        self._partial.set_aside()
+        code = self._code(pieces[0], ("loss",))
+        tokens = self._tokens(code, *pieces)
+        code.partial.set_aside()
         losses = []
         for piece in pieces:
             self._root.set_requires_gradient_sync(piece is pieces[-1])
-            loss = self._root(stage.forward, **piece, num_items_in_batch=tokens)["loss"]
+            loss = self._root(code.stage.forward, **piece, num_items_in_batch=tokens)["loss"]
             loss.backward()
             losses.append(loss.detach())
-        self._partial.add_up()
+        code.partial.add_up()
         return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
 
     def _micro_batches(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -183,10 +189,10 @@ class ShardedModel(nn.Module):
         path, _, leaf = first.get(name, name).rpartition(".")
         return getattr(self.get_submodule(path), leaf)
 
-    def _tokens(self, stage: Stage, blueprint: Blueprint, *pieces: Mapping[str, Tensor]) -> Tensor:
+    def _tokens(self, code: _Loaded, *pieces: Mapping[str, Tensor]) -> Tensor:
         """The labels of the global batch that the loss is a mean over."""
         with torch.no_grad():
-            mine = [stage.tokens(**{name: piece[name] for name in blueprint.token_inputs}) for piece in pieces]
+            mine = [code.stage.tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces]
             return self._axes["dp"].all_reduce(torch.stack(mine).sum())
 
     def _check(self, batch: Mapping[str, Tensor]) -> None:
@@ -208,7 +214,7 @@ class ShardedModel(nn.Module):
                 f"that does is {longer}: pad with labels of -100, or set sequence_parallel = false"
             )
 
-    def _stage(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) -> tuple[Blueprint, Stage]:
+    def _code(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) -> _Loaded:
         """The code for a call: lowered when its signature, or for a model with static shapes its shape, is first met."""
         call: Call = (tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, self.training)
         rows, length = next(iter(batch.values())).shape[:2]
@@ -217,8 +223,11 @@ class ShardedModel(nn.Module):
                 return self._stages[call, shape]
         blueprint = self._blueprint_for(call, (rows, length))
         stage = blueprint.module().Model(self._homes, self._unit_axes, self.device)
-        self._stages[call, blueprint.static_shape] = (blueprint, stage)
-        return blueprint, stage
+        self._lay_down()
+        plans = blueprint.parameters.items()
+        partial = PartialGradients([(self._get(name), plan.partial_gradient) for name, plan in plans], self._axes)
+        self._stages[call, blueprint.static_shape] = loaded = _Loaded(blueprint, stage, partial)
+        return loaded
 
     def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
         inputs, outputs, training = call
