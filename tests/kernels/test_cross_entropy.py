@@ -1,0 +1,79 @@
+"""Cross entropy per token, whole and over a divided vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shardcomp.kernels import cross_entropy, vocab_cross_entropy
+from shardcomp.mesh import Mesh
+from shardcomp.ranks import run_ranks
+from shardcomp.runtime import world
+
+
+def case(tokens: int, columns: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(tokens * 1000 + columns)
+    logits = torch.randn(tokens, columns, generator=draw, dtype=torch.float64).mul_(5).to(dtype)
+    labels = torch.randint(0, columns, (tokens,), generator=draw)
+    labels[::3] = -100
+    return logits, labels
+
+
+def split(logits: Tensor, labels: Tensor, ranks: int, seed: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The losses on every rank, and the gradient of the logits put together."""
+
+    def work(rank: int) -> tuple[Tensor, Tensor]:
+        mesh, _ = world.start(Mesh(tp=ranks))
+        piece = logits.chunk(ranks, 1)[rank].clone().requires_grad_()
+        loss = vocab_cross_entropy(piece, labels, -100, logits.shape[1], world.axes_of(mesh)["tp"])
+        loss.backward(seed)
+        return loss.detach(), piece.grad
+
+    found = run_ranks(ranks, work)
+    return [loss for loss, _ in found], torch.cat([gradient for _, gradient in found], 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(("tokens", "columns"), [(7, 12), (1, 5), (13, 97), (4, 4), (0, 8)])
+def test_a_divided_vocabulary_gives_the_losses_and_gradients_of_the_whole(ranks: int, tokens: int, columns: int) -> None:
+    logits, labels = case(tokens, columns)
+    if -(-columns // ranks) * (ranks - 1) >= columns:
+        pytest.skip("a rank without columns is refused by the policy")
+    whole = logits.clone().requires_grad_()
+    seed = torch.linspace(0.5, 2, tokens, dtype=torch.float64)
+    expected = functional.cross_entropy(whole, labels, ignore_index=-100, reduction="none")
+    expected.backward(seed)
+    losses, gradient = split(logits, labels, ranks, seed)
+    for loss in losses:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits, labels = case(6, 10, torch.float32)
+    losses, _ = split(logits * 1e4, labels, 2, torch.ones(6))
+    torch.testing.assert_close(losses[0], cross_entropy(logits * 1e4, labels, -100))
+
+
+def test_a_logit_that_is_not_a_number_makes_its_own_token_not_a_number_and_no_other() -> None:
+    logits, labels = case(5, 8)
+    logits[1, 6] = float("nan")
+    losses, _ = split(logits, labels, 2, torch.ones(5, dtype=torch.float64))
+    assert torch.equal(losses[0].isnan(), torch.arange(5) == 1)
+
+
+def test_a_masked_column_has_no_weight() -> None:
+    logits, labels = case(5, 8)
+    logits[:, 0] = float("-inf")
+    labels = torch.where(labels == 0, 1, labels)
+    losses, gradient = split(logits, labels, 2, torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(losses[0], cross_entropy(logits, labels, -100))
+    assert bool((gradient[:, 0] == 0).all())
+
+
+def test_tokens_that_do_not_count_are_zero_and_give_no_gradient() -> None:
+    logits, labels = case(6, 10)
+    losses, gradient = split(logits, torch.full_like(labels, -100), 2, torch.ones(6, dtype=torch.float64))
+    assert not losses[0].any() and not gradient.any()
