@@ -81,7 +81,7 @@ def run(program: Program, context: Context) -> Program:
         for name, p in program.parameters.items()
     }
     known = {name: replace(v, layout=held.get(name, v.layout)) for name, v in program.values.items()}
-    degraded = program.degraded + rewrite.degraded
+    degraded = list(dict.fromkeys(program.degraded + rewrite.degraded))
     return replace(program, units=units, parameters=parameters, values=known, degraded=degraded, mesh=context.mesh)
 
 
@@ -204,16 +204,15 @@ class _Rewrite:
                 continue
             choice = done.choices[node]
             operands = tensor_arguments(node)
-            swapped = {}
+            graded = any(v.requires_grad for v in values(node))
+            brought = []
             for operand, placement, partial in zip(operands, choice.operands, choice.partial_gradient, strict=True):
-                graded = any(v.requires_grad for v in values(node))
+                several = not isinstance(operand.meta["value"], Value)
                 use = _Use(placement, partial and graded)
-                if operand.meta["value"].__class__ is tuple:
-                    continue
-                swapped[operand] = self._bring(body, operand, done, use, node, cache, mixed)
+                brought.append(operand if several else self._bring(body, operand, done, use, node, cache, mixed))
             self._note_unruled(unit, node, operands, done)
-            node.args = fx.map_arg(node.args, lambda a, s=swapped: s.get(a, a))
-            node.kwargs = fx.map_arg(node.kwargs, lambda a, s=swapped: s.get(a, a))
+            in_order = iter(brought)
+            node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _, order=in_order: next(order))
             _set_layouts(node, choice.results)
             if choice.form is not None:
                 node.args = (*choice.form.arguments(node), AXIS)
@@ -263,7 +262,7 @@ class _Rewrite:
         """`operand` as `use` needs it, through a collective where it lies otherwise; inserted once per value and need."""
         now = done.placements[operand][0]
         held = value(operand)
-        partial = use.partial_gradient and held.requires_grad and use.placement.is_whole
+        partial = use.partial_gradient and held.requires_grad and use.placement.is_whole and operand not in done.passed_back
         if now.is_whole and use.placement.is_whole and partial and _is_parameter(operand) and operand not in mixed:
             operand.meta["partial_gradient"] = (AXIS,)
             return operand

@@ -8,7 +8,7 @@ Nothing is rewritten here; the `tensor` pass turns what was chosen into collecti
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 from torch import fx
@@ -44,6 +44,8 @@ class Propagation:
     choices: dict[fx.Node, Choice]
     placements: dict[fx.Node, tuple[Placement, ...]]
     indivisible: list[Indivisible]
+    passed_back: set[fx.Node] = field(default_factory=set)
+    """Calls whose result has a partial gradient that is reduced at their operand instead."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ def _push_back(body: Body, done: Propagation) -> None:
             continue
         if all(done.choices[user].operands[i].is_whole and done.choices[user].partial_gradient[i] for user, i in graded):
             done.choices[node] = replace(choice, partial_gradient=(True,))
+            done.passed_back.add(node)
 
 
 def _flows(user: fx.Node) -> bool:

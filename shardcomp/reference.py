@@ -80,7 +80,7 @@ def dense(model: nn.Module, precision: str, given: Mapping[str, Batch], updates:
             every = [gradient.flatten().double() for gradient in found.gradients[kind].values()]
             found.norm[kind] = torch.cat(every).norm()
         with torch.no_grad():
-            found.logits = reference(input_ids=given["causal"]["input_ids"], **_without_cache(reference)).logits.detach()
+            found.logits = reference(input_ids=given["causal"]["input_ids"], **_without_cache(reference))["logits"].detach()
         if updates:
             optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], **OPTIMIZER)
             for batch in updates:
@@ -117,7 +117,7 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**batch, **_without_cache(model)).loss
+    return model(**batch, **_without_cache(model))["loss"]
 
 
 def _take_gradients(model: nn.Module) -> dict[str, Tensor]:

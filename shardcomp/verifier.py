@@ -163,7 +163,7 @@ def _run(sharded: ShardedModel, given: dict[str, Batch], updates: list[Batch], w
         sharded.zero_grad()
     if with_logits:
         with torch.no_grad():
-            logits = sharded(input_ids=mine(given["causal"])["input_ids"]).logits
+            logits = sharded(input_ids=mine(given["causal"])["input_ids"])["logits"]
         found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     if updates:
         optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], foreach=True, **OPTIMIZER)
