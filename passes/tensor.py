@@ -1,15 +1,13 @@
 """Tensor and sequence parallelism: give weights and borders a layout, propagate, and insert the collectives that follow.
 
-Needs: units. The policy says how each weight is cut; `propagate` chooses a cut for every call. Wherever a value does not
-lie as a
-call needs it, a collective is inserted, once per value and target; wherever a whole value's gradient would come out as one
-rank's summand, a reduction is inserted in the backward direction (the law of gradients).
+Needs: units. The policy says how each weight is cut; `propagate` chooses a cut for every call. Wherever a value does not lie
+as a call needs it, a collective is inserted, once per value and target; wherever a whole value's gradient would come out as
+one rank's summand, a reduction is inserted in the backward direction (the law of gradients).
 
-Legality: each collective's forward and backward are adjoint, so a call on cut operands gives a cut of what it gave on
-whole ones,
-and each gradient is whole, cut like its value, or recorded as partial on its parameter. At a unit's border a value is whole or
-cut, never partial, and its gradient lies as it does; so units are legal by themselves, and each body is rewritten once for each
-layout that its inputs come in.
+Legality: each collective's forward and backward are adjoint, so a call on cut operands gives a cut of what it gave on whole
+ones, and each gradient is whole, cut like its value, or recorded as partial on its parameter. At a unit's border a value is
+whole or cut, never partial, and its gradient lies as it does; so units are legal by themselves, and each body is rewritten
+once for each layout that its inputs come in.
 
     h = norm(x); q = linear(h, Wq)         h = norm(x); g = allgather_reducescatter(h); q = linear(g, Wq local)
 """

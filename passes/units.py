@@ -1,9 +1,8 @@
 """Cut the model into units, and let alike units share one body.
 
-Needs: a canonical Program of one unit. A node belongs to the unit whose module it comes from, as the policy's [units] say. What
-is left over joins its neighbour: what no layer feeds joins its only consumer's unit, or else the first unit; what comes
-after the
-layers joins the last.
+Needs: a canonical Program of one unit. A node belongs to the unit whose module it comes from, as the policy's [units] say.
+What is left over joins its neighbour: what no layer feeds joins its only consumer's unit, or else the first unit; what comes
+after the layers joins the last.
 
 Legality: cutting a graph along data flow changes nothing. Units are alike when their graphs, constants, shapes, dtypes,
 `requires_grad` and policy entries are equal; then one body computes what each of them computes.

@@ -5,11 +5,10 @@ The notation, one entry per tensor operand, then the results:
     ... i, o i, +o -> ... o
 
 A name is a *factor*: wherever it appears, that dimension is cut in the same way. `...` stands for any further dimensions, cut
-alike in every operand that has them. A factor that no result has is contracted: cutting it makes the results partial. `!` after
-a factor: it must stay whole. `+` before an operand: it is added to the result, so it cannot stand beside a partial one.
-Operands
-given by keyword are written `name: dims`. After `|`: `linear 0` (linear in operand 0 alone) or `linear all` (in all jointly),
-through which a partial operand may pass as it is.
+alike in every operand that has them. A factor that no result has is contracted: cutting it makes the results partial. `!`
+after a factor: it must stay whole. `+` before an operand: it is added to the result, so it cannot stand beside a partial one.
+Operands given by keyword are written `name: dims`. After `|`: `linear 0` (linear in operand 0 alone) or `linear all` (in all
+jointly), through which a partial operand may pass as it is.
 
 A factor may have a *split form*, an operator that computes with the local piece and an axis; kernels register theirs.
 An operator without a rule needs its operands whole.

@@ -53,8 +53,7 @@ def self_check(program: Program, model: nn.Module) -> float:
 
     program: as captured or canonical. model: its tensors may be on meta; a copy with random weights is run, because an
     attention that is nearly uniform, as HuggingFace's initialisation leaves it, hides what is wrong with it. Raises
-    CaptureError
-    where the model does not run by itself.
+    CaptureError where the model does not run by itself.
     """
     dtype = _dtype(program)
     reference = _reference(model, dtype, program)

@@ -1,8 +1,7 @@
 """A Program as Python that people read and that runs: one line per value, alike units written once.
 
 The annotation of a line is the local shape, written as global size / axis; Python never evaluates annotations inside a
-function.
-What is executed holds plain integers and the names b and s, which each unit takes from its own inputs.
+function. What is executed holds plain integers and the names b and s, which each unit takes from its own inputs.
 """
 
 from __future__ import annotations

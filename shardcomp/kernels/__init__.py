@@ -1,6 +1,5 @@
-"""Fused operators: one file each, with its plain PyTorch reference (which is its specification), its sharding rule and
-its split
-form. A new operator is a new file, listed below."""
+"""Fused operators: one file each, with its plain PyTorch reference (which is its specification), its sharding rule and its
+split form. A new operator is a new file, listed below."""
 
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy

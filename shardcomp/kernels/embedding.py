@@ -16,9 +16,8 @@ from shardcomp.rules import Form, register
 def vocab_embedding(weight: Tensor, ids: Tensor, padding: int, rows: int, axis: Axis) -> Tensor:
     """Look up the ids that fall into this rank's rows; the others give zero, so that the ranks' results sum to the embedding.
 
-    weight: [local rows, h], rows as `torch.chunk` leaves them of `rows` in all. ids: [...] int64. `padding`: the row
-    that takes no
-    gradient, or -1. Result: [..., h], partial.
+    weight: [local rows, h], rows as `torch.chunk` leaves them of `rows` in all. ids: [...] int64. `padding`: the row that
+    takes no gradient, or -1. Result: [..., h], partial.
     """
     first = axis.rank * -(-rows // axis.size)
     local = ids - first

@@ -1,6 +1,5 @@
-"""What the runtime needs to know of a lowered program: the emitted source beside a table of parameters. It can be saved
-as files
-that people read, and loaded where the compiler is not."""
+"""What the runtime needs to know of a lowered program: the emitted source beside a table of parameters. It can be saved as
+files that people read, and loaded where the compiler is not."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ class PartialGradients:
     """Parameters on whose gradient each rank of an axis holds one summand, such as a norm's weight under sequence parallelism.
 
     What a backward adds is summed over the axis once, when all of the step's gradients are there. Only that increment:
-    gradients
-    that stood before were summed already, and summing them again would count them once per rank.
+    gradients that stood before were summed already, and summing them again would count them once per rank.
     """
 
     def __init__(self, parameters: Iterable[tuple[nn.Parameter, tuple[str, ...]]], axes: Mapping[str, Axis]) -> None:

@@ -1,6 +1,5 @@
-"""The sharded model that a user holds: HuggingFace's names, DTensor parameters, `train_step`, and the pieces of it that
-are built
-from a blueprint."""
+"""The sharded model that a user holds: HuggingFace's names, DTensor parameters, `train_step`, and the pieces of it that are
+built from a blueprint."""
 
 from __future__ import annotations
 
@@ -56,9 +55,8 @@ class _Loaded:
 class ShardedModel(nn.Module):
     """One rank's part of a model.
 
-    Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. A
-    batch is
-    this data-parallel rank's samples, the same on every rank of one tensor-parallel group.
+    Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. A batch
+    is this data-parallel rank's samples, the same on every rank of one tensor-parallel group.
     """
 
     def __init__(
@@ -128,9 +126,8 @@ class ShardedModel(nn.Module):
                 module.reshard()
 
     def train_step(self, **batch: Tensor) -> StepResult:
-        """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over
-        data-parallel ranks,
-        and add to gradients that stand."""
+        """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over data-parallel
+        ranks, and add to gradients that stand."""
         self._check(batch)
         if "labels" not in batch:
             raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
