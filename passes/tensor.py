@@ -279,20 +279,28 @@ class _Rewrite:
         """What is right but slower than it could be: an operator without a rule, a weight that is gathered."""
         where = module_of(unit, node) or node.name
         choice = done.choices[node]
-        for operand, needed in zip(operands, choice.operands, strict=True):
+        rule = factoring(node)
+        for i, (operand, needed) in enumerate(zip(operands, choice.operands, strict=True)):
             now = done.placements[operand][0]
             if now == needed or (now.is_whole and not choice.form):
                 continue
+            if rule is not None and now.dim is not None and rule.operands[i][now.dim] is None and not _is_parameter(operand):
+                what = f"{where}: an operand of {_name(node)} is gathered"
+                self.degraded.append(Degraded(what, f"it is split on dimension {now.dim}, which the operator needs whole"))
             if _is_parameter(operand):
-                what = f"{where}: the weight {operand.meta['path']} is gathered for {node.target}"
+                what = f"{where}: the weight {operand.meta['path']} is gathered for {_name(node)}"
                 self.degraded.append(Degraded(what, "no rule lets the operator work on the weight as the policy cuts it"))
             elif not choice.ruled:
-                self.degraded.append(Degraded(f"{where}: {node.target} runs whole", "the operator has no rule"))
+                self.degraded.append(Degraded(f"{where}: {_name(node)} runs whole", "the operator has no rule"))
 
     def record_partial_gradients(self, unit: Unit, body: Body) -> None:
         for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
             if axes := node.meta.get("partial_gradient"):
                 self.partial[name] = axes
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "overloadpacket", getattr(node.target, "__name__", node.target)))
 
 
 def _is_parameter(node: fx.Node) -> bool:

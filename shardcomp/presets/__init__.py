@@ -53,11 +53,11 @@ def config_of(model: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(str(source.absolute() if source else model), trust_remote_code=False)
     except Exception as problem:
-        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__).rstrip(".")
         if source is not None:
             raise ShardError(f"{source} is no configuration that transformers can read: {reason}") from problem
         raise ShardError(
-            f"{model} is no preset, no file or directory, and could not be had from the hub: {reason}\ngive {_choices()}"
+            f"{model} is no preset, no file or directory, and could not be had from the hub: {reason}; give {_choices()}"
         ) from problem
 
 
