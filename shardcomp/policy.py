@@ -70,6 +70,11 @@ class Policy:
             raise PolicyError(f"no policy for models of type {model_type!r}. {_own(files)} and give its path as the policy")
         return Policy.load(files[model_type], **options)
 
+    @property
+    def name(self) -> str:
+        """What `load` takes for this policy: the name of a shipped file, or a path."""
+        return next((stem for stem, path in _shipped().items() if _source(path) == self.source), self.source)
+
     def replace(self, **options: Any) -> Policy:
         """The same policy with these options in place of its own."""
         return replace(self, asked={**self.asked, **options})

@@ -268,7 +268,7 @@ def _mutation(
 
 def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any]) -> str:
     """The command line that runs this comparison again."""
-    words = ["shardcomp", "verify", name, "--world", str(world_size), "--policy", str(policy.source)]
+    words = ["shardcomp", "verify", name, "--world", str(world_size), "--policy", policy.name]
     for key, held in asdict(policy.options).items():
         if held is not None and key != "data":
             words += [f"--{key.replace('_', '-')}", str(held).lower() if isinstance(held, bool) else str(held)]
