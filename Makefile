@@ -25,10 +25,10 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 long: $(READY)
-	SHARDCOMP_LONG=1 $(BIN)/pytest -q -n 2
+	SHARDCOMP_LONG=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import event, given, note, target
+import pytest
+from hypothesis import event, given, note, settings, target
 from hypothesis import strategies as st
 from models import tiny
 
@@ -35,7 +36,6 @@ def plans(draw: st.DrawFn) -> tuple[dict[str, object], dict[str, object], int]:
     }
     options = {
         "tensor": tensor,
-        "sequence_parallel": draw(st.booleans()),
         "precision": "fp64",
         "micro_batch": draw(st.sampled_from([1, 2])),
         "seed": draw(st.integers(0, 3)),
@@ -52,9 +52,14 @@ def is_legal(model: dict[str, object], options: dict[str, object]) -> bool:
     return (heads or one_head) and sizes["intermediate_size"] % tensor == 0 and math.ceil(rows / tensor) * (tensor - 1) < rows
 
 
-@given(plans())
-def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(plan: tuple[dict[str, object], dict[str, object], int]) -> None:
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@settings(max_examples=settings().max_examples // 2)
+@given(plan=plans())
+def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(
+    sequence_parallel: bool, plan: tuple[dict[str, object], dict[str, object], int]
+) -> None:
     model, options, data = plan
+    options = {**options, "sequence_parallel": sequence_parallel}
     legal = is_legal(model, options)
     event("legal" if legal else "illegal")
     note(f"legal: {legal}")

@@ -86,6 +86,12 @@ def test_it_agrees_with_the_dense_model(tmp_path: Path, sequence_parallel: bool,
     assert found.ok, found
 
 
+def test_every_planted_fault_is_noticed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    found = verify(Toy().double(), policy(tmp_path, tensor=2), 4, kinds=("causal",), mutate=True)
+    assert found.mutants["survivors"] == [] and found.mutants["total"] >= 15
+
+
 def test_two_branches_beside_each_other_pay_one_reduction(tmp_path: Path) -> None:
     lowered = shardcomp.lower(Toy(), policy(tmp_path, tensor=2, sequence_parallel=False), 2, seq=8)
     sent = [m for m in messages(lowered.program, torch.float64, 1, 8, 1, lowered.mesh.coordinates(0)) if m.where == "stack.0"]
