@@ -20,12 +20,9 @@ def check(config: Any, **options: Any) -> None:
     policy = shardcomp.Policy.load("llama", **options)
     found = verify(config, policy, world, shrink=WHOLE)
     assert found.ok, found
-    expected = (
-        {"loss", "norm", "gradients", "logits", "weights"}
-        if options["precision"] != "bf16"
-        else {"loss", "gradients", "logits"}
-    )
-    assert set(found.deviation) == expected
+    compared = {"loss", "gradients", "logits"}
+    compared |= {"fp64": {"norm", "weights"}, "fp32": {"norm"}, "bf16": set()}[options["precision"]]
+    assert set(found.deviation) == compared
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
