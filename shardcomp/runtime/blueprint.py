@@ -88,8 +88,12 @@ class Blueprint:
             return sys.modules[name] if name in sys.modules else self._import(name, digest)
 
     def _import(self, name: str, digest: str) -> ModuleType:
-        folder = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}" / digest
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        home = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}"
+        home.mkdir(exist_ok=True, mode=0o700)
+        if home.stat().st_uid != os.getuid():  # somebody else's folder is not a place to run code from
+            home = Path(tempfile.mkdtemp(prefix="shardcomp-"))
+        folder = home / digest
+        folder.mkdir(exist_ok=True)
         path = folder / _SOURCE
         if not path.exists() or path.read_text() != self.source:
             scratch = path.with_suffix(f".{os.getpid()}.tmp")
