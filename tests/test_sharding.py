@@ -261,3 +261,18 @@ def test_an_optimizer_made_after_a_forward_holds_the_parameters_themselves() -> 
         assert all(p.grad is not None for p in expected.values())
 
     run_ranks(2, work)
+
+
+def test_one_backward_through_two_calls_of_different_signatures_adds_up_once() -> None:
+    lowered = shardcomp.lower(tiny(), policy(), 2, seq=8)
+    kinds = batches(97, 2, 8, 0)
+
+    def work(rank: int) -> None:
+        apart, together = allocate(lowered, weights_of(lowered)), allocate(lowered, weights_of(lowered))
+        for kind in ("causal", "padded"):
+            apart(**kinds[kind]).loss.backward()
+        (together(**kinds["causal"]).loss + together(**kinds["padded"]).loss).backward()
+        for (name, a), b in zip(apart.named_parameters(), together.parameters(), strict=True):
+            torch.testing.assert_close(full(b.grad), full(a.grad), rtol=1e-10, atol=1e-13, msg=name)
+
+    run_ranks(2, work)

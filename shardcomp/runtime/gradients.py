@@ -32,6 +32,10 @@ class PartialGradients:
         for p, _ in self._parameters:
             p.grad = None
 
+    def forget(self) -> None:
+        """Called when a step failed half way: what was set aside is not to be added to a later one."""
+        self._before = None
+
     @torch.no_grad()
     def add_up(self) -> None:
         """Called when every gradient of the step is there: sum the new ones over their axes and put the old ones back."""

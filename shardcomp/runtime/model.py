@@ -86,6 +86,7 @@ class ShardedModel(nn.Module):
         self._lower = lower
         self._blueprint = blueprint
         self._stages: dict[tuple[Call, tuple[int, int] | None], _Loaded] = {}
+        self._partials: dict[tuple[tuple[str, tuple[str, ...]], ...], PartialGradients] = {}
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
         """The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
@@ -135,14 +136,20 @@ class ShardedModel(nn.Module):
         code = self._code(pieces[0], ("loss",))
         tokens = self._tokens(code, *pieces)
         code.partial.set_aside()
-        losses = []
-        for piece in pieces:
-            self._root.set_requires_gradient_sync(piece is pieces[-1])
-            loss = self._root(code.stage.forward, **piece, num_items_in_batch=tokens)["loss"]
-            loss.backward()
-            losses.append(loss.detach())
-        code.partial.add_up()
+        try:
+            losses = [self._backward(code, piece, tokens, last=piece is pieces[-1]) for piece in pieces]
+            code.partial.add_up()
+        except BaseException:
+            code.partial.forget()
+            raise
         return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
+
+    def _backward(self, code: _Loaded, piece: Mapping[str, Tensor], tokens: Tensor, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; gradients are summed over dp behind the last. Returns its share of the loss."""
+        self._root.set_requires_gradient_sync(last)
+        loss = self._root(code.stage.forward, **piece, num_items_in_batch=tokens)["loss"]
+        loss.backward()
+        return loss.detach()
 
     def _micro_batches(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         rows = next(iter(batch.values())).shape[0]
@@ -220,11 +227,16 @@ class ShardedModel(nn.Module):
                 return self._stages[call, shape]
         blueprint = self._blueprint_for(call, (rows, length))
         stage = blueprint.module().Model(self._homes, self._unit_axes, self.device)
-        self._lay_down()
-        plans = blueprint.parameters.items()
-        partial = PartialGradients([(self._get(name), plan.partial_gradient) for name, plan in plans], self._axes)
-        self._stages[call, blueprint.static_shape] = loaded = _Loaded(blueprint, stage, partial)
+        self._stages[call, blueprint.static_shape] = loaded = _Loaded(blueprint, stage, self._partial_gradients(blueprint))
         return loaded
+
+    def _partial_gradients(self, blueprint: Blueprint) -> PartialGradients:
+        """One for all calls that leave the same gradients partial, so that a backward through two of them adds up once."""
+        left = tuple((name, plan.partial_gradient) for name, plan in blueprint.parameters.items() if plan.partial_gradient)
+        if left not in self._partials:
+            self._lay_down()
+            self._partials[left] = PartialGradients([(self._get(name), axes) for name, axes in left], self._axes)
+        return self._partials[left]
 
     def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
         inputs, outputs, training = call
