@@ -145,7 +145,7 @@ class ShardedModel(nn.Module):
         return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
 
     def _backward(self, code: _Loaded, piece: Mapping[str, Tensor], tokens: Tensor, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; gradients are summed over dp behind the last. Returns its share of the loss."""
+        """Forward and backward of one micro-batch; the last also sums the gradients over dp. Returns its part of the loss."""
         self._root.set_requires_gradient_sync(last)
         loss = self._root(code.stage.forward, **piece, num_items_in_batch=tokens)["loss"]
         loss.backward()
