@@ -71,6 +71,8 @@ def run(program: Program, context: Context, passes: Sequence[ModuleType], disabl
         records.append(Record(name_of(each), program, time.perf_counter() - began))
         holds |= each.CONTRACT.provides
         verify(program, holds, name_of(each))
+        if len(records) > 2 and (lost := _used(records[-2].program) - _used(program)):
+            raise InternalError(f"after the pass {name_of(each)}: no unit uses {', '.join(sorted(lost)[:8])} any more")
         _observe(records)
     return records
 
@@ -99,6 +101,11 @@ def verify(program: Program, holds: set[str], after: str) -> None:
         raise InternalError(f"after the pass {after}: " + "; ".join(faults[:8]))
 
 
+def _used(program: Program) -> set[str]:
+    """The parameters that some unit uses. Once dead code is gone, no pass may lose one."""
+    return {program.resolve(name) for unit in program.units for name in unit.parameters}
+
+
 def _graph_faults(program: Program) -> Iterable[str]:
     for body in program.bodies():
         try:
@@ -121,12 +128,11 @@ def _wiring_faults(program: Program) -> Iterable[str]:
         defined |= set(unit.outputs)
         used |= {program.resolve(name) for name in unit.parameters}
     yield from (f"the result {name} is made by no unit" for name in program.outputs.values() if name not in defined)
-    yield from (f"the parameter {name} is in no unit" for name in used - set(program.parameters))
+    yield from (f"a unit uses {name}, which is no parameter of the program" for name in used - set(program.parameters))
 
 
 def _layout_faults(program: Program) -> Iterable[str]:
     sizes = program.mesh.as_dict()
-    finals = set(program.outputs.values())
     for unit in program.units:
         held = dict(zip(unit.outputs, unit.body.results, strict=True))
         for name, node in held.items():
@@ -144,10 +150,10 @@ def _layout_faults(program: Program) -> Iterable[str]:
                     if placement.dim is not None and placement.dim >= len(value.shape):
                         yield f"{body.name}: {node} is split on dimension {placement.dim}, which it does not have"
                     elif placement.dim is not None and not divides(value.shape[placement.dim], sizes[axis]):
-                        yield from _uneven_faults(body.name, node, program, finals)
+                        yield from _uneven_faults(body.name, node, program)
 
 
-def _uneven_faults(where: str, node: torch.fx.Node, program: Program, finals: set[str]) -> Iterable[str]:
+def _uneven_faults(where: str, node: torch.fx.Node, program: Program) -> Iterable[str]:
     """A dimension that does not divide may only come from a weight that is cut so."""
     cut = {p.shape[pl.dim] for p in program.parameters.values() for _, pl in p.layout.placements if pl.dim is not None}
     for value in values(node):

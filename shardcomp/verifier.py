@@ -74,10 +74,9 @@ def verify(
         raise VerifyError(
             f"a world of {mesh.world_size} ranks: verify runs at most {MAX_RANKS}; verify a smaller one of its kind"
         )
-    rows = mesh.dp * 2
-    plan = policy if options.micro_batch in (None, 1, 2) else policy.replace(micro_batch=1)
-    if plan.options.micro_batch is None:
-        plan = plan.replace(micro_batch=1)
+    micro_batch = options.micro_batch or 1
+    plan = policy.replace(micro_batch=micro_batch)
+    rows = mesh.dp * 2 * micro_batch  # two micro-batches on each rank
     length = -(-24 // mesh.tp) * mesh.tp
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     given = {kind: held for kind, held in batches(vocabulary, rows, length, options.seed).items() if kind in ("causal", *kinds)}

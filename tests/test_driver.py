@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -84,4 +85,14 @@ def test_a_split_over_a_dimension_that_does_not_exist_is_a_fault_of_the_pass(mon
         return program
 
     with pytest.raises(InternalError, match="dimension 9"):
+        run(change)
+
+
+def test_a_parameter_that_no_unit_uses_any_more_is_a_fault_of_the_pass() -> None:
+    def change(program: Program, context: Context) -> Program:
+        unit = program.units[1]
+        changed = replace(unit, parameters=(unit.parameters[1], *unit.parameters[1:]))
+        return replace(program, units=[program.units[0], changed, *program.units[2:]])
+
+    with pytest.raises(InternalError, match="any more"):
         run(change)
