@@ -132,7 +132,7 @@ def _names(unit: Unit, role: str) -> dict[str, str]:
 
 def _parameter_plan(p: Any) -> ParameterPlan:
     cut = {axis: placement.dim for axis, placement in p.layout.placements}
-    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases)
+    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part)
 
 
 def lower(

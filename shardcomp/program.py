@@ -20,6 +20,7 @@ from torch import fx
 
 from shardcomp.layout import Layout, Size
 from shardcomp.mesh import Mesh
+from shardcomp.parts import Part
 
 B, S = sympy.symbols("b s", integer=True, positive=True)
 """The batch size and the sequence length of one call."""
@@ -56,6 +57,8 @@ class Parameter:
     layout: Layout = Layout()
     partial_gradient: tuple[str, ...] = ()
     """Axes on which each rank holds one summand of the gradient; the runtime adds them up once per step."""
+    part: Part | None = None
+    """Which rows of a packed weight this is; None for a parameter that the model has itself."""
 
 
 @dataclass

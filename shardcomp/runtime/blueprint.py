@@ -21,6 +21,7 @@ from torch import Tensor
 from shardcomp.errors import PlanError
 from shardcomp.layout import Layout, split
 from shardcomp.mesh import Mesh
+from shardcomp.parts import Part
 
 _loading = threading.Lock()
 _SOURCE, _PLAN, _BUFFERS = "model.py", "plan.json", "buffers.safetensors"
@@ -28,13 +29,15 @@ _SOURCE, _PLAN, _BUFFERS = "model.py", "plan.json", "buffers.safetensors"
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """A parameter: its global shape, which dimension each axis cuts, and the axes on which its gradient is partial."""
+    """A parameter: its global shape, which dimension each axis cuts, the axes on which its gradient is partial, and which
+    rows of a packed weight it is."""
 
     shape: tuple[int, ...]
     requires_grad: bool
     split: dict[str, int]
     partial_gradient: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    part: Part | None = None
 
     @property
     def layout(self) -> Layout:
@@ -129,7 +132,12 @@ class Blueprint:
         plan["units"] = tuple(UnitPlan(**unit) for unit in plan["units"])
         plan["parameters"] = {
             name: ParameterPlan(
-                tuple(p["shape"]), p["requires_grad"], p["split"], tuple(p["partial_gradient"]), tuple(p["aliases"])
+                tuple(p["shape"]),
+                p["requires_grad"],
+                p["split"],
+                tuple(p["partial_gradient"]),
+                tuple(p["aliases"]),
+                p["part"] and Part(**{**p["part"], "shape": tuple(p["part"]["shape"])}),
             )
             for name, p in plan["parameters"].items()
         }
