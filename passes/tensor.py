@@ -14,6 +14,7 @@ once for each layout that its inputs come in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from shardcomp.collectives import (
     allreduce_identity,
     alltoall_alltoall,
     identity_allreduce,
+    narrow,
     reducescatter_allgather,
     split_allgather,
 )
@@ -48,10 +50,12 @@ from shardcomp.program import (
 )
 from shardcomp.propagate import Cutting, Propagation, propagate, values
 from shardcomp.rules import factoring, unfuse
-from shardcomp.weights import module_of, weight_layouts
+from shardcomp.weights import UNEVEN, module_of, weight_layouts
 
 CONTRACT = Contract(requires=frozenset({"canonical", "units"}), provides=frozenset({"layouts"}))
 AXIS = "tp"
+COPIES = "tp_rep"
+"""The part of the axis along which the same piece is held."""
 
 
 def run(program: Program, context: Context) -> Program:
@@ -69,18 +73,23 @@ def run(program: Program, context: Context) -> Program:
         body, results = memo[key]
         held.update(zip(unit.outputs, results, strict=True))
         units.append(replace(unit, body=body))
-        rewrite.record_partial_gradients(unit, body)
+        rewrite.record_parameters(unit, body)
     violations = rewrite.violations()
     heads = tuple(violations)
+    if not violations and not rewrite.stuck:
+        uncut = {name: text for name, text in uncut.items() if name not in rewrite.layouts or not rewrite.in_copies(name)}
     rows = [text for name, text in uncut.items() if not any(name.startswith(where + ".") for where in heads)]
     raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*violations.values(), *rows])
+    if rewrite.stuck:
+        raise InternalError(f"tensor: no layout of the operands of {', '.join(rewrite.stuck)}")
+    mesh = replace(context.mesh, copies=rewrite.copies())
     parameters = {
-        name: replace(p, layout=layouts.get(name, Layout()), partial_gradient=rewrite.partial.get(name, ()))
+        name: replace(p, layout=rewrite.layouts.get(name, Layout()), partial_gradient=rewrite.partial.get(name, ()))
         for name, p in program.parameters.items()
     }
     known = {name: replace(v, layout=held.get(name, v.layout)) for name, v in program.values.items()}
     degraded = list(dict.fromkeys(program.degraded + rewrite.degraded))
-    return replace(program, units=units, parameters=parameters, values=known, degraded=degraded, mesh=context.mesh)
+    return replace(program, units=units, parameters=parameters, values=known, degraded=degraded, mesh=mesh)
 
 
 def _owners(program: Program, name: str) -> int:
@@ -107,8 +116,10 @@ class _Rewrite:
         self.program, self.size = program, context.mesh.size(AXIS)
         self.sequence_parallel = context.policy.options.sequence_parallel
         self.length = program.static_shape[1] if program.static_shape else S
-        self.layouts, self.shared = layouts, shared
+        self.layouts, self.shared = dict(layouts), shared
+        self.words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.indivisible: dict[str, set[int]] = {}
+        self.stuck: list[str] = []
         self.degraded: list[Degraded] = []
         self.partial: dict[str, tuple[str, ...]] = {}
 
@@ -121,26 +132,49 @@ class _Rewrite:
             new.meta = dict(old.meta)
         graph.output(results)
         body = Body(unit.body.name + (f"{copies + 1}" if copies else ""), graph)
-        given = self._place(unit, body, inputs)
         if self.size == 1:
             return body, tuple(Layout() for _ in body.results)
+        given = {node: layout.on(AXIS) for node, layout in zip(body.placeholders(INPUT), inputs, strict=True)}
+        for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
+            given[node] = self._initial(node, name)
         self._separate_additions(body, given)
-        done = propagate(body, Cutting(self.size, self.length if self.sequence_parallel else None), given)
-        self._report(unit, done)
+        done = self._propagate(unit, body, given)
+        if _add_partial_first(body, done):
+            done = self._propagate(unit, body, given)
+        for node, placement in given.items():
+            node.meta["value"] = _at(value(node), placement)
         self._convert(unit, body, done)
         return body, tuple(value(node).layout for node in body.results)
 
-    def _place(self, unit: Unit, body: Body, inputs: list[Layout]) -> dict[fx.Node, Placement]:
-        given = {}
-        layouts = [*zip(body.placeholders(INPUT), inputs, strict=True)]
-        layouts += [
-            (node, self.layouts.get(name, Layout()))
-            for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True)
-        ]
-        for node, layout in layouts:
-            node.meta["value"] = replace(value(node), layout=layout)
-            given[node] = layout.on(AXIS)
-        return given
+    def _initial(self, node: fx.Node, name: str) -> Placement:
+        """Where a weight starts: with more ranks than rows, or rows that they do not divide, in fewer pieces."""
+        placement = self.layouts.get(name, Layout()).on(AXIS)
+        if placement.dim is None or self.words.get(name) in UNEVEN:
+            return placement
+        pieces = math.gcd(int(value(node).shape[placement.dim]), self.size)
+        return placement if pieces == 1 else _pieces(placement, pieces, self.size)
+
+    def _propagate(self, unit: Unit, body: Body, given: dict[fx.Node, Placement]) -> Propagation:
+        """Propagate; a weight whose cut is lost where there are more ranks than pieces, as with key-value heads, is held in
+        copies, and `given` says so afterwards."""
+        cutting = Cutting(self.size, self.length if self.sequence_parallel else None)
+        done = first = propagate(body, cutting, given)
+        tried = dict(given)
+        while done.indivisible:
+            before = dict(tried)
+            for lost in done.indivisible:
+                for weight in lost.origins:
+                    if self.size % lost.size == 0:
+                        tried[weight] = _pieces(tried[weight], lost.size, self.size)
+            if tried == before:
+                break
+            done = propagate(body, cutting, tried)
+        if done.indivisible or done.stuck:
+            self._report(unit, first)
+            self.stuck += [f"{module_of(unit, node)}: {_name(node)}" for node in done.stuck]
+            return first
+        given.update(tried)
+        return done
 
     def _separate_additions(self, body: Body, given: dict[fx.Node, Placement]) -> None:
         """Take the bias out of a product whose weight is cut along what it contracts: it is added once, after the reduction."""
@@ -293,10 +327,79 @@ class _Rewrite:
             elif not choice.ruled:
                 self.degraded.append(Degraded(f"{where}: {_name(node)} runs whole", "the operator has no rule"))
 
-    def record_partial_gradients(self, unit: Unit, body: Body) -> None:
+    def record_parameters(self, unit: Unit, body: Body) -> None:
+        """The layout that each parameter of the unit was found to have, and the axes on which its gradient is partial."""
         for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
-            if axes := node.meta.get("partial_gradient"):
+            placement = value(node).layout.on(AXIS)
+            axes = node.meta.get("partial_gradient", ())
+            if placement.copies > 1:
+                axes = (AXIS if placement.is_copied else COPIES,)
+            self.layouts[name] = Layout().put(AXIS, WHOLE if placement.is_copied else placement)
+            if axes:
                 self.partial[name] = axes
+
+    def in_copies(self, name: str) -> bool:
+        """Whether a weight that the policy cuts is held in copies, be it in one piece."""
+        return self.layouts[name].is_whole or self.layouts[name].on(AXIS).copies > 1
+
+    def copies(self) -> int:
+        """How many ranks hold each piece of the weights that are held in copies. Raises PolicyError where that differs."""
+        found = {layout.on(AXIS).copies for layout in self.layouts.values()} - {1}
+        if len(found) > 1:
+            raise PolicyError(f"tensor = {self.size}: weights in {', '.join(map(str, sorted(found)))} copies in one model")
+        return found.pop() if found else 1
+
+
+def _pieces(placement: Placement, pieces: int, ranks: int) -> Placement:
+    """The same weight in so many pieces."""
+    if pieces == 1:
+        return replace(placement, dim=None, copies=ranks)
+    return split(placement.dim, ranks // pieces)  # type: ignore[arg-type]
+
+
+def _add_partial_first(body: Body, done: Propagation) -> bool:
+    """Where several partial terms of a sum would be reduced one by one, add them up before the others; whether any were."""
+    changed = False
+    for root in list(body.calls()):
+        if not _is_sum(root) or any(_is_sum(user) and len(root.users) == 1 for user in root.users):
+            continue
+        terms, inner = _terms(root)
+        partial = [t for t in terms if done.placements[t][0].partial and value(t).shape == value(root).shape]
+        reduced = sum(done.placements[t][0].partial and not done.choices[user].operands[i].partial for t, user, i in inner)
+        if reduced < 2 or len(partial) < 2:
+            continue
+        changed = True
+        total = partial[0]
+        for term in (*partial[1:], *(t for t in terms if t not in partial)):
+            with body.graph.inserting_before(root):
+                made = body.graph.call_function(torch.ops.aten.add.Tensor, (total, term))
+            made.meta = dict(root.meta)
+            total = made
+        root.replace_all_uses_with(total)
+    if changed:
+        body.graph.eliminate_dead_code()
+    return changed
+
+
+def _is_sum(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.add.Tensor or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    return all(value(a).dtype == value(node).dtype for a in tensor_arguments(node))
+
+
+def _terms(root: fx.Node) -> tuple[list[fx.Node], list[tuple[fx.Node, fx.Node, int]]]:
+    """What a sum adds up, in order, and every (operand, call, position) in it."""
+    terms: list[fx.Node] = []
+    uses: list[tuple[fx.Node, fx.Node, int]] = []
+    for i, operand in enumerate(tensor_arguments(root)):
+        uses.append((operand, root, i))
+        if _is_sum(operand) and len(operand.users) == 1 and value(operand).shape == value(root).shape:
+            more, inner = _terms(operand)
+            terms += more
+            uses += inner
+        else:
+            terms.append(operand)
+    return terms, uses
 
 
 def _name(node: fx.Node) -> str:
@@ -323,6 +426,10 @@ def _path(now: Placement, needed: Placement, partial_gradient: bool, requires_gr
     """The collectives from one placement to another, given how the gradient comes back. Empty where nothing is to be done."""
     if now == needed:
         return [(identity_allreduce, (), WHOLE)] if now.is_whole and partial_gradient and requires_grad else []
+    if now.is_copied and needed.is_whole:
+        return []  # each rank's gradient of it is a summand already
+    if now.copies > needed.copies and needed.dim is not None:
+        return [(narrow, (needed.dim, now.copies, needed.copies), needed)]
     if now.is_whole and needed.dim is not None:
         return [(split_allgather, (needed.dim,), needed)]
     if now.dim is not None and needed.dim is not None:

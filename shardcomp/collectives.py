@@ -114,6 +114,28 @@ def allgather_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.piece(g, dim))
 
 
+def narrow(x: Tensor, dim: int, copies: int, left: int, axis: Axis) -> Tensor:
+    """Pieces held by `copies` neighbouring ranks to smaller ones held by `left`: keeps this rank's part of its piece.
+
+    No message: the gradient of the piece is zero outside this part, and is a summand, as it is for a piece held in copies.
+    """
+    return _Narrow.apply(x, dim, copies // left, axis.rank % copies // left)
+
+
+class _Narrow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, pieces: int, index: int) -> Tensor:
+        ctx.place = x.shape, dim, pieces, index
+        return x.unflatten(dim, (pieces, -1)).select(dim, index).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        shape, dim, pieces, index = ctx.place
+        whole = gradients[0].new_zeros(shape)
+        whole.unflatten(dim, (pieces, -1)).select(dim, index).copy_(gradients[0])
+        return whole, None, None, None
+
+
 def alltoall_alltoall(x: Tensor, gather: int, scatter: int, axis: Axis) -> Tensor:
     """Split along `gather` to split along `scatter`."""
     return _Pair.apply(x, lambda t: axis.all_to_all(t, gather, scatter), lambda g: axis.all_to_all(g, scatter, gather))
@@ -135,5 +157,6 @@ EXCHANGES: dict[Callable[..., Tensor], Exchange] = {
     split_allgather: Exchange(None, "all_gather"),
     allgather_split: Exchange("all_gather", None),
     alltoall_alltoall: Exchange("all_to_all", "all_to_all"),
+    narrow: Exchange(None, None),
 }
 """Every collective operator. The forward passes in the operand, the backward the gradient of the result."""

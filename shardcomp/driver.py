@@ -149,7 +149,7 @@ def _layout_faults(program: Program) -> Iterable[str]:
                 for axis, placement in value.layout.placements:
                     if placement.dim is not None and placement.dim >= len(value.shape):
                         yield f"{body.name}: {node} is split on dimension {placement.dim}, which it does not have"
-                    elif placement.dim is not None and not divides(value.shape[placement.dim], sizes[axis]):
+                    elif placement.dim is not None and not divides(value.shape[placement.dim], sizes[axis] // placement.copies):
                         yield from _uneven_faults(body.name, node, program)
 
 

@@ -1,4 +1,8 @@
-"""How a value lies over the mesh: on each axis it is whole, split along a dimension, or partial (to be summed)."""
+"""How a value lies over the mesh: on each axis it is whole, split along a dimension, or partial (to be summed).
+
+A value may also be split into fewer pieces than there are ranks, each held by a few neighbouring ranks, as key-value heads are
+where there are more ranks than heads. The gradient that each of these ranks has is then one summand of the piece's.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,15 @@ Size = Any
 
 @dataclass(frozen=True)
 class Placement:
-    """The layout of a value on one axis. `dim` is set for a split, `partial` for a result that is still to be summed."""
+    """The layout of a value on one axis. `dim` is set for a split, `partial` for a result that is still to be summed.
+
+    copies: how many neighbouring ranks hold each piece, and a summand of its gradient. With as many copies as there are ranks
+    there is but one piece: the value is not split, and each rank has a summand of its gradient.
+    """
 
     dim: int | None = None
     partial: bool = False
+    copies: int = 1
 
     @property
     def is_split(self) -> bool:
@@ -24,18 +33,29 @@ class Placement:
 
     @property
     def is_whole(self) -> bool:
-        return self.dim is None and not self.partial
+        return self.dim is None and not self.partial and self.copies == 1
+
+    @property
+    def is_copied(self) -> bool:
+        """In one piece, of which each rank has a summand of the gradient."""
+        return self.dim is None and self.copies > 1
 
     def __str__(self) -> str:
-        return "partial" if self.partial else "whole" if self.dim is None else f"split({self.dim})"
+        if self.dim is None:
+            return "partial" if self.partial else "whole" if self.copies == 1 else "copied"
+        return f"split({self.dim})" if self.copies == 1 else f"split({self.dim}, {self.copies} copies)"
 
 
 WHOLE = Placement()
 PARTIAL = Placement(partial=True)
 
 
-def split(dim: int) -> Placement:
-    return Placement(dim=dim)
+def split(dim: int, copies: int = 1) -> Placement:
+    return Placement(dim=dim, copies=copies)
+
+
+def copied(ranks: int) -> Placement:
+    return Placement(copies=ranks)
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,8 @@ class Layout:
         local = list(shape)
         for axis, placement in self.placements:
             if placement.dim is not None:
-                local[placement.dim] = chunk(local[placement.dim], sizes[axis], (rank or {}).get(axis, 0))
+                pieces, index = sizes[axis] // placement.copies, (rank or {}).get(axis, 0) // placement.copies
+                local[placement.dim] = chunk(local[placement.dim], pieces, index)
         return tuple(local)
 
     def __str__(self) -> str:

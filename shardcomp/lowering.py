@@ -86,7 +86,7 @@ class Lowered:
         return Blueprint(
             name=program.name,
             source=program.source["model.py"],
-            mesh=self.mesh,
+            mesh=program.mesh,
             precision=self.policy.options.precision,
             inputs=tuple(name for name, _ in program.signature.inputs),
             token_inputs=program.tokens.inputs if program.tokens else (),
@@ -132,7 +132,8 @@ def _names(unit: Unit, role: str) -> dict[str, str]:
 
 def _parameter_plan(p: Any) -> ParameterPlan:
     cut = {axis: placement.dim for axis, placement in p.layout.placements}
-    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part)
+    copies = p.layout.on("tp").copies
+    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part, copies)
 
 
 def lower(

@@ -10,22 +10,31 @@ if TYPE_CHECKING:
 
 AXES = ("pp", "dp", "cp", "tp")
 """Outermost first: neighbouring ranks share a tensor-parallel group."""
+FACTORS = ("tp_kv", "tp_rep")
+"""What tp is factored into, outermost first."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Degrees of pipeline, data, context and tensor parallelism."""
+    """Degrees of pipeline, data, context and tensor parallelism.
+
+    copies: where there are more tensor-parallel ranks than key-value heads, tp is factored into (tp_kv, tp_rep): the pieces of
+    some weights lie along tp_kv, and each is held by the `copies` neighbouring ranks along tp_rep.
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    copies: int = 1
 
     @property
     def world_size(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
 
     def size(self, axis: str) -> int:
+        if axis in FACTORS:
+            return self.copies if axis == FACTORS[1] else self.tp // self.copies
         return int(getattr(self, axis))
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -43,3 +52,12 @@ class Mesh:
         from torch.distributed.device_mesh import init_device_mesh
 
         return init_device_mesh(device_type, tuple(self.size(axis) for axis in AXES), mesh_dim_names=AXES)
+
+    def factored_mesh(self, mesh: DeviceMesh) -> DeviceMesh | None:
+        """`mesh` with the two factors in the place of tp; None where it has none."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if self.copies == 1:
+            return None
+        names = (*AXES[:-1], *FACTORS)
+        return init_device_mesh(mesh.device_type, tuple(self.size(axis) for axis in names), mesh_dim_names=names)

@@ -1,8 +1,9 @@
 """Layouts through a body, by the rules: for one axis of the mesh, which factor each call is cut along.
 
-Going forward, each call takes the choice that costs the fewest bytes for the layouts its operands have. Going backward, the law
-of gradients marks every operand whose gradient is a partial sum: one that is whole and meets another that is cut or partial.
-Nothing is rewritten here; the `tensor` pass turns what was chosen into collectives.
+Going forward, each call takes the choice that costs the fewest bytes for the layouts its operands have, and marks, by the law
+of gradients, every operand whose gradient is a partial sum: one that is whole and meets another that is cut, copied or partial.
+Going backward, calls whose result is only wanted cut are cut themselves where that is cheaper, and partial gradients are let
+through. Nothing is rewritten here; the `tensor` pass turns what was chosen into collectives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 from torch import fx
 
-from shardcomp.layout import PARTIAL, WHOLE, Placement, Size, divides, split
+from shardcomp.layout import PARTIAL, WHOLE, Placement, Size, copied, divides, split
 from shardcomp.program import PARAMETER, B, Body, S, Value, tensor_arguments
 from shardcomp.rules import Factoring, Form, factoring
 
@@ -38,14 +39,19 @@ class Choice:
 
 @dataclass
 class Propagation:
-    """The choice of every call, the placement of every node's results, and the cuts that the policy asks for but a size
-    forbids."""
+    """The choice of every call and the placement of every node's results.
 
-    choices: dict[fx.Node, Choice]
-    placements: dict[fx.Node, tuple[Placement, ...]]
-    indivisible: list[Indivisible]
+    indivisible: the cuts that the policy asks for but a size forbids. stuck: calls that cannot be given what they need.
+    passed_back: calls whose result has a partial gradient that is reduced at their operand instead.
+    origins: for every value that is cut, the parameters whose cut it has.
+    """
+
+    choices: dict[fx.Node, Choice] = field(default_factory=dict)
+    placements: dict[fx.Node, tuple[Placement, ...]] = field(default_factory=dict)
+    indivisible: list[Indivisible] = field(default_factory=list)
+    stuck: list[fx.Node] = field(default_factory=list)
     passed_back: set[fx.Node] = field(default_factory=set)
-    """Calls whose result has a partial gradient that is reduced at their operand instead."""
+    origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Indivisible:
 
     node: fx.Node
     size: int
+    origins: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,34 @@ def propagate(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement]) 
 
     given: placeholder -> placement; a placeholder that is not named is whole.
     """
-    done = Propagation({}, {}, [])
+    done = Propagation()
     for node in body.graph.nodes:
         if node.op == "placeholder":
             done.placements[node] = (given.get(node, WHOLE),)
+            cut = done.placements[node][0].dim is not None and node.meta["role"] == PARAMETER
+            done.origins[node] = frozenset({node} if cut else ())
         elif node.op == "call_function":
             operands = tensor_arguments(node)
             current = tuple(_placement(done, operand, node) for operand in operands)
             rule = factoring(node)
-            choice = _choose(node, operands, current, rule, cutting)
+            choice, cost = _choose(node, operands, current, rule, cutting)
             if rule is not None:
-                done.indivisible += _lost_cuts(node, operands, current, choice, rule, cutting.parts)
+                done.indivisible += _lost_cuts(node, operands, choice, rule, cutting.parts, done)
+            if cost == _FORBIDDEN:
+                done.stuck.append(node)
             done.choices[node] = choice
             done.placements[node] = choice.results
+            done.origins[node] = _origins(operands, choice, done)
+    _cut_earlier(body, done, cutting)
     _push_back(body, done)
     return done
+
+
+def _origins(operands: list[fx.Node], choice: Choice, done: Propagation) -> frozenset[fx.Node]:
+    if all(placement.dim is None for placement in choice.results):
+        return frozenset()
+    cut = [done.origins[o] for o, needed in zip(operands, choice.operands, strict=True) if needed.dim is not None]
+    return frozenset().union(*cut)
 
 
 def _placement(done: Propagation, operand: fx.Node, user: fx.Node) -> Placement:
@@ -103,46 +123,85 @@ def values(node: fx.Node) -> tuple[Value, ...]:
 
 def _choose(
     node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, cutting: Cutting
-) -> Choice:
+) -> tuple[Choice, float]:
+    """The cheapest choice and what it costs."""
     results = len(values(node))
     whole = Choice((WHOLE,) * len(operands), (WHOLE,) * results, (False,) * len(operands), ruled=rule is not None)
+    if any(placement.is_copied for placement in current):
+        # Each rank has a summand of the result's gradient, and so of every operand's.
+        whole = replace(whole, results=(copied(cutting.parts),) * results, partial_gradient=(True,) * len(operands))
     best, least = whole, _cost(whole, operands, current, cutting)
     if rule is None or least == 0:
-        return best
-    for choice in (*_cuts(node, operands, current, rule, cutting.parts), *_passes(operands, current, rule, results)):
+        return best, least
+    for choice in (*_cuts(node, operands, current, rule, cutting.parts), *_passes(operands, rule, results)):
         cost = _cost(choice, operands, current, cutting)
         if cost < least:
             best, least = choice, cost
-    return best
+    return best, least
 
 
 def _cuts(node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, n: int) -> Iterator[Choice]:
-    """Cutting along each factor in turn."""
+    """Cutting along each factor in turn, into as many pieces as there are ranks or into those that operands come in."""
     for factor in rule.factors():
         contracted = all(factor not in dims for dims in rule.results)
-        form = rule.forms.get(factor)
-        if contracted and form is None and (rule.additive or not rule.linear):
+        if contracted and factor not in rule.forms and (rule.additive or not rule.linear):
             continue
         if any(dims.count(factor) > 1 for dims in (*rule.operands, *rule.results)):
             continue
         sizes = _sizes(operands, node, rule, factor)
         if any(isinstance(size, sympy.Expr) and size.has(B) for size in sizes):
             continue  # samples belong to data parallelism
-        if not all(divides(size, n) for size in sizes):
-            uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), n)
-            already = all(at == _at(dims, factor) for at, dims in zip(current, rule.operands, strict=True) if factor in dims)
-            if not (uneven and already):
-                continue
-        needed = tuple(_at(dims, factor) for dims in rule.operands)
-        if form is not None:
-            made = (PARTIAL if form.partial else WHOLE,) * len(rule.results)
-        else:
-            made = tuple(PARTIAL if contracted else _at(dims, factor) for dims in rule.results)
-        met = tuple(placement.is_whole for placement in needed)
-        yield Choice(needed, made, met, form)
+        if (choice := _cut(node, operands, current, rule, factor, n)) is not None:
+            yield choice
+        here = zip(current, rule.operands, strict=True)
+        held = {p.copies for p, dims in here if p.copies > 1 and p.dim is not None and dims[p.dim] == factor}
+        if not contracted and factor not in rule.forms and not rule.coarse and not _is_product(rule, factor):
+            for copies in sorted(held):
+                if all(divides(size, n // copies) for size in sizes):
+                    yield _choice(rule, factor, tuple(copies for _ in operands), copies)
 
 
-def _passes(operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, results: int) -> Iterator[Choice]:
+def _cut(
+    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, factor: str, n: int
+) -> Choice | None:
+    """One piece for each rank; operands that a rule lets have fewer are held in copies."""
+    copies = [1] * len(operands)
+    for i, (operand, dims) in enumerate(zip(operands, rule.operands, strict=True)):
+        if i in rule.coarse and factor in dims:
+            size = _operand_value(operand, node).shape[dims.index(factor)]
+            if not divides(size, n) and n % int(size) == 0:
+                copies[i] = n // int(size)
+    sizes = _sizes(operands, node, rule, factor, without=frozenset(i for i, held in enumerate(copies) if held > 1))
+    if not all(divides(size, n) for size in sizes):
+        uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), n)
+        already = all(at == _at(dims, factor) for at, dims in zip(current, rule.operands, strict=True) if factor in dims)
+        if not (uneven and already):
+            return None
+    choice = _choice(rule, factor, tuple(copies), 1)
+    whole = tuple(WHOLE if held == n else placement for held, placement in zip(copies, choice.operands, strict=True))
+    return replace(choice, operands=whole, partial_gradient=tuple(placement.is_whole for placement in whole))
+
+
+def _choice(rule: Factoring, factor: str, copies: tuple[int, ...], made_copies: int) -> Choice:
+    """The choice that cuts `factor`, each operand that has it held in so many copies."""
+    form = rule.forms.get(factor)
+    needed = tuple(_at(dims, factor, held) for dims, held in zip(rule.operands, copies, strict=True))
+    if form is not None:
+        made = (PARTIAL if form.partial else WHOLE,) * len(rule.results)
+    else:
+        contracted = all(factor not in dims for dims in rule.results)
+        made = tuple(PARTIAL if contracted else _at(dims, factor, made_copies) for dims in rule.results)
+    return Choice(needed, made, tuple(placement.is_whole for placement in needed), form)
+
+
+def _is_product(rule: Factoring, factor: str) -> bool:
+    """Whether two operands that have the factor are multiplied and summed: in copies, ranks would do the same work."""
+    made = {name for dims in rule.results for name in dims}
+    having = [dims for dims in rule.operands if factor in dims]
+    return any(sum(name in dims for dims in having) > 1 for dims in having for name in dims if name and name not in made)
+
+
+def _passes(operands: list[fx.Node], rule: Factoring, results: int) -> Iterator[Choice]:
     """Letting partial operands through an operator that is linear in them."""
     if rule.jointly_linear:
         yield Choice((PARTIAL,) * len(operands), (PARTIAL,) * results, (False,) * len(operands))
@@ -153,14 +212,17 @@ def _passes(operands: list[fx.Node], current: tuple[Placement, ...], rule: Facto
         yield Choice(needed, (PARTIAL,) * results, tuple(j != i for j in range(len(operands))))
 
 
-def _at(dims: tuple[str | None, ...], factor: str) -> Placement:
-    return split(dims.index(factor)) if factor in dims else WHOLE
+def _at(dims: tuple[str | None, ...], factor: str, copies: int = 1) -> Placement:
+    return split(dims.index(factor), copies) if factor in dims else WHOLE
 
 
-def _sizes(operands: list[fx.Node], node: fx.Node, rule: Factoring, factor: str) -> list[Size]:
+def _sizes(
+    operands: list[fx.Node], node: fx.Node, rule: Factoring, factor: str, without: frozenset[int] = frozenset()
+) -> list[Size]:
+    """The sizes of a factor in the operands, but for those `without`, and in the results."""
     shapes = [_operand_value(operand, node).shape for operand in operands] + [v.shape for v in values(node)]
-    every = zip((*rule.operands, *rule.results), shapes, strict=True)
-    return [shape[dims.index(factor)] for dims, shape in every if factor in dims]
+    every = enumerate(zip((*rule.operands, *rule.results), shapes, strict=True))
+    return [shape[dims.index(factor)] for i, (dims, shape) in every if factor in dims and i not in without]
 
 
 def _operand_value(operand: fx.Node, user: fx.Node) -> Value:
@@ -193,7 +255,13 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
         if now.is_whole and partial_gradient and held.requires_grad and not weight:
             return 2 * size
         return 0.0
-    if needed.partial or (now.is_split and not all(divides(d, cutting.parts) for d in _cut_sizes(held, now, needed))):
+    if now.is_copied and needed.is_whole:
+        return 0.0 if partial_gradient or not held.requires_grad else _FORBIDDEN
+    if now.copies > needed.copies and not needed.partial and needed.dim is not None:
+        return 1.0 if is_narrowing(held, now, needed, cutting.parts) else _FORBIDDEN
+    if now.copies > 1 or needed.copies > 1 or needed.partial:
+        return _FORBIDDEN
+    if now.is_split and not all(divides(d, cutting.parts) for d in _cut_sizes(held, now, needed)):
         return _FORBIDDEN
     if weight:
         return size * _WEIGHT
@@ -205,6 +273,13 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
     return size
 
 
+def is_narrowing(held: Value, now: Placement, needed: Placement, parts: int) -> bool:
+    """Whether a rank finds the piece that is needed within the piece that it has."""
+    if needed.dim is None or now.dim not in (None, needed.dim) or now.copies % needed.copies:
+        return False
+    return divides(held.shape[needed.dim], parts // needed.copies)
+
+
 def _cut_sizes(held: Value, now: Placement, needed: Placement) -> list[Size]:
     return [held.shape[p.dim] for p in (now, needed) if p.dim is not None]
 
@@ -214,17 +289,44 @@ def bytes_of(held: Value) -> float:
 
 
 def _lost_cuts(
-    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], choice: Choice, rule: Factoring, n: int
+    node: fx.Node, operands: list[fx.Node], choice: Choice, rule: Factoring, n: int, done: Propagation
 ) -> Iterator[Indivisible]:
     """Operands whose cut this call has a factor for, but a size that does not divide."""
-    for operand, now, needed, dims in zip(operands, current, choice.operands, rule.operands, strict=True):
+    for operand, needed, dims in zip(operands, choice.operands, rule.operands, strict=True):
+        now = _placement(done, operand, node)
         if operand.op == "placeholder" and operand.meta["role"] == PARAMETER:
             continue  # a weight that does not divide is found where the policy's word is given its meaning
-        if now.is_split and needed != now and dims[now.dim] is not None:  # type: ignore[index]
-            factor = dims[now.dim]  # type: ignore[index]
-            bad = [size for size in _sizes(operands, node, rule, str(factor)) if not divides(size, n)]
-            if bad:
-                yield Indivisible(node, min(int(size) for size in bad))
+        if now.dim is None or needed == now or dims[now.dim] is None or not done.origins[operand]:
+            continue
+        pieces = n // now.copies
+        bad = [size for size in _sizes(operands, node, rule, str(dims[now.dim])) if not divides(size, pieces)]
+        if bad and not is_narrowing(_operand_value(operand, node), now, needed, n):
+            yield Indivisible(node, min(int(size) for size in bad), done.origins[operand])
+
+
+def _cut_earlier(body: Body, done: Propagation, cutting: Cutting) -> None:
+    """Cut a call whose whole result is wanted cut by all who read it, where its operands cost less than its result would: a
+    table of positions is looked up for a rank's own tokens alone."""
+    for node in reversed(body.graph.nodes):
+        choice = done.choices.get(node)
+        if choice is None or len(choice.results) != 1 or not choice.results[0].is_whole or not _flows(node):
+            continue
+        uses = [(user, i) for user in node.users for i, a in enumerate(tensor_arguments(user)) if a is node]
+        if any(user.op == "output" for user, _ in uses):
+            continue
+        wanted = {done.choices[user].operands[i] for user, i in uses}
+        rule = factoring(node)
+        [target] = wanted if len(wanted) == 1 else [WHOLE]
+        if rule is None or target.dim is None or target.copies > 1 or (factor := rule.results[0][target.dim]) is None:
+            continue
+        operands = tensor_arguments(node)
+        current = tuple(_placement(done, operand, node) for operand in operands)
+        cut = next((c for c in _cuts(node, operands, current, rule, cutting.parts) if c.results == (split(target.dim),)), None)
+        if cut is None or factor in rule.forms:
+            continue
+        here = conversion_cost(node, WHOLE, target, False, cutting)
+        if _cost(cut, operands, current, cutting) < _cost(choice, operands, current, cutting) + here:
+            done.choices[node], done.placements[node] = cut, cut.results
 
 
 def _push_back(body: Body, done: Propagation) -> None:

@@ -47,7 +47,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Factoring:
-    """A rule applied to one call: the factors of its tensor operands, in order, and of its results."""
+    """A rule applied to one call: the factors of its tensor operands, in order, and of its results.
+
+    coarse: operands of which a factor may have fewer pieces than elsewhere, such as the heads of keys and values.
+    """
 
     operands: tuple[Dims, ...]
     results: tuple[Dims, ...]
@@ -55,6 +58,7 @@ class Factoring:
     jointly_linear: bool = False
     additive: frozenset[int] = frozenset()
     forms: Mapping[str, Form] = field(default_factory=dict)
+    coarse: frozenset[int] = frozenset()
 
     def factors(self) -> list[str]:
         """Every factor that may be cut, in order of appearance."""

@@ -204,7 +204,7 @@ class Writer:
         for dim, size in enumerate(held.shape):
             parts = 1
             for axis in held.layout.split_axes(dim):
-                parts *= self.sizes[axis]
+                parts *= self.sizes[axis] // held.layout.on(axis).copies
             if parts > 1 and not divides(size, parts):
                 yield "-1"
             else:
@@ -238,7 +238,8 @@ def annotation(held: Value, sizes: dict[str, int]) -> str:
     """`bf16[b, s/tp, 4096]`, with `@ partial("tp")` for a result that is still to be summed."""
     dims = []
     for dim, size in enumerate(held.shape):
-        cut = [axis for axis in held.layout.split_axes(dim) if sizes[axis] > 1]
+        axes = [axis for axis in held.layout.split_axes(dim) if sizes[axis] > 1]
+        cut = [axis if held.layout.on(axis).copies == 1 else f"{axis}_kv" for axis in axes]
         text = str(size)
         dims.append("/".join([f"({text})" if cut and re.search(r"[ +-]", text) else text, *cut]))
     base = (

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -120,7 +121,9 @@ def _explicit(
 
 
 _MASKS = "q_position: b q!, k_position: b k!, q_segment: b q!, k_segment: b k!, key_mask: b k!, bias: b n q! k!, sinks: n"
-# One factor n for query and key heads: cut alike, neighbouring query heads stay with the key head that they share.
+# One factor n for query and key heads: cut alike, neighbouring query heads stay with the key head that they share. There may
+# be fewer key heads than ranks.
+_COARSE = frozenset({1, 2})
 _NOTATION = parse(f"b n q! d!, b n k! d!, b n k! e, {_MASKS} -> b n q! e")
 
 
@@ -129,10 +132,10 @@ def _rule(node: fx.Node) -> Factoring | None:
     found = apply(_NOTATION, node, {})
     bias = node.kwargs.get("bias")
     if found is None or not isinstance(bias, fx.Node):
-        return found
+        return found and replace(found, coarse=_COARSE)
     at = [argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, fx.Node)].index(bias)
     dims = tuple(None if size == 1 else dim for dim, size in zip(found.operands[at], value(bias).shape, strict=True))
-    return Factoring((*found.operands[:at], dims, *found.operands[at + 1 :]), found.results)
+    return Factoring((*found.operands[:at], dims, *found.operands[at + 1 :]), found.results, coarse=_COARSE)
 
 
 RULES[attention] = Rule(function=_rule)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from shardcomp.collectives import (
     allreduce_identity,
     alltoall_alltoall,
     identity_allreduce,
+    narrow,
     reducescatter_allgather,
     split_allgather,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "identity_allreduce",
     "local",
+    "narrow",
     "reducescatter_allgather",
     "split_allgather",
     "vocab_cross_entropy",

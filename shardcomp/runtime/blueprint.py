@@ -38,12 +38,14 @@ class ParameterPlan:
     partial_gradient: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     part: Part | None = None
+    copies: int = 1
+    """How many neighbouring ranks of tp hold each piece."""
 
     @property
     def layout(self) -> Layout:
         layout = Layout()
         for axis, dim in self.split.items():
-            layout = layout.put(axis, split(dim))
+            layout = layout.put(axis, split(dim, self.copies if axis == "tp" else 1))
         return layout
 
 
@@ -112,7 +114,7 @@ class Blueprint:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _SOURCE).write_text(self.source)
         plan = {key: held for key, held in asdict_shallow(self).items() if key not in ("source", "buffers")}
-        plan["mesh"] = self.mesh.as_dict()
+        plan["mesh"] = asdict(self.mesh)
         plan["units"] = [asdict(unit) for unit in self.units]
         plan["parameters"] = {name: asdict(parameter) for name, parameter in self.parameters.items()}
         (folder / _PLAN).write_text(json.dumps(plan, indent=1))
@@ -138,6 +140,7 @@ class Blueprint:
                 tuple(p["partial_gradient"]),
                 tuple(p["aliases"]),
                 p["part"] and Part(**{**p["part"], "shape": tuple(p["part"]["shape"])}),
+                p["copies"],
             )
             for name, p in plan["parameters"].items()
         }

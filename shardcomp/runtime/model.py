@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardcomp.collectives import allreduce_identity
 from shardcomp.errors import PlanError
-from shardcomp.mesh import Mesh
+from shardcomp.mesh import FACTORS, Mesh
 from shardcomp.runtime import world
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan
 from shardcomp.runtime.gradients import PartialGradients, around_backward, clip_grad_norm
@@ -69,6 +69,7 @@ class ShardedModel(nn.Module):
         device: torch.device,
         config: Any = None,
         lower: Lower | None = None,
+        factored: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         # Not children: their parameters are those of the tree, under other names.
@@ -81,7 +82,7 @@ class ShardedModel(nn.Module):
         self.config = config
         self.mesh = mesh
         self.device = device
-        self._axes = world.axes_of(mesh)
+        self._axes = world.axes_of(mesh, factored or mesh)
         self._unit_axes = dict(self._axes)
         self._lower = lower
         self._blueprint = blueprint
@@ -271,20 +272,24 @@ def build(
     """Allocate this rank's part of a lowered model and hand it over. `weights` is asked for the local part of each
     parameter."""
     mesh, device = world.start(blueprint.mesh)
+    factored = blueprint.mesh.factored_mesh(mesh)
+    beside_copies = _beside_copies(blueprint)
     coordinates = {name: axis.rank for name, axis in world.axes_of(mesh).items()}
     tree = nn.Module()
     for name, plan in blueprint.parameters.items():
         index = local_index(plan, blueprint.mesh, coordinates)
         held = weights(name, index).to(device=device, dtype=MASTER[blueprint.precision], copy=True)
         path, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(_distribute(held, plan, mesh), requires_grad=plan.requires_grad)
+        parameter = nn.Parameter(
+            _distribute(held, plan, factored if name in beside_copies else mesh), requires_grad=plan.requires_grad
+        )
         _descend(tree, path).register_parameter(leaf, parameter)
     for name, buffer in blueprint.buffers.items():
         path, _, leaf = name.rpartition(".")
         _descend(tree, path).register_buffer(leaf, buffer.to(device), persistent=name in blueprint.persistent_buffers)
     homes, root = _homes(blueprint, tree)
-    _replicate(blueprint, homes, root, mesh)
-    return ShardedModel(blueprint, tree, homes, root, mesh, device, config, lower)
+    _replicate(blueprint, homes, root, mesh, factored)
+    return ShardedModel(blueprint, tree, homes, root, mesh, device, config, lower, factored)
 
 
 def local_index(plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int]) -> tuple[slice, ...]:
@@ -292,17 +297,22 @@ def local_index(plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int])
     index = [slice(0, size) for size in plan.shape]
     for axis, dim in plan.split.items():
         size = plan.shape[dim]
-        step = -(-size // mesh.size(axis))
-        index[dim] = slice(min(size, coordinates[axis] * step), min(size, (coordinates[axis] + 1) * step))
+        placement = plan.layout.on(axis)
+        step, at = -(-size // (mesh.size(axis) // placement.copies)), coordinates[axis] // placement.copies
+        index[dim] = slice(min(size, at * step), min(size, (at + 1) * step))
     return tuple(index)
 
 
 def _distribute(held: Tensor, plan: ParameterPlan, mesh: DeviceMesh) -> DTensor:
-    placement = Shard(plan.split["tp"]) if "tp" in plan.split else Replicate()
+    """A parameter on tp, or on its two factors: then a piece lies along the first and is copied along the second."""
+    cut = Shard(plan.split["tp"]) if "tp" in plan.split else Replicate()
+    names = mesh.mesh_dim_names or ()
+    if "tp" in names:
+        axes, placements = mesh["tp"], [cut]
+    else:
+        axes, placements = mesh[FACTORS], [cut, cut if plan.copies == 1 else Replicate()]
     stride = torch.empty(plan.shape, device="meta").stride()
-    return DTensor.from_local(
-        held.contiguous(), mesh["tp"], [placement], run_check=False, shape=torch.Size(plan.shape), stride=stride
-    )
+    return DTensor.from_local(held.contiguous(), axes, placements, run_check=False, shape=torch.Size(plan.shape), stride=stride)
 
 
 def _descend(tree: nn.Module, path: str) -> nn.Module:
@@ -330,13 +340,26 @@ def _homes(blueprint: Blueprint, tree: nn.Module) -> tuple[list[Home], Root]:
     return homes, Root(homes, shared)
 
 
-def _replicate(blueprint: Blueprint, homes: Iterable[Home], root: Root, mesh: DeviceMesh) -> None:
+def _beside_copies(blueprint: Blueprint) -> set[str]:
+    """The parameters of the units that hold some in copies: one unit's parameters lie on one mesh."""
+    users: dict[str, set[int]] = {}
+    for index, unit in enumerate(blueprint.units):
+        for name in unit.parameters.values():
+            users.setdefault(name.rpartition(".")[0], set()).add(index)
+    own = [[n for n in unit.parameters.values() if len(users[n.rpartition(".")[0]]) == 1] for unit in blueprint.units]
+    return {name for names in own if any(blueprint.parameters[n].copies > 1 for n in names) for name in names}
+
+
+def _replicate(blueprint: Blueprint, homes: Iterable[Home], root: Root, mesh: DeviceMesh, factored: DeviceMesh | None) -> None:
     """Data parallelism: parameters copied over dp, cast to the compute dtype for each forward, gradients summed over dp in the
     masters' dtype."""
     compute, master = COMPUTE[blueprint.precision], MASTER[blueprint.precision]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
-    for module in (*(home for home in homes if any(True for _ in home.parameters())), root):
-        replicate(module, mesh=mesh["dp"], mp_policy=policy)
+    modules: list[nn.Module] = [home for home in homes if any(True for _ in home.parameters())]
+    for module in (*modules, root):
+        own = [] if module is root else [p for p in module.parameters() if isinstance(p, DTensor)]
+        in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
+        replicate(module, mesh=(factored if in_factors and factored else mesh)["dp"], mp_policy=policy)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
-from shardcomp.mesh import AXES, Mesh
+from shardcomp.mesh import Mesh
 
 
 def world_size() -> int:
@@ -44,10 +44,10 @@ def _device() -> torch.device:
     return device
 
 
-def axes_of(mesh: DeviceMesh) -> dict[str, Axis]:
-    """The axes as this rank sees them."""
-    found = {}
-    for name in AXES:
+def axes_of(*meshes: DeviceMesh) -> dict[str, Axis]:
+    """The axes of some meshes as this rank sees them; those of one name are of one mesh."""
+    found: dict[str, Axis] = {}
+    for mesh, name in ((each, name) for each in meshes for name in each.mesh_dim_names or () if name not in found):
         size = mesh[name].size()
         found[name] = Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
     return found
