@@ -2,6 +2,7 @@
 
 Needs: a captured Program of one unit. Afterwards
 - calls are ATen operators without a device, `getitem`, `attention` and `cross_entropy`;
+- a product with a matrix of weights is a `linear`, over rows that keep their [b, s];
 - a change of shape is a `reshape` with every size given, a cast is `to.dtype`, an `expand` names every size;
 - identities are gone: copies, aliases, full slices, casts to the same dtype, dropout that drops nothing, dead code;
 - what was computed under no_grad simply needs no gradient; a `detach` stands where such a region reads something that does;
@@ -131,6 +132,12 @@ class _Rewriting:
                 target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
             elif packet in _SHAPES and before.dtype == after.dtype:
                 target, args, kwargs = aten.reshape.default, (source, list(after.shape)), {}
+                if (product := self._product(source, after.shape)) is not None:
+                    target, args = aten.linear.default, self._linear_arguments(product, node)
+            elif packet is aten.matmul and _is_transposed(args[1]):
+                target, args = aten.linear.default, (source, args[1].args[0])
+            elif packet is aten.numpy_T and len(after.shape) == 2:
+                target = aten.t.default
             elif packet in _EXPANSIONS:
                 target, args, kwargs = aten.expand.default, (source, list(after.shape)), {}
             elif packet is aten.slice and len(args) == 4 and args[3] == _TO_THE_END:
@@ -138,6 +145,27 @@ class _Rewriting:
         elif source is None and isinstance(node.meta["value"], Value) and value(node).floating and _takes_dtype(target):
             kwargs = {**kwargs, "dtype": value(node).dtype}
         return self._call(target, args, kwargs, node.meta["value"], node)
+
+    def _product(self, source: fx.Node, shape: tuple[Any, ...]) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+        """(x, matrix, bias) where `source` is a product of flattened rows whose result gets the rows' shape back."""
+        if source.target is aten.addmm.default and not source.kwargs:
+            bias, rows, matrix = source.args
+        elif source.target is aten.mm.default:
+            bias, (rows, matrix) = None, source.args
+        else:
+            return None
+        if not isinstance(rows, fx.Node) or rows.target is not aten.reshape.default:
+            return None
+        if bias is not None and len(value(bias).shape) != 1:  # type: ignore[arg-type]
+            return None
+        x = rows.args[0]
+        return (x, matrix, bias) if value(x).shape[:-1] == shape[:-1] else None  # type: ignore[return-value,arg-type]
+
+    def _linear_arguments(self, product: tuple[fx.Node, fx.Node, fx.Node | None], origin: fx.Node) -> tuple[Any, ...]:
+        x, matrix, bias = product
+        held = value(matrix)
+        turned = self._call(aten.t.default, (matrix,), {}, replace(held, shape=held.shape[::-1]), origin)
+        return (x, turned) if bias is None else (x, turned, bias)
 
     def _read(self, argument: fx.Node, frozen: bool, reader: fx.Node) -> fx.Node:
         """The copy of an argument; inside no_grad, cut off from its gradient."""
@@ -153,6 +181,11 @@ class _Rewriting:
         call = self.graph.call_function(target, args, kwargs)
         call.meta = {"value": held, "path": origin.meta["path"], "source": origin.meta.get("source", "")}
         return call
+
+
+def _is_transposed(matrix: Any) -> bool:
+    """Whether an operand is a matrix turned over, so that a product with it is `linear`."""
+    return isinstance(matrix, fx.Node) and matrix.target is aten.t.default and len(value(matrix).shape) == 2
 
 
 def _keeps(packet: Any, args: Any, after: Value) -> bool:

@@ -277,8 +277,8 @@ def _source(path: Path) -> str:
 
 
 def _listed(files: Mapping[str, Path]) -> str:
-    return ", ".join(f"{_SHIPPED}/{path.name} (family {family})" for family, path in files.items())
+    return ", ".join(f"{path.name} ({family})" if path.stem != family else path.name for family, path in files.items())
 
 
 def _own(files: Mapping[str, Path]) -> str:
-    return f"Write one after the example of {_listed(files)}"
+    return f"Write one after the example of those in {_SHIPPED}/ ({_listed(files)})"

@@ -330,8 +330,8 @@ def _cut_earlier(body: Body, done: Propagation, cutting: Cutting) -> None:
 
 
 def _push_back(body: Body, done: Propagation) -> None:
-    """Let a partial gradient pass back through calls that are linear in one operand, so that it is reduced once, not per
-    use."""
+    """Let a partial gradient pass back through calls of one operand, so that it is reduced once, not per use, and a weight's
+    with the other weights'. A backward is linear in the gradient that it is given, whatever the call."""
     for node in reversed(body.graph.nodes):
         choice = done.choices.get(node)
         if choice is None or len(choice.operands) != 1 or not choice.operands[0].is_whole or not choice.results[0].is_whole:
@@ -339,7 +339,8 @@ def _push_back(body: Body, done: Propagation) -> None:
         rule = factoring(node)
         uses = [(user, i) for user in node.users for i, a in enumerate(tensor_arguments(user)) if a is node]
         graded = [(user, i) for user, i in uses if _flows(user)]
-        if rule is None or 0 not in rule.linear or not graded or any(user.op == "output" for user, _ in graded):
+        smaller = bytes_of(values(node)[0]) < bytes_of(values(tensor_arguments(node)[0])[0])
+        if rule is None or smaller or not graded or any(user.op == "output" for user, _ in graded):
             continue
         if all(done.choices[user].operands[i].is_whole and done.choices[user].partial_gradient[i] for user, i in graded):
             done.choices[node] = replace(choice, partial_gradient=(True,))

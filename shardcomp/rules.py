@@ -292,6 +292,70 @@ def reduction(*, contracts: bool = False, linear: bool = False) -> Callable[[fx.
     return rule
 
 
+def normalization(position: int) -> Callable[[fx.Node], Factoring]:
+    """layer_norm and the like: the last dimensions, as many as the argument at `position` names, stay whole."""
+
+    def rule(node: fx.Node) -> Factoring:
+        operands = tensor_arguments(node)
+        rank, normal = _value(operands[0]).rank, len(node.args[position])  # type: ignore[arg-type]
+        names = tuple(f"d{i}" if i < rank - normal else None for i in range(rank))
+        weights = tuple((None,) * _value(operand).rank for operand in operands[1:])
+        return Factoring((names, *weights), (names,))
+
+    return rule
+
+
+def matmul(node: fx.Node) -> Factoring | None:
+    """Rows by columns, the dimensions in front aligned from the right; vectors have no rule."""
+    out = _results(node)[0].shape
+    operands = []
+    for argument, own in zip(tensor_arguments(node), (("r", "i"), ("i", "o")), strict=True):
+        shape = _value(argument).shape
+        if len(shape) < 2:
+            return None
+        offset = len(out) - len(shape)
+        front = [f"d{offset + i}" if _same(size, out[offset + i]) else None for i, size in enumerate(shape[:-2])]
+        operands.append((*front, *own))
+    result = (*(f"d{i}" for i in range(len(out) - 2)), "r", "o")
+    return Factoring(tuple(operands), (result,), frozenset({0, 1}))
+
+
+def scaled_attention(node: fx.Node) -> Factoring | None:
+    """scaled_dot_product_attention over [b, n, s, d]: heads are cut, broadcast ones are not; grouped keys may have fewer."""
+    tensors = tensor_arguments(node)
+    if any(_value(tensor).rank != 4 for tensor in tensors):
+        return None
+    grouped = bool(node.kwargs.get("enable_gqa"))
+    batch, heads = _results(node)[0].shape[:2]
+    operands = []
+    for i, tensor in enumerate(tensors):
+        b, n, *_ = _value(tensor).shape
+        front = ("b" if _same(b, batch) else None, "n" if _same(n, heads) or (grouped and i in (1, 2)) else None)
+        operands.append((*front, None, "e" if i == 2 else None))
+    return Factoring(tuple(operands), (("b", "n", None, "e"),), coarse=frozenset({1, 2}) if grouped else frozenset())
+
+
+def stack(node: fx.Node) -> Factoring:
+    tensors = tensor_arguments(node)
+    rank = _value(tensors[0]).rank
+    at = (node.args[1] if len(node.args) > 1 else 0) % (rank + 1)  # type: ignore[operator]
+    names: Dims = tuple(f"d{i}" for i in range(rank))
+    return Factoring((names,) * len(tensors), ((*names[:at], None, *names[at:]),), jointly_linear=True)
+
+
+def index(node: fx.Node) -> Factoring | None:
+    """x[:, :, i]: one index, along one dimension; the others may be cut."""
+    given = node.args[1]
+    at = [i for i, each in enumerate(given) if each is not None]  # type: ignore[union-attr,arg-type]
+    if len(at) != 1:
+        return None
+    operands = tensor_arguments(node)
+    names = [None if i == at[0] else f"d{i}" for i in range(_value(operands[0]).rank)]
+    places = tuple(f"i{i}" for i in range(_value(operands[1]).rank))
+    result = (*names[: at[0]], *places, *names[at[0] + 1 :])
+    return Factoring((tuple(names), places), (result,), frozenset({0}))
+
+
 def padding(node: fx.Node) -> Factoring:
     rank = _value(node.args[0]).rank  # type: ignore[arg-type]
     padded = len(node.args[1]) // 2  # type: ignore[arg-type]
@@ -310,7 +374,7 @@ class Rule:
     """How one operator may be split: a parsed line or a function of the call, and the split forms of its factors."""
 
     line: Notation | None = None
-    function: Callable[[fx.Node], Factoring] | None = None
+    function: Callable[[fx.Node], Factoring | None] | None = None
     forms: Mapping[str, Form] = field(default_factory=dict)
 
 
@@ -322,13 +386,22 @@ _LINES = {
     aten.detach: "... -> ... | linear 0",
     aten.clone: "... -> ... | linear 0",
 }
-_FUNCTIONS: dict[Any, Callable[[fx.Node], Factoring]] = {
+_FUNCTIONS: dict[Any, Callable[[fx.Node], Factoring | None]] = {
     aten.reshape: reshape,
     aten.expand: expand,
     aten.unsqueeze: unsqueeze,
     aten.transpose: reorder,
     aten.permute: reorder,
     aten.t: reorder,
+    aten.matmul: matmul,
+    aten.scaled_dot_product_attention: scaled_attention,
+    aten.layer_norm: normalization(1),
+    aten.rms_norm: normalization(1),
+    aten.stack: stack,
+    aten.index: index,
+    aten.unbind: along(1, gone=True),
+    aten.repeat_interleave: along(2, linear=True),
+    aten.roll: along(2, linear=True),
     aten.slice: along(1, linear=True),
     aten.select: along(1, gone=True, linear=True),
     aten.cat: along(1, linear=True),
@@ -340,7 +413,6 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Factoring]] = {
     aten.cumsum: along(1),
     aten.flip: along(1),
     aten.sum: reduction(contracts=True, linear=True),
-    aten.mean: reduction(linear=True),
     aten.amax: reduction(),
     aten.var: reduction(),
     aten.any: reduction(),

@@ -83,7 +83,8 @@ def _dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Itera
         for i, factor in enumerate(names):
             if factor is None or dims[i] is None:
                 continue
-            output, contracted = factor in made and factor not in others, factor not in made
+            # A vector has but one dimension: of a norm over features that are cut, it is cut as they are.
+            output, contracted = factor in made and (factor not in others or len(names) == 1), factor not in made
             headed = output and not rule.forms
             looked_up = contracted and factor in rule.forms
             if {"colwise": output, "rowwise": contracted, "vocab": looked_up or headed}[word]:

@@ -11,7 +11,7 @@ from shardcomp.collectives import (
     reducescatter_allgather,
     split_allgather,
 )
-from shardcomp.kernels import attention, cross_entropy, vocab_cross_entropy, vocab_embedding
+from shardcomp.kernels import attention, cross_entropy, split_mean, vocab_cross_entropy, vocab_embedding
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.model import ShardedModel, build
 from shardcomp.runtime.unit import Home, Stage, Unit, local
@@ -34,6 +34,7 @@ __all__ = [
     "narrow",
     "reducescatter_allgather",
     "split_allgather",
+    "split_mean",
     "vocab_cross_entropy",
     "vocab_embedding",
 ]

@@ -44,7 +44,7 @@ class Block(nn.Module):
         left = self.narrow(functional.gelu(self.widen(h)))
         if self.attend:
             q, k = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.a(h), self.b(h)))
-            mixed = functional.scaled_dot_product_attention(q, k, k, is_causal=True)
+            mixed = torch.cummax(q * k, -1).values
             right = self.c(mixed.transpose(1, 2).flatten(2))
         else:
             right = self.c(torch.sigmoid(self.a(h)) * self.b(h))
@@ -101,7 +101,7 @@ def test_two_branches_beside_each_other_pay_one_reduction(tmp_path: Path) -> Non
 
 def test_an_operator_without_a_rule_runs_whole_and_is_listed(tmp_path: Path) -> None:
     lowered = shardcomp.lower(Toy(attend=True), policy(tmp_path, tensor=2), 2, seq=8)
-    listed = [entry.what for entry in lowered.program.degraded if "scaled_dot_product_attention" in entry.what]
+    listed = [entry.what for entry in lowered.program.degraded if "cummax" in entry.what]
     assert len(listed) == 1 and listed[0].startswith("stack.0")
 
 
