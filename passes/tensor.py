@@ -77,7 +77,7 @@ def run(program: Program, context: Context) -> Program:
     violations = rewrite.violations()
     heads = tuple(violations)
     if not violations and not rewrite.stuck:
-        uncut = {name: text for name, text in uncut.items() if name not in rewrite.layouts or not rewrite.in_copies(name)}
+        uncut = {name: text for name, text in uncut.items() if name not in rewrite.copied}
     rows = [text for name, text in uncut.items() if not any(name.startswith(where + ".") for where in heads)]
     raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*violations.values(), *rows])
     if rewrite.stuck:
@@ -120,6 +120,7 @@ class _Rewrite:
         self.words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.indivisible: dict[str, set[int]] = {}
         self.stuck: list[str] = []
+        self.copied: set[str] = set()
         self.degraded: list[Degraded] = []
         self.partial: dict[str, tuple[str, ...]] = {}
 
@@ -333,14 +334,11 @@ class _Rewrite:
             placement = value(node).layout.on(AXIS)
             axes = node.meta.get("partial_gradient", ())
             if placement.copies > 1:
+                self.copied.add(name)
                 axes = (AXIS if placement.is_copied else COPIES,)
             self.layouts[name] = Layout().put(AXIS, WHOLE if placement.is_copied else placement)
             if axes:
                 self.partial[name] = axes
-
-    def in_copies(self, name: str) -> bool:
-        """Whether a weight that the policy cuts is held in copies, be it in one piece."""
-        return self.layouts[name].is_whole or self.layouts[name].on(AXIS).copies > 1
 
     def copies(self) -> int:
         """How many ranks hold each piece of the weights that are held in copies. Raises PolicyError where that differs."""
