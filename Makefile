@@ -1,6 +1,8 @@
 # make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"
 # make test       everything that CI runs: lint, format, types, tests
 # make long       the randomised tests with many more draws
+# make matrix     every kind of model under every release of transformers that is supported; with VERSIONS="4.53.3 5.23.0"
+#                 or MODELS="llama gpt2" only these, with TORCH="2.11.0" under that as well, with JSON=file written there too
 # make format     rewrite the sources as `make test` wants them
 #
 # Each does its own set-up, once: a virtual environment in .venv with the versions that constraints.txt pins.
@@ -16,7 +18,11 @@ READY := .venv/installed
 RANKS = $(shell echo "$(PLAN)" | awk -F '[ =]+' '{n = 1; for (i = 1; i < NF; i++) if ($$i ~ /^--(tensor|data)$$/) n *= $$(i + 1); print n}')
 THREADS = $(shell echo "$$(getconf _NPROCESSORS_ONLN) $(RANKS)" | awk '{n = int($$1 / $$2); print (n > 1 ? n : 1)}')
 
-.PHONY: pretrain test long format clean
+# What `make matrix` is asked for, as options.
+MATRIX = $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(MODELS),--models $(MODELS)) $(if $(TORCH),--torch $(TORCH)) \
+	$(if $(JSON),--json $(JSON))
+
+.PHONY: pretrain test long matrix format clean
 
 pretrain: $(READY)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN)
@@ -30,12 +36,15 @@ test: $(READY)
 long: $(READY)
 	SHARDCOMP_LONG=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
+matrix: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m matrix.run $(MATRIX)
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .matrix build *.egg-info
 
 # torch comes first and alone: resolved together with ranges that admit a newer release, pip may fetch that one as well.
 $(READY): pyproject.toml constraints.txt

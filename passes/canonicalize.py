@@ -5,6 +5,7 @@ Needs: a captured Program of one unit. Afterwards
 - a product with a matrix of weights is a `linear`, over rows that keep their [b, s];
 - a change of shape is a `reshape` with every size given, a cast is `to.dtype`, an `expand` names every size;
 - identities are gone: copies, aliases, full slices, casts to the same dtype, dropout that drops nothing, dead code;
+- what drops names the stream that it draws from: the shared one, as all is whole still; nothing else draws random numbers;
 - what was computed under no_grad simply needs no gradient; a `detach` stands where such a region reads something that does;
 - segments and key masks that no input decides, and that let every query see everything, are gone;
 - the loss is a sum divided by `num_items_in_batch`, a new input.
@@ -24,11 +25,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardcomp.capture.check import DROPOUTS, draws
 from shardcomp.capture.evaluate import ancestors, compute
 from shardcomp.capture.flatten import mark_gradients
 from shardcomp.errors import CaptureError, PlanError, raise_all
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
+from shardcomp.kernels.dropout import SHARED, dropout, dropped_attention
 from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Context, Contract, Program, S, Value, value
 
 CONTRACT = Contract(provides=frozenset({"canonical"}))
@@ -43,7 +46,7 @@ _CASTS = {aten.to, aten._to_copy, aten.type_as}
 _SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.view_as}
 _SHAPES |= {aten.reshape_as, aten.ravel}
 _EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
-_DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+_DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
 _TRIED = ((2, 17), (1, 2**20))
@@ -73,27 +76,15 @@ def run(program: Program, context: Context) -> Program:
 
 
 def _random_numbers(program: Program) -> Iterator[str]:
-    """Calls that draw random numbers, in the caller's words."""
+    """Operators that draw random numbers and are no dropout, with the modules that they are called in."""
     [unit] = program.units
-    modules = sorted({node.meta["path"] or "the model" for node in unit.body.calls() if _draws(node)})
-    if not modules:
-        return
-    settings = program.config.to_dict() if hasattr(program.config, "to_dict") else {}
-    keys = [key for key, held in settings.items() if "drop" in key and isinstance(held, float) and held > 0]
-    remedy = f"set {' = '.join(keys)} = 0 in the configuration" if keys else "take them out of the model"
-    more = f" and {len(modules) - 3} more modules" if len(modules) > 3 else ""
-    yield f"random numbers, as dropout draws them, are not supported; drawn in {', '.join(modules[:3])}{more}: {remedy}"
-
-
-def _draws(node: fx.Node) -> bool:
-    if node.target is attention:
-        return bool(node.kwargs.get("dropout"))
-    packet = _packet(node)
-    if packet in _DROPOUTS:
-        return bool(node.args[1]) and bool(node.args[2])
-    if packet is aten.scaled_dot_product_attention:
-        return len(node.args) > 4 and bool(node.args[4]) or bool(node.kwargs.get("dropout_p"))
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    found: dict[str, set[str]] = {}
+    for node in unit.body.calls():
+        if draws(node) and node.target is not attention and _packet(node) not in _DROPPING:
+            found.setdefault(str(_packet(node)), set()).add(node.meta["path"] or "the model")
+    for operator, modules in found.items():
+        shown = ", ".join(sorted(modules)[:3]) + (f" and {len(modules) - 3} more modules" if len(modules) > 3 else "")
+        yield f"{operator}, called in {shown}, draws random numbers, as nothing but dropout can: take it out of the model"
 
 
 class _Rewriting:
@@ -124,11 +115,15 @@ class _Rewriting:
         if source is not None and isinstance(source.meta["value"], Value) and isinstance(node.meta["value"], Value):
             before, after = value(source), value(node)
             unchanged = before.shape == after.shape and before.dtype == after.dtype
-            if packet in _COPIES or packet in _DROPOUTS or unchanged and _keeps(packet, args, after):
+            drops = draws(node)
+            if packet in _COPIES or (packet in DROPOUTS and not drops) or unchanged and _keeps(packet, args, after):
                 return source
             if packet is aten.detach and not before.requires_grad:
                 return source
-            if packet in _CASTS:
+            if drops:
+                target, kwargs = _DROPPING.get(packet, target), {**kwargs, "random": SHARED}
+                args = args[:2] if target is dropout else args
+            elif packet in _CASTS:
                 target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
             elif packet in _SHAPES and before.dtype == after.dtype:
                 target, args, kwargs = aten.reshape.default, (source, list(after.shape)), {}

@@ -33,6 +33,7 @@ from shardcomp.collectives import (
     split_allgather,
 )
 from shardcomp.errors import InternalError, PolicyError, raise_all
+from shardcomp.kernels.dropout import stream_for
 from shardcomp.layout import WHOLE, Layout, Placement, split
 from shardcomp.program import (
     INPUT,
@@ -247,6 +248,8 @@ class _Rewrite:
             in_order = iter(brought)
             node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _, order=in_order: next(order))
             _set_layouts(node, choice.results)
+            if "random" in node.kwargs:
+                node.kwargs = {**node.kwargs, "random": stream_for(node, choice.results[0])}
             if choice.form is not None:
                 node.args = (*choice.form.arguments(node), AXIS)
                 node.kwargs = {}

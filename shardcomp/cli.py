@@ -176,7 +176,8 @@ def _verify(args: argparse.Namespace) -> tuple[int, str]:
     )
     status = GOOD if found.ok else NO
     if args.json:
-        keys = ("ok", "precision", "deviation", "worst", "reproduce", *(["mutants"] if args.mutate else []))
+        keys = ["ok", "precision", "deviation", "worst", "reproduce"]
+        keys += ["mutants"] * args.mutate + ["dropout"] * bool(found.dropout)
         return status, _json({key: getattr(found, key) for key in keys})
     return status, _verdict(found)
 
@@ -207,6 +208,9 @@ def _verdict(found: Any) -> str:
         worst = found.worst
         where = f" of {worst['parameter']}" if worst["parameter"] else ""
         lines.append(f"nearest to its tolerance: {worst['quantity']}{where}, {worst['value']:.2e} of {worst['tolerance']:.2e}")
+    if found.dropout:
+        off = ", ".join(f"{key} = {p}" for key, p in found.dropout.items())
+        lines.append(f"without dropout, which no two runs share: {off} set to 0")
     if found.mutants:
         lines.append(f"planted faults noticed: {found.mutants['killed']} of {found.mutants['total']}")
         lines += [f"  not noticed: {survivor}" for survivor in found.mutants["survivors"]]

@@ -101,6 +101,7 @@ class Lowered:
             micro_batch=self.policy.options.micro_batch,
             output_split=output_split,
             output_type=f"{kind.__module__}:{kind.__qualname__}",
+            seed=self.policy.options.seed,
         )
 
     def for_call(self, call: Call, shape: tuple[int, int]) -> Blueprint:

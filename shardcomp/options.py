@@ -56,7 +56,7 @@ class Options:
     )
     micro_batch: int | None = _option(None, _from(1), "samples per micro-batch (default: the whole batch)")
     precision: str = _option("bf16", _word("bf16", "fp32", "fp64"), "the dtype to compute in (default bf16)")
-    seed: int = _option(0, _from(0), "seed of the initial weights (default 0)")
+    seed: int = _option(0, _from(0), "seed of the initial weights and of dropout (default 0)")
 
     def __post_init__(self) -> None:
         raise_all(PolicyError, "options", violations({name: getattr(self, name) for name in _FIELDS}))

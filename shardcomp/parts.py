@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardcomp.errors import InternalError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -56,16 +58,32 @@ class Part:
     def read(self, read: Callable[[str, tuple[slice, ...]], Tensor], index: tuple[slice, ...]) -> Tensor:
         """The piece of the part that `index` says, by reading the packed tensor: `read(name, index)`."""
         at = index[self.dim]
-        pieces = [read(self.of, (*index[: self.dim], each, *index[self.dim + 1 :])) for each in self.ranges(at.start, at.stop)]
+        ranges = list(self.ranges(at.start, at.stop)) or [slice(0, 0)]
+        pieces = [read(self.of, (*index[: self.dim], each, *index[self.dim + 1 :])) for each in ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
 
-def join(packed: str, parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor `packed` made of its parts. parts: name -> part, all of `packed`; tensors: name -> the whole part."""
-    names = [name for name, part in parts.items() if part.of == packed]
-    first = parts[names[0]]
-    found = tensors[names[0]].new_empty(first.shape)
-    for name in names:
-        rows = torch.tensor(parts[name].rows(), device=found.device)
-        found.index_copy_(first.dim, rows, tensors[name])
+def packed(parts: Mapping[str, Part | None]) -> dict[str, list[str]]:
+    """The model's own tensors -> the parameters that hold their rows, both in order: of a packed one its parts, else itself.
+
+    parts: parameter -> which part it is.
+    """
+    found: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        found.setdefault(part.of if part else name, []).append(name)
+    return found
+
+
+def join(name: str, parts: Mapping[str, Part | None], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The packed tensor `name`. parts: parameter -> which part it is, other tensors' not counting; tensors: parameter -> the
+    whole part, zeros where there is none. Raises InternalError where the parts are not all of it."""
+    mine = {each: part for each, part in parts.items() if part and part.of == name}
+    first = next(iter(mine.values()))
+    rows = [row for part in mine.values() for row in part.rows()]
+    if sorted(rows) != list(range(first.shape[first.dim])):
+        raise InternalError(f"{name}: its parts hold {len(rows)} rows, and not each of its {first.shape[first.dim]} once")
+    held = {each: tensors[each] for each in mine if each in tensors}
+    found = next(iter(held.values())).new_zeros(first.shape)
+    for each, tensor in held.items():
+        found.index_copy_(first.dim, torch.tensor(mine[each].rows(), device=found.device), tensor)
     return found

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from shardcomp.errors import PolicyError
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = ("float", "half", "bfloat16")
+_FLOATING = {torch.ones, torch.zeros, torch.empty, torch.eye, torch.linspace, torch.rand, torch.randn}
+_FROM_NUMBERS = {torch.tensor, torch.full, torch.arange}
+"""What makes a tensor of the default dtype unless its arguments name one: always, or where a number among them is a float."""
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -23,11 +27,10 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 class Widened(TorchFunctionMode):
-    """A cast to float32, float16 or bfloat16 of a tensor that is not float32 gives float64 instead.
+    """A cast to float32, float16 or bfloat16 gives float64 instead, and so does a tensor that is made in one of them.
 
-    HuggingFace's models compute norms, rotary tables and losses in float32, whatever their dtype. Under this mode such islands
-    are float64 in a float64 model. What is computed in float32 from the start, such as a rotary buffer, stays so: only casts of
-    other tensors are widened.
+    HuggingFace's models compute norms, rotary tables, position slopes and losses in float32, whatever their dtype. Under this
+    mode such islands are float64 in a float64 model. A float32 tensor that exists already is left alone until it is cast.
     """
 
     def __torch_function__(
@@ -35,13 +38,18 @@ class Widened(TorchFunctionMode):
     ) -> Any:
         """Run `func` with every narrow dtype among its arguments widened."""
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype != torch.float32:
-            if getattr(func, "__name__", "") in _CASTS:
-                return args[0].to(torch.float64)
-            args = tuple(_widen(argument) for argument in args)
-            kwargs = {key: _widen(argument) for key, argument in kwargs.items()}
+        if getattr(func, "__name__", "") in _CASTS and args and isinstance(args[0], Tensor):
+            return args[0].to(torch.float64)
+        args = tuple(_widen(argument) for argument in args)
+        kwargs = {key: _widen(argument) for key, argument in kwargs.items()}
+        if "dtype" not in kwargs and (func in _FLOATING or func in _FROM_NUMBERS and _has_float((args, kwargs))):
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 
 def _widen(argument: Any) -> Any:
     return torch.float64 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
+
+
+def _has_float(arguments: Any) -> bool:
+    return any(isinstance(leaf, (float, torch.SymFloat)) for leaf in pytree.tree_leaves(arguments))

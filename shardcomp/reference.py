@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from shardcomp.capture.twin import configs
 from shardcomp.precision import Widened
 
 Batch = dict[str, Tensor]
@@ -89,6 +91,29 @@ def dense(model: nn.Module, precision: str, given: Mapping[str, Batch], updates:
                 optimizer.zero_grad()
             found.weights = {name: p.detach().clone() for name, p in reference.named_parameters()}
     return found
+
+
+def without_dropout(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+    """A copy that drops nothing, the model itself where nothing drops, and the probabilities that were set to zero: by the keys
+    of the configuration, or where that has none, by the names of modules."""
+    if not any(True for _ in _dropping(model)):
+        return model, {}
+    twin = copy.deepcopy(model)
+    zeroed = {}
+    for name, holder, key, p in list(_dropping(twin)):
+        setattr(holder, key, 0.0)
+        zeroed[name] = p
+    return twin, {name: p for name, p in zeroed.items() if "." not in name} or zeroed
+
+
+def _dropping(model: nn.Module) -> Iterator[tuple[str, Any, str, float]]:
+    """What holds a probability to drop with: (its name, the configuration or module, the key there, the probability)."""
+    holders = [("", config) for config in configs(model)] + [(f"{path}.", m) for path, m in model.named_modules()]
+    for path, holder in holders:
+        for key, held in vars(holder).items():
+            named = "drop" in key or (key == "p" and isinstance(holder, _DropoutNd))
+            if named and isinstance(held, float) and held > 0:
+                yield path + key, holder, key, held
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardcomp.errors import PlanError
 from shardcomp.lowering import Lowered, lower
+from shardcomp.parts import packed
 from shardcomp.policy import Policy
 from shardcomp.runtime import world
 from shardcomp.runtime.blueprint import MASTER, Blueprint
@@ -51,29 +52,52 @@ def _all(held: Tensor) -> tuple[slice, ...]:
 
 
 def weights_of(lowered: Lowered, checkpoint: str | Path | None = None) -> Weights:
-    """Where each parameter's numbers come from: the checkpoint, the model's real tensors, or its initialisation rule.
+    """Where each parameter's numbers come from: the checkpoint, the model's real tensors, or its initialisation rule. A part of
+    a packed weight is read from the packed one.
 
     Buffers that belong to the model's state come from the checkpoint or from the model.
     """
-    model, parameters, buffers = lowered.model, lowered.program.parameters, lowered.program.buffers
-    if checkpoint is not None:
-        files = WeightFiles(checkpoint)
-        expected = {name: tuple(p.shape) for name, p in parameters.items()}
-        expected |= {name: tuple(buffer.value.shape) for name, buffer in buffers.items() if buffer.persistent}
-        files.check(expected, lowered.program.canonical_names())
-        master = MASTER[lowered.policy.options.precision]
-        return lambda name, index: files.read(name, index, buffers[name].value.dtype if name in buffers else master)
-    real: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    meta = [name for name in parameters if real[name].is_meta]
-    if meta and len(meta) < len(parameters):
-        raise PlanError(
-            f"{len(meta)} of {len(parameters)} parameters are on meta, such as {meta[0]}: give all or none, or checkpoint="
-        )
-    seed = lowered.policy.options.seed
+    parts = {name: p.part for name, p in lowered.program.parameters.items()}
+    read = _files(lowered, checkpoint) if checkpoint is not None else _of_the_model(lowered, list(packed(parts)))
 
-    def of_the_model(name: str, index: tuple[slice, ...]) -> Tensor:
+    def weights(name: str, index: tuple[slice, ...]) -> Tensor:
+        part = parts.get(name)
+        return part.read(read, index) if part else read(name, index)
+
+    return weights
+
+
+def _files(lowered: Lowered, checkpoint: str | Path) -> Weights:
+    parameters, buffers = lowered.program.parameters, lowered.program.buffers
+    files = WeightFiles(checkpoint)
+    expected = {p.part.of if p.part else p.name: p.part.shape if p.part else tuple(p.shape) for p in parameters.values()}
+    expected |= {name: tuple(buffer.value.shape) for name, buffer in buffers.items() if buffer.persistent}
+    files.check(expected, lowered.program.canonical_names(), lowered.model)
+    master = MASTER[lowered.policy.options.precision]
+    return lambda name, index: files.read(name, index, buffers[name].value.dtype if name in buffers else master)
+
+
+def _of_the_model(lowered: Lowered, names: list[str]) -> Weights:
+    model, buffers, seed = lowered.model, lowered.program.buffers, lowered.policy.options.seed
+    real: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    meta = [name for name in names if real[name].is_meta]
+    if meta and len(meta) < len(names):
+        raise PlanError(
+            f"{len(meta)} of {len(names)} parameters are on meta, such as {meta[0]}: give all or none, or checkpoint="
+        )
+
+    last: dict[str, Tensor] = {}  # the parts of a packed weight ask for it in turn
+
+    def initial(name: str) -> Tensor:
+        found = last.get(name)
+        if found is None:
+            last.clear()
+            found = last[name] = initialise(name, model, seed, torch.float32)
+        return found
+
+    def read(name: str, index: tuple[slice, ...]) -> Tensor:
         if name in buffers:
             return buffers[name].value[index]
-        return initialise(name, model, seed, torch.float32)[index] if meta else real[name].detach()[index]
+        return initial(name)[index] if meta else real[name].detach()[index]
 
-    return of_the_model
+    return read

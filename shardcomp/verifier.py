@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from shardcomp import presets
 from shardcomp.errors import VerifyError
 from shardcomp.lowering import Lowered, lower
 from shardcomp.mutation import Mutant, mutants
+from shardcomp.parts import Part, join, packed
 from shardcomp.policy import Policy
 from shardcomp.ranks import run_ranks
-from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps
+from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.sharding import allocate, weights_of
+from shardcomp.weights import module_of
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 """Largest relative deviation, by precision. bf16 is judged by its distance from float64, see `BF16_FACTOR`."""
@@ -44,6 +46,8 @@ class Verification:
     worst: dict[str, Any]
     reproduce: str
     mutants: dict[str, Any] = field(default_factory=dict)
+    dropout: dict[str, float] = field(default_factory=dict)
+    """The probabilities that were set to zero on both sides, by the configuration's key or the module's."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +65,8 @@ def verify(
     """Run a plan on ranks that are threads of this process, and compare it with the unmodified dense model.
 
     A preset or a configuration is first lowered at full size, which checks that the plan is legal, then shrunk to a small model
-    of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model is taken as it is.
+    of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model is taken as it is. Two runs never
+    drop the same, so both sides run without dropout.
     kinds: the batches to compare on; causal is always among them. mutate: plant every fault that can be enumerated from
     the program, and require that each is noticed by its numbers.
     """
@@ -69,6 +74,7 @@ def verify(
         policy = Policy.load(policy)
     options = policy.options
     model, name = _small_model(model_or_config, policy, world_size, shrink or {}, progress)
+    model, dropped = without_dropout(model)
     mesh = policy.mesh(world_size or options.tensor * (options.data or 1))
     if mesh.world_size > MAX_RANKS:
         raise VerifyError(
@@ -87,11 +93,12 @@ def verify(
     exact = dense(model, "fp64" if precision == "bf16" else precision, given, updates)
     rough = dense(model, "bf16", given, updates) if precision == "bf16" else None
     lowered = lower(model, plan, mesh.world_size, seq=length)
+    _refuse_dropout(lowered)
     progress(f"{mesh.world_size} ranks")
     outcome = _sharded(lowered, given, updates)
     deviation, worst, ok = _compare(outcome, exact, rough, precision)
     reproduce = _command(name, policy, mesh.world_size, shrink or {})
-    found = Verification(ok, precision, deviation, worst, reproduce)
+    found = Verification(ok, precision, deviation, worst, reproduce, dropout=dropped)
     if mutate:
         found.mutants = _mutation(lowered, {"causal": given["causal"]}, exact, rough, precision, progress)
         found.ok = ok and not found.mutants["survivors"]
@@ -116,9 +123,20 @@ def _small_model(
     return initialize(presets.build(config), policy.options.seed), name
 
 
+def _refuse_dropout(lowered: Lowered) -> None:
+    """Raise VerifyError where a plan still drops: with a probability that the model keeps elsewhere."""
+    dropping = [module_of(unit, n) for unit in lowered.program.units for n in unit.body.calls() if "random" in n.kwargs]
+    if dropping:
+        raise VerifyError(
+            f"{dropping[0]} drops, no two runs drop the same, and its probability cannot be set to zero: it is no attribute "
+            "that has 'drop' in its name"
+        )
+
+
 def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mutant: Mutant | None = None) -> Outcome:
     """What the plan gives on all its ranks; the losses of all ranks must be one number."""
     weights = weights_of(lowered)
+    parts = {name: parameter.part for name, parameter in lowered.program.parameters.items()}
     for batch in given.values():  # lowered here, because tracing is not for threads
         lowered.for_call(_call(batch, ("loss",)), (lowered.policy.options.micro_batch or 1, batch["input_ids"].shape[1]))
     if mutant is None:
@@ -130,7 +148,7 @@ def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mu
         sharded = allocate(lowered, weights, mutant.blueprint if mutant else None)
         if mutant is not None:
             mutant.plant(sharded)
-        return _run(sharded, given, updates, with_logits=mutant is None)
+        return _run(sharded, given, updates, parts, with_logits=mutant is None)
 
     outcomes = run_ranks(lowered.mesh.world_size, work)
     if mutant is None:
@@ -148,7 +166,13 @@ def _call(batch: Batch, outputs: tuple[str, ...]) -> Any:
     return tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, True
 
 
-def _run(sharded: ShardedModel, given: dict[str, Batch], updates: list[Batch], with_logits: bool) -> Outcome:
+def _run(
+    sharded: ShardedModel,
+    given: dict[str, Batch],
+    updates: list[Batch],
+    parts: Mapping[str, Part | None],
+    with_logits: bool,
+) -> Outcome:
     rank, size = sharded.mesh.get_local_rank("dp"), sharded.mesh["dp"].size()
 
     def mine(batch: Batch) -> Batch:
@@ -158,7 +182,7 @@ def _run(sharded: ShardedModel, given: dict[str, Batch], updates: list[Batch], w
     found.rows = rank  # type: ignore[attr-defined]
     for kind, batch in given.items():
         found.loss[kind] = sharded.train_step(**mine(batch)).loss
-        found.gradients[kind] = {name: _full(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+        found.gradients[kind] = _joined({n: _full(p.grad) for n, p in sharded.named_parameters() if p.grad is not None}, parts)
         found.norm[kind] = sharded.clip_grad_norm_(math.inf)
         sharded.zero_grad()
     if with_logits:
@@ -171,8 +195,14 @@ def _run(sharded: ShardedModel, given: dict[str, Batch], updates: list[Batch], w
             sharded.train_step(**mine(batch))
             optimizer.step()
             optimizer.zero_grad()
-        found.weights = {name: _full(p) for name, p in sharded.named_parameters()}
+        found.weights = _joined({name: _full(p) for name, p in sharded.named_parameters()}, parts)
     return found
+
+
+def _joined(held: dict[str, Tensor], parts: Mapping[str, Part | None]) -> dict[str, Tensor]:
+    """The same by the names of the dense model: parts of a packed weight are joined."""
+    names = [name for name, pieces in packed(parts).items() if any(piece in held for piece in pieces)]
+    return {name: held[name] if name in held else join(name, parts, held) for name in names}
 
 
 def _full(held: Tensor | None) -> Tensor:

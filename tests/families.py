@@ -55,7 +55,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "persimmon": {**_GATED, "hidden_dropout": 0.0},
     "glm": {**_GATED, "head_dim": 16, "pad_token_id": 0},
     "glm4": {**_GATED, "head_dim": 16, "pad_token_id": 0},
-    "helium": {**_GATED, "head_dim": 16},
+    "helium": {**_GATED, "head_dim": 8},
     "smollm3": {**_GATED, "pad_token_id": 0},
     "seed_oss": {**_GATED, "residual_dropout": 0.0},
     "exaone4": {**_GATED, "pad_token_id": None},

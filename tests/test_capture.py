@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_config
 from models import tiny
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM, masking_utils
@@ -221,7 +222,6 @@ def test_a_sliding_window_is_a_number() -> None:
     assert [node.kwargs["window"] for node in attentions(program)] == [5, 5]
 
 
-@pytest.mark.skipif(not PACKS, reason="this transformers writes into its masks, which has no flat graph")
 def test_a_model_that_computes_with_its_mask_keeps_its_own_attention() -> None:
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4, hidden_dropout=0.0, attention_dropout=0.0)
@@ -291,6 +291,130 @@ def test_tensors_outside_of_buffers_become_buffers_and_changes_in_place_become_v
     assert any(torch.equal(held.value.float(), model.scales) for held in extra)
     assert not any(held.persistent for held in extra)
     assert not any(node.target._schema.is_mutable for node in program.units[0].body.calls() if hasattr(node.target, "_schema"))
+
+
+class Written(nn.Module):
+    """A model without attention that writes into its hidden states."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.change = change
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.change(self.embed(input_ids) * 2))
+
+
+def row(x: Tensor) -> Tensor:
+    x[:, 0] = 0
+    return x
+
+
+def columns(x: Tensor) -> Tensor:
+    x[..., 2:6:2] += 1
+    return x
+
+
+def whole_slice(x: Tensor) -> Tensor:
+    x[:, :, : x.shape[2]] = x[:, :, : x.shape[2]].masked_fill(x > 0, -1.0)
+    return x
+
+
+def another_view(x: Tensor) -> Tensor:
+    y = x.transpose(1, 2)
+    x[:, 1] = 3
+    return x + y.transpose(1, 2)
+
+
+def through_views(x: Tensor) -> Tensor:
+    y = x.view(x.shape[0], x.shape[1], 2, 4).permute(2, 0, 1, 3).unsqueeze(1)
+    y[1, 0].mul_(-1)
+    return x
+
+
+def before_and_after(x: Tensor) -> Tensor:
+    before = x[:, :1] * 1
+    x[:, :1].fill_(7.0)
+    return x * before + x[:, :1]
+
+
+def a_copy_keeps_its_values(x: Tensor) -> Tensor:
+    y = x.clone()
+    x.zero_()
+    return x + y
+
+
+def twice(x: Tensor) -> Tensor:
+    half = x[..., :4]
+    half.add_(1)
+    half[:, 0].copy_(half[:, 1])
+    return x
+
+
+def under_no_grad(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        shift = torch.zeros(x.shape[1], 8)
+        shift[:, 4:] = 2.5
+    shift[0] = 1
+    return x + shift
+
+
+WRITES = [row, columns, whole_slice, another_view, through_views, before_and_after, a_copy_keeps_its_values, twice]
+WRITES += [under_no_grad]
+
+
+@pytest.mark.parametrize("change", WRITES, ids=lambda change: change.__name__)
+def test_writes_through_views_become_values(change: Callable[[Tensor], Tensor]) -> None:
+    model = Written(change)
+    program = capture(model, signature("input_ids"), precision="fp64")
+    assert program.static_shape is None and self_check(program, model) == 0
+    assert not any(node.target._schema.is_mutable for node in program.units[0].body.calls() if hasattr(node.target, "_schema"))
+
+
+@pytest.mark.parametrize("names", [("input_ids", "labels"), ("input_ids", "labels", "attention_mask")], ids="-".join)
+def test_a_float64_capture_makes_no_narrower_number_either(names: tuple[str, ...]) -> None:
+    for kind in ("bloom", "opt", "falcon_rw"):
+        program = capture(presets.build(tiny_config(kind)), signature(*names), precision="fp64")
+        held = {value(node).dtype for node in program.units[0].body.graph.nodes if node.op != "output"}
+        assert {dtype for dtype in held if dtype.is_floating_point} == {torch.float64}
+
+
+def test_an_input_that_only_the_keyword_arguments_take_has_free_sizes() -> None:
+    names = ("input_ids", "labels", "position_ids")
+    assert capture(presets.build(tiny_config("bloom")), signature(*names), precision="fp32").static_shape is None
+
+
+class DropsNoLayer(LlamaForCausalLM):
+    chance = 0.0
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **given: Any) -> Any:
+        out = super().forward(input_ids=input_ids, labels=labels, use_cache=False)
+        if torch.rand([]) < self.chance:
+            out.logits = out.logits * 0
+        return out
+
+
+def test_layers_that_are_dropped_with_probability_zero_are_all_there() -> None:
+    model = DropsNoLayer(tiny())
+    program = capture(model, TRAINING, precision="fp32")
+    assert not any("rand" in str(node.target) for node in program.units[0].body.calls())
+    model.chance = 0.5
+    with pytest.raises(CaptureError, match=r"if torch.rand\(\[\]\) < self.chance"):
+        capture(model, TRAINING, precision="fp32")
+
+
+class CausalByLength(LlamaForCausalLM):
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        out = super().forward(input_ids=input_ids, use_cache=False)
+        x = out.logits.unsqueeze(1)
+        out.logits = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=input_ids.shape[1] > 1).squeeze(1)
+        return out
+
+
+def test_attention_that_is_causal_for_more_than_one_token_has_free_sizes() -> None:
+    model = CausalByLength(tiny())
+    program = capture(model, signature("input_ids"), precision="fp64")
+    assert program.static_shape is None and self_check(program, model) <= 1e-14
 
 
 # Masks: every function of HuggingFace's that is known must mean what the function itself computes.

@@ -195,6 +195,14 @@ def test_faults_that_nobody_noticed_are_named(capsys: pytest.CaptureFixture[str]
     assert json.loads(out)["mutants"]["survivors"] == ["layer 0: not sent"]
 
 
+def test_verify_says_what_it_turned_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, dropout={"attn_pdrop": 0.1, "resid_pdrop": 0.2})
+    _, out, _ = run(capsys, "verify", "tiny")
+    assert "without dropout, which no two runs share: attn_pdrop = 0.1, resid_pdrop = 0.2 set to 0" in out
+    _, out, _ = run(capsys, "verify", "tiny", "--json")
+    assert json.loads(out)["dropout"] == {"attn_pdrop": 0.1, "resid_pdrop": 0.2}
+
+
 def test_a_fault_of_shardcomp_is_status_3_and_names_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

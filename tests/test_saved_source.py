@@ -62,6 +62,17 @@ def test_saved_source_trains_without_the_compiler_and_an_edit_changes_the_result
     assert run(tmp_path) != losses
 
 
+def test_saved_source_drops_the_same_at_every_run(tmp_path: Path) -> None:
+    policy = shardcomp.Policy.load("llama", tensor=2, precision="fp32", seed=3)
+    shardcomp.lower(tiny(attention_dropout=0.1), policy, 2, seq=16).save_source(tmp_path)
+    assert (tmp_path / "model.py").read_text().count("dropout=0.1, random=self.random.own") == 1
+    losses = run(tmp_path)
+    assert run(tmp_path) == losses
+    plan = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(plan.replace('"seed": 3', '"seed": 4'))
+    assert run(tmp_path) != losses
+
+
 def test_a_blueprint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     blueprint = shardcomp.lower(tiny(), shardcomp.Policy.load("llama", tensor=2), 4, seq=16).blueprint()
     blueprint.save(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from models import tiny
 
 import shardcomp
-from shardcomp import capture
+from shardcomp import VerifyError, capture
 from shardcomp.verifier import TOLERANCE, verify
 
 WHOLE = {"none": True}
@@ -87,6 +88,44 @@ def test_a_model_with_real_weights_is_verified_as_it_is() -> None:
     found = verify(model, shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 2, kinds=("causal",))
     assert found.ok, found
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_configuration_that_drops_is_verified_without_dropout_and_the_answer_says_so(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    units = '[units]\n"transformer.wte" = "first"\n"transformer.h.*" = "layer"\n"transformer.ln_f" = "last"\n'
+    (tmp_path / "own.toml").write_text(f'family = "gpt2"\n[weights]\n"transformer.wte" = "vocab"\n{units}')
+    policy = shardcomp.Policy.load(tmp_path / "own.toml", tensor=2, precision="fp64")
+    config = GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=300)
+    found = verify(config, policy, 2, kinds=("causal",))
+    assert found.ok, found
+    assert {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}.items() <= found.dropout.items()
+    assert config.attn_pdrop == 0.1
+    found = verify(tiny(attention_dropout=0.2), shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 2, shrink=WHOLE)
+    assert found.ok and found.dropout == {"attention_dropout": 0.2}
+
+
+class Dropped(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x), getattr(self, "some_drop", 0.1))
+
+
+def test_a_model_that_drops_is_verified_without_and_refused_where_that_cannot_be() -> None:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny())
+    projections = [layer.mlp.up_proj for layer in model.model.layers]
+    for each in projections:
+        each.__class__, each.some_drop = Dropped, 0.3
+    policy = shardcomp.Policy.load("llama", tensor=2, precision="fp64")
+    found = verify(model, policy, 2, kinds=("causal",))
+    assert found.ok, found
+    assert found.dropout == {f"model.layers.{i}.mlp.up_proj.some_drop": 0.3 for i in range(2)}
+    assert all(each.some_drop == 0.3 for each in projections)
+    for each in projections:
+        del each.some_drop
+    with pytest.raises(VerifyError, match=r"model.layers.0.mlp.up_proj drops, .* has 'drop' in its name"):
+        verify(model, policy, 2, kinds=("causal",))
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])

@@ -19,12 +19,16 @@ from shardcomp.program import B, Degraded, Program, S
 LIMIT = 50_000_000
 """A capture checks itself for models up to this many parameters; a larger one is checked in its small version by `verify`."""
 
+aten = torch.ops.aten
+DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+"""Operators that change nothing where they draw nothing."""
+
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _IGNORED = -100
 
 
 def check_after_capture(program: Program, model: nn.Module) -> Degraded | None:
-    """`self_check` where it is cheap and its answer is certain: not too many parameters, no dropout.
+    """`self_check` where it is cheap and its answer is certain: not too many parameters, nothing drawn at random.
 
     Returns what stands in the way where the model itself does not run here; raises CaptureError where the Program does not
     compute what the model does.
@@ -79,13 +83,19 @@ def _dtype(program: Program) -> torch.dtype:
 
 def _drops(program: Program) -> bool:
     """Whether the Program draws random numbers."""
-    if not program.signature.training:
-        return False
-    return any(
-        node.kwargs.get("dropout", 0.0) or "dropout" in str(node.target) and node.args[1]
-        for body in program.bodies()
-        for node in body.calls()
-    )
+    return any(draws(node) for body in program.bodies() for node in body.calls())
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is None:
+        return bool(node.kwargs.get("dropout"))
+    if packet in DROPOUTS:
+        return bool(node.args[1] and node.args[2])
+    if packet is aten.scaled_dot_product_attention:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Module:

@@ -7,15 +7,17 @@ import io
 import linecache
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from shardcomp.errors import CaptureError
 from shardcomp.precision import Widened
@@ -35,21 +37,66 @@ def export(
     if dynamic:
         dims = {0: Dim("b", min=1), 1: Dim("s", min=2)}
         shapes = {name: dict(dims) for name in given}
+    parameters = inspect.signature(module.forward).parameters
     for name, setting in (("use_cache", False), ("return_dict", True)):
-        if name in inspect.signature(module.forward).parameters:
+        if name in parameters:
             given[name] = setting
             shapes[name] = None
+    if not given.keys() <= parameters.keys():
+        module.forward = _by_name(module.forward, list(given))
     results = _Results(signature)
     hook = module.register_forward_hook(results)
     try:
         # torch prints the graph so far to stderr where an export fails; the error that is raised says what matters.
         quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
-        with Widened() if widened else nullcontext(), torch.enable_grad(), quiet[0], quiet[1]:
+        modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
+        with modes[0], modes[1], modes[2], torch.enable_grad(), quiet[0], quiet[1]:
             exported = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes if dynamic else None)
     finally:
         hook.remove()
     assert results.kind is not None
     return exported, results.kind
+
+
+def _by_name(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """`forward` with a signature of just these names: torch.export has no free sizes for what only `**kwargs` takes."""
+
+    def call(**given: Any) -> Any:
+        return forward(**given)
+
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    )
+    return call
+
+
+_SDPA = nn.functional.scaled_dot_product_attention
+
+
+def _sdpa(*args: Any, **given: Any) -> Tensor:
+    """torch's own, which takes no comparison of sizes for `is_causal`: "more than one token" is true of every size here."""
+    return _SDPA(*(_settled(argument) for argument in args), **{key: _settled(held) for key, held in given.items()})
+
+
+def _settled(argument: Any) -> Any:
+    return bool(argument) if isinstance(argument, torch.SymBool) else argument
+
+
+class _NoLayerDrop(TorchFunctionMode):
+    """A number drawn from [0, 1) is not below zero: a model that leaves out layers with probability 0 leaves out none."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, or answer whether a drawn number is below zero."""
+        below = getattr(func, "__name__", "") in ("lt", "__lt__") and isinstance(args[1], (int, float)) and args[1] <= 0
+        if below and any(args[0] is number for number in self.drawn):
+            return False
+        result = func(*args, **(kwargs or {}))
+        if func is torch.rand and result.dim() == 0:
+            self.drawn.append(result)
+        return result
 
 
 class _Results:

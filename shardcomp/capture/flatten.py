@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from shardcomp.capture.writes import NoValue, Writes
 from shardcomp.errors import CaptureError
 from shardcomp.kernels.attention import RECORDED, SETTINGS, attention
 from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
@@ -45,10 +46,13 @@ class _Flattening:
     def __init__(self, exported: ExportedProgram, parameters: Mapping[str, Parameter]) -> None:
         self.graph = fx.Graph()
         self.sizes: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.meta: dict[str, Any] = {}
         self.parameters = parameters
+        self.writes = Writes(self._emit)
         env = self._placeholders(exported)
         results = self._inline(exported.graph_module, env, {})
-        self.graph.output(tuple(results))
+        self.graph.output(tuple(self._now(results)))
+        _drop_dead(self.graph)
         self.body = Body("Model", self.graph)
         mark_gradients(self.body, parameters)
 
@@ -101,22 +105,33 @@ class _Flattening:
             return None  # an assertion about shapes or metadata
         if not _has_tensor(known):
             return self._size(known, node)
-        args, kwargs = (self._map(given, env) for given in (node.args, node.kwargs))
-        if name == "getitem" and isinstance(args[0], (list, tuple)):
-            return args[0][args[1]]
-        target = _pure(node)
+        source = self._map(node.args[0], env) if node.args else None
+        if name == "getitem" and isinstance(source, (list, tuple)):
+            return source[node.args[1]]  # type: ignore[index]
+        self.meta = {"path": _module_path(node), "source": _source(node), **extra}
+        try:
+            args, kwargs = (self._now(self._map(given, env)) for given in (node.args, node.kwargs))
+            if _in_place(node):
+                self.writes.write(node.target, source, args[1:], kwargs)
+                return source
+        except NoValue:
+            where = f"{_where(node)}: {node.target}"
+            raise CaptureError(f"{where} changes a tensor in place that other tensors may share, or reads such a one") from None
+        target: Any = node.target
         if target is RECORDED:
             target, args, kwargs = _attention_call(args, kwargs)
-        copy = self.graph.call_function(target, args, kwargs)
-        copy.meta = {
-            "value": pytree.tree_map(lambda result: self._value(result, node), _results(known)),
-            "path": _module_path(node),
-            "source": _source(node),
-            **extra,
-        }
-        if _in_place(node):
-            env[node.args[0]] = copy
+        copy = self._emit(target, args, kwargs, pytree.tree_map(lambda result: self._value(result, node), _results(known)))
+        self.writes.note(copy, source)
         return copy
+
+    def _emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Any) -> fx.Node:
+        copy = self.graph.call_function(target, args, kwargs)
+        copy.meta = {"value": held, **self.meta}
+        return copy
+
+    def _now(self, argument: Any) -> Any:
+        """What the tensors among some arguments hold by now."""
+        return pytree.tree_map_only(fx.Node, self.writes.newest, argument)
 
     def _wrapper(self, node: fx.Node, env: dict[fx.Node, Any], extra: dict[str, Any], name: str) -> list[Any]:
         """The body of `with torch.set_grad_enabled(…)` or `with torch.autocast(…)`."""
@@ -198,30 +213,11 @@ def _in_place(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _pure(node: fx.Node) -> Callable[..., Any]:
-    """The operator of a call; for one that works in place, its counterpart that does not."""
-    target = node.target
-    if not _in_place(node):
-        return target  # type: ignore[return-value]
-    changed = node.args[0]
-    packet = getattr(aten, str(target.overloadpacket.__name__).removesuffix("_"), None)  # type: ignore[union-attr]
-    pure = getattr(packet, target._overloadname, None) if packet is not None else None  # type: ignore[union-attr]
-    if pure is None or not isinstance(changed, fx.Node) or changed.op != "call_function" or _shares_memory(changed):
-        raise CaptureError(f"{_where(node)}: {target} changes a tensor in place that other tensors may share")
-    if changed.meta["val"].dtype != node.meta["val"].dtype:
-        raise CaptureError(f"{_where(node)}: {target} changes a tensor in place and casts the result")
-    return pure
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    """Whether a tensor may be a view of another, or another a view of it."""
-    return any(_is_view(call) for call in (node, *node.users))
-
-
-def _is_view(call: fx.Node) -> bool:
-    schema = getattr(call.target, "_schema", None)
-    aliases = [result.alias_info for result in schema.returns] if schema is not None else []
-    return any(alias is not None and not alias.is_write for alias in aliases)
+def _drop_dead(graph: fx.Graph) -> None:
+    """Remove calls that nothing reads."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
 
 
 def _module_path(node: fx.Node) -> str:

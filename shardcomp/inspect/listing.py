@@ -90,7 +90,10 @@ class Writer:
         self.body, self.unit, self.program, self.used = body, unit, program, used
         self.sizes = program.mesh.as_dict()
         self.names: dict[fx.Node, str] = {}
-        self.taken: set[str] = set(RESERVED)
+        self.taken: set[str] = {
+            *RESERVED,
+            *(n.target.__name__ for n in body.calls() if not hasattr(n.target, "overloadpacket")),
+        }
         for node, name in zip(body.placeholders(INPUT), unit.inputs, strict=True):
             self.names[node] = self._unique(re.sub(r"_\d+$", "", name))
         for node in body.graph.nodes:
@@ -194,6 +197,8 @@ class Writer:
         for name, argument in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
             if name == "axis":
                 given.append(f"axis=self.{argument}")
+            elif name == "random":
+                given.append(f"random=self.random.{argument}")
             elif name in node.kwargs or not isinstance(argument, fx.Node):
                 given.append(f"{name}={text(argument)}")
             else:

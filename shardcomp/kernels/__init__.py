@@ -3,7 +3,8 @@ split form. A new operator is a new file, listed below."""
 
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
+from shardcomp.kernels.dropout import dropout, dropped_attention
 from shardcomp.kernels.embedding import vocab_embedding
 from shardcomp.kernels.mean import split_mean
 
-__all__ = ["attention", "cross_entropy", "split_mean", "vocab_cross_entropy", "vocab_embedding"]
+__all__ = ["attention", "cross_entropy", "dropout", "dropped_attention", "split_mean", "vocab_cross_entropy", "vocab_embedding"]

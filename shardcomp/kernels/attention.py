@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from shardcomp.kernels.dropout import Stream, dropped_attention
+from shardcomp.kernels.dropout import dropout as drop
 from shardcomp.program import value
 from shardcomp.rules import RULES, Factoring, Rule, apply, parse
 
@@ -34,6 +36,7 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    random: Stream | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v over the keys that each query sees. A query that sees no key gives zero, with zero gradients.
 
@@ -44,7 +47,8 @@ def attention(
     key_mask: [b, k] bool, False for keys that nobody sees. bias: broadcasts to [b, n, q, k], floating, added to the scores.
     softcap: scores become softcap · tanh(scores / softcap). sinks: [n] floating, the score of one more key per head, whose
     value is zero.
-    scale: by default 1 / √d. dropout: the probability that a weight is dropped.
+    scale: by default 1 / √d. dropout: the probability that a weight is dropped. random: what is drawn from; by default it is
+    torch's own generator.
     Result: [b, n, q, e] in the dtype of q. Raises ValueError for a window without `causal`.
     """
     if window is not None and not causal:
@@ -52,18 +56,16 @@ def attention(
     grouped = q.shape[1] != k.shape[1]
     unmasked = window is None and q_position is None and q_segment is None and key_mask is None and bias is None
     if unmasked and softcap is None and sinks is None:
-        return functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        return dropped_attention(q, k, v, None, dropout, causal, scale=scale, enable_gqa=grouped, random=random)
     seen = _seen(q, k, (q_position, k_position), (q_segment, k_segment), key_mask, causal, window)
     visible = seen.any(-1, keepdim=True)
     # A query that sees no key is let see all of them and zeroed afterwards: a softmax over nothing would be NaN.
     seen = seen | ~visible
     if softcap is None and sinks is None:
         mask = seen if bias is None else torch.where(seen, bias.to(q.dtype), float("-inf"))
-        out = functional.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+        out = dropped_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=grouped, random=random)
     else:
-        out = _explicit(q, k, v, seen, bias, sinks, softcap, scale, dropout)
+        out = _explicit(q, k, v, seen, bias, sinks, softcap, scale, dropout, random)
     return out.masked_fill(~visible, 0)
 
 
@@ -104,6 +106,7 @@ def _explicit(
     softcap: float | None,
     scale: float | None,
     dropout: float,
+    random: Stream | None,
 ) -> Tensor:
     """What `scaled_dot_product_attention` has no argument for, step by step; the softmax is in float32 at least."""
     heads = q.unflatten(1, (k.shape[1], -1))
@@ -116,7 +119,9 @@ def _explicit(
     if sinks is not None:
         scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
     weights = functional.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
-    weights = functional.dropout(weights[..., : k.shape[2]], dropout)
+    weights = weights[..., : k.shape[2]]
+    if dropout:
+        weights = functional.dropout(weights, dropout) if random is None else drop(weights, dropout, random)
     return (weights.unflatten(1, (k.shape[1], -1)) @ v.unsqueeze(2)).flatten(1, 2)
 
 

@@ -11,9 +11,18 @@ from shardcomp.collectives import (
     reducescatter_allgather,
     split_allgather,
 )
-from shardcomp.kernels import attention, cross_entropy, split_mean, vocab_cross_entropy, vocab_embedding
+from shardcomp.kernels import (
+    attention,
+    cross_entropy,
+    dropout,
+    dropped_attention,
+    split_mean,
+    vocab_cross_entropy,
+    vocab_embedding,
+)
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.model import ShardedModel, build
+from shardcomp.runtime.random import Streams
 from shardcomp.runtime.unit import Home, Stage, Unit, local
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "Home",
     "ShardedModel",
     "Stage",
+    "Streams",
     "Unit",
     "allgather_reducescatter",
     "allgather_split",
@@ -29,6 +39,8 @@ __all__ = [
     "attention",
     "build",
     "cross_entropy",
+    "dropout",
+    "dropped_attention",
     "identity_allreduce",
     "local",
     "narrow",

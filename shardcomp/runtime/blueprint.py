@@ -64,7 +64,7 @@ class Blueprint:
 
     `inputs` are the caller's; `token_inputs` those that counting the labels needs. The sequence length must be a multiple of
     `sequence_multiple`. `output_split`: output name -> (dimension that tp cuts, global size). `output_type`: "module:class" of
-    what the model returns.
+    what the model returns. `seed`: what dropout starts from.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Blueprint:
     micro_batch: int | None = None
     output_split: dict[str, tuple[int, int]] = field(default_factory=dict)
     output_type: str = "builtins:dict"
+    seed: int = 0
 
     def module(self) -> ModuleType:
         """The emitted source, imported from a real file, so that tracebacks and debuggers show its lines."""

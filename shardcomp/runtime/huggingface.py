@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from shardcomp.errors import CheckpointError, InternalError, ShardError, raise_all
 from shardcomp.runtime.staging import Staging
+from shardcomp.runtime.stored_names import is_computed, resolve
 
 Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 """A tensor to save: its name, global shape, dtype, and a call that returns it whole on the CPU."""
@@ -28,27 +30,38 @@ Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (SINGLE, INDEX, "model-*-of-*.safetensors")
 PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-RECOMPUTED = ("inv_freq",)
-"""Last parts of the names of tensors that older releases saved and every release computes."""
-FLOATING = ("F64", "F32", "F16", "BF16")
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""The dtypes of weights and their sizes in bytes."""
 SHOWN = 8
+BLOCK = 16 * 2**20
+"""Bytes of a file that may be mapped into memory at a time: its pages count as the process's own until it is closed."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file; `dtype` as the file says it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class WeightFiles:
     """The tensors of a HuggingFace directory (`model.safetensors`, or its index and shards). Opening reads headers only.
 
-    `bytes_read` counts what `read` has read. Raises CheckpointError where there is nothing to open; what is wrong with the
-    files is for `check` to say.
+    `bytes_read` counts the bytes of the parts that were asked for. Raises CheckpointError where there is nothing to open; what
+    is wrong with the files is for `check` to say.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
         self.bytes_read = 0
-        self._found: dict[str, tuple[str, tuple[int, ...], str]] = {}  # name -> file, shape, dtype as the file says it
+        self._found: dict[str, _Stored] = {}  # by the name in the file
         self._unreadable: dict[str, str] = {}  # file -> why
         self._problems: list[str] = []
-        self._stored_as: dict[str, list[str]] = {}
+        self._stored_as: dict[str, list[str]] = {}  # the model's name -> the names in the files
         self._promised: dict[str, str] = {}  # name -> file, as the index says
+        self._mapped: tuple[str, Any, int] = ("", None, 0)  # the file in use, and how much of it was touched
         for file in self._files():
             self._open(file)
         for name, file in self._promised.items():
@@ -91,78 +104,102 @@ class WeightFiles:
                 for name in opened.keys():  # noqa: SIM118
                     held = opened.get_slice(name)
                     if name in self._found:
-                        self._problems.append(f"{name} is in {self._found[name][0]} and in {file}")
-                    self._found[name] = (file, tuple(held.get_shape()), str(held.get_dtype()))
+                        self._problems.append(f"{name} is in {self._found[name].file} and in {file}")
+                    self._found[name] = _Stored(file, tuple(held.get_shape()), str(held.get_dtype()))
         except FileNotFoundError:
             self._unreadable[file] = f"{file} is missing, but {INDEX} names it: get the file"
         except (SafetensorError, OSError) as problem:
             self._unreadable[file] = f"{file} is truncated or no safetensors file ({problem}): get the file again"
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None, model: Any = None
+    ) -> None:
         """Compare the headers with a model. Raises one CheckpointError with everything that does not fit.
 
-        expected: global shapes by name. aliases: the other names of tied weights -> the name in `expected`; a tied weight may
-        be stored under any of its names, or several.
+        expected: global shapes by name, a packed weight being one. aliases: the other names of tied weights -> the name in
+        `expected`; a tied weight may be stored under any of its names, or several. model: whose class says what else its
+        weights were called, and what its files may hold besides.
         """
-        spellings: dict[str, list[str]] = {name: [name] for name in expected}
-        for alias, name in (aliases or {}).items():
-            spellings.setdefault(name, [name]).append(alias)
-        self._stored_as = {name: [each for each in known if each in self._found] for name, known in spellings.items()}
-        raise_all(CheckpointError, str(self.directory), self._violations(expected, spellings))
+        names = {name: name for name in expected} | dict(aliases or {})
+        spelled = resolve(dict.fromkeys([*self._found, *self._promised]), names, model)
+        self._stored_as = {name: [] for name in expected}
+        for stored in self._found:
+            if spelled[stored] in names:
+                self._stored_as[names[spelled[stored]]].append(stored)
+        # What a damaged file ought to hold is not missing as well; without an index it might have held anything.
+        excused = {names.get(spelled[n]) for n, file in self._promised.items() if file in self._unreadable}
+        if self._unreadable and not self._promised:
+            excused = set(expected)
+        raise_all(CheckpointError, str(self.directory), self._violations(expected, excused, spelled, model))
 
-    def _violations(self, expected: Mapping[str, tuple[int, ...]], spellings: Mapping[str, list[str]]) -> Iterator[str]:
+    def _violations(
+        self, expected: Mapping[str, tuple[int, ...]], excused: set[str | None], spelled: Mapping[str, str], model: Any
+    ) -> Iterator[str]:
         yield from self._unreadable.values()
         yield from self._problems
-        # What a damaged file ought to hold is not missing as well; without an index it might have held anything.
-        excused = {name for name, file in self._promised.items() if file in self._unreadable}
-        everything = bool(self._unreadable) and not self._promised
-        missing = [name for name in expected if not self._stored_as[name] and not excused & set(spellings[name])]
-        if missing and not everything:
-            yield f"{len(missing)} of the model's {len(expected)} tensors are missing: {_some(missing)}; is this another model?"
-        known = {each for names in spellings.values() for each in names}
-        unexpected = [n for n in self._found if n not in known and n.rpartition(".")[2] not in RECOMPUTED]
+        other = "is this another model, or one whose weights transformers joins as it loads? Then load and save it with those"
+        missing = [name for name in expected if not self._stored_as[name] and name not in excused]
+        if missing:
+            yield f"{len(missing)} of the model's {len(expected)} tensors are missing: {_some(missing)}; {other}"
+        stored = [(name, each) for name, held in self._stored_as.items() for each in held]
+        known = {each for _, each in stored}
+        unexpected = [n for n, held in self._found.items() if n not in known and not is_computed(spelled[n], held.shape, model)]
         if unexpected:
-            yield f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}; is this another model?"
-        stored = [(name, each) for name in expected for each in self._stored_as[name]]
+            yield f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}; {other}"
         misshapen = [
-            f"{each} is {_shape(self._found[each][1])} in {self._found[each][0]} and {_shape(expected[name])} in the model"
+            f"{each} is {_shape(held.shape)} in {held.file} and {_shape(expected[name])} in the model"
             for name, each in stored
-            if self._found[each][1] != tuple(expected[name])
+            if (held := self._found[each]).shape != tuple(expected[name])
         ]
         yield from misshapen[:SHOWN]
         if len(misshapen) > SHOWN:
             yield f"{len(misshapen) - SHOWN} more tensors have other shapes than the model's"
-        coded = [f"{each} ({self._found[each][2]})" for _, each in stored if self._found[each][2] not in FLOATING]
+        coded = [f"{each} ({self._found[each].dtype})" for _, each in stored if self._found[each].dtype not in SIZES]
         if coded:
             yield f"{len(coded)} tensors are quantized, or no weights: {_some(coded)}; give the unquantized weights"
 
     def read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         """The part of a tensor that `index` says (a slice without step for each dimension), on the CPU in `dtype`.
 
-        No more than this part is read. Raises CheckpointError where the file has changed since, or where a tied weight is
-        stored under two names with two values.
+        Of the file no more than this part's rows are read, a block at a time. Raises CheckpointError where the file has changed
+        since, or where one weight is stored under two names with two values.
         """
         stored = self._stored_as.get(name) or [name]
-        parts = [self._read(each, index) for each in stored]
-        for other, part in zip(stored[1:], parts[1:], strict=True):
-            if not torch.equal(part, parts[0]):
+        part = self._read(stored[0], index, dtype)
+        for other in stored[1:]:
+            if not torch.equal(part, self._read(other, index, dtype)):
                 raise CheckpointError(
                     f"{self.directory}: {stored[0]} and {other} are one weight in the model, but differ in the files: it was "
                     "trained untied (tie_word_embeddings = false)"
                 )
-        return parts[0].to(dtype, copy=True)
+        return part
 
-    def _read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+    def _read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
         if name not in self._found:
             raise CheckpointError(f"{self.directory} holds no {name}")
-        file = self._found[name][0]
+        held = self._found[name]
+        found = torch.empty([each.stop - each.start for each in index], dtype=dtype, device="cpu")
+        row = max(1, math.prod(held.shape[1:]) * SIZES.get(held.dtype, 8))
         try:
-            with safe_open(str(self.directory / file), framework="pt") as opened:
-                part: Tensor = opened.get_slice(name)[index]
+            if not index:
+                return found.copy_(self._mapping(held.file, row).get_tensor(name))
+            at = index[0].start
+            for part in found.split(max(1, BLOCK // row)):
+                read = self._mapping(held.file, len(part) * row).get_slice(name)[slice(at, at + len(part)), *index[1:]]
+                part.copy_(read)
+                self.bytes_read += read.nbytes
+                at += len(part)
         except (SafetensorError, OSError) as problem:
-            raise CheckpointError(f"{self.directory / file} can no longer be read: {problem}") from problem
-        self.bytes_read += part.nbytes
-        return part
+            raise CheckpointError(f"{self.directory / held.file} can no longer be read: {problem}") from problem
+        return found
+
+    def _mapping(self, file: str, nbytes: int) -> Any:
+        """An open file. It is opened anew, which lets go of its pages, before more than a block of it has been touched."""
+        last, opened, touched = self._mapped
+        if file != last or touched + nbytes > BLOCK:
+            opened, touched = safe_open(str(self.directory / file), framework="pt"), 0
+        self._mapped = (file, opened, touched + nbytes)
+        return opened
 
 
 def save_pretrained(

@@ -19,9 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shardcomp.collectives import allreduce_identity
 from shardcomp.errors import PlanError
 from shardcomp.mesh import FACTORS, Mesh
+from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan
 from shardcomp.runtime.gradients import PartialGradients, around_backward, clip_grad_norm
+from shardcomp.runtime.random import Streams
 from shardcomp.runtime.unit import Home, Root, Stage
 
 Weights = Callable[[str, tuple[slice, ...]], Tensor]
@@ -56,7 +58,8 @@ class ShardedModel(nn.Module):
     """One rank's part of a model.
 
     Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. A batch
-    is this data-parallel rank's samples, the same on every rank of one tensor-parallel group.
+    is this data-parallel rank's samples, the same on every rank of one tensor-parallel group. `random` is what dropout draws
+    from: the same seed, mesh and sequence of calls give the same numbers, and torch's own generators are left alone.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class ShardedModel(nn.Module):
         self.device = device
         self._axes = world.axes_of(mesh, factored or mesh)
         self._unit_axes = dict(self._axes)
+        coordinates = {name: axis.rank for name, axis in self._axes.items()}
+        self.random = Streams(blueprint.seed, blueprint.mesh, coordinates, device)
         self._lower = lower
         self._blueprint = blueprint
         self._stages: dict[tuple[Call, tuple[int, int] | None], _Loaded] = {}
@@ -169,24 +174,36 @@ class ShardedModel(nn.Module):
         from shardcomp.runtime.huggingface import save_pretrained
 
         self._lay_down()
-        names = [*self._blueprint.parameters, *self._blueprint.persistent_buffers]
+        parts = {name: plan.part for name, plan in self._blueprint.parameters.items()}
+        names = {**packed(parts), **{name: [name] for name in self._blueprint.persistent_buffers}}
         if not getattr(self.config, "tie_word_embeddings", True):
             # Tied by hand: the configuration will not tie them when the files are read.
-            names += [alias for plan in self._blueprint.parameters.values() for alias in plan.aliases]
+            names |= {alias: [alias] for plan in self._blueprint.parameters.values() for alias in plan.aliases}
         entries = []
-        for name in names:
-            held = self._get(name)
-            entries.append((name, tuple(held.shape), held.dtype, self._fetcher(name)))
+        for name, pieces in names.items():
+            part, held = parts.get(pieces[0]), self._get(pieces[0])
+            entries.append(
+                (
+                    name,
+                    part.shape if part else tuple(held.shape),
+                    held.dtype,
+                    self._fetcher(name, {piece: parts.get(piece) for piece in pieces}),
+                )
+            )
         writer = torch.distributed.get_rank() == 0
         save_pretrained(path, entries, self.config, is_writer=writer, max_shard_size=max_shard_size)
         torch.distributed.barrier()  # the directory is there for whoever goes on
 
-    def _fetcher(self, name: str) -> Callable[[], Tensor]:
-        def fetch() -> Tensor:
-            held = self._get(name).detach()
+    def _fetcher(self, name: str, parts: Mapping[str, Part | None]) -> Callable[[], Tensor]:
+        """The collective call that returns a tensor whole, a packed one of its pieces."""
+
+        def whole(piece: str) -> Tensor:
+            held = self._get(piece).detach()
             return (held.full_tensor() if isinstance(held, DTensor) else held).cpu()
 
-        return fetch
+        if name in parts:
+            return lambda: whole(name)
+        return lambda: join(name, parts, {piece: whole(piece) for piece in parts})
 
     def _get(self, name: str) -> Any:
         """A parameter or buffer, also by another name of a tied one."""
@@ -227,7 +244,7 @@ class ShardedModel(nn.Module):
             if (call, shape) in self._stages:
                 return self._stages[call, shape]
         blueprint = self._blueprint_for(call, (rows, length))
-        stage = blueprint.module().Model(self._homes, self._unit_axes, self.device)
+        stage = blueprint.module().Model(self._homes, self._unit_axes, self.device, self.random)
         self._stages[call, blueprint.static_shape] = loaded = _Loaded(blueprint, stage, self._partial_gradients(blueprint))
         return loaded
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardcomp.collectives import Axis
+from shardcomp.runtime.random import Streams
 
 
 class Home(nn.Module):
@@ -56,11 +57,13 @@ def local(unit: Unit) -> Any:
 
 
 class Unit:
-    """Base of the emitted classes. `self.tp` and the like are the axes of the mesh, `self.device` where tensors are made."""
+    """Base of the emitted classes. `self.tp` and the like are the axes of the mesh, `self.device` where tensors are made,
+    `self.random` what dropout draws from."""
 
-    def __init__(self, home: Home, axes: Mapping[str, Axis], device: torch.device) -> None:
+    def __init__(self, home: Home, axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
         self.home = home
         self.device = device
+        self.random = random
         for name, axis in axes.items():
             setattr(self, name, axis)
 
@@ -76,9 +79,10 @@ class Stage:
 
     units: ClassVar[tuple[tuple[str, type[Unit]], ...]] = ()
 
-    def __init__(self, homes: list[Home], axes: Mapping[str, Axis], device: torch.device) -> None:
+    def __init__(self, homes: list[Home], axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
         self.device = device
-        self.each = [code(home, axes, device) for (_, code), home in zip(self.units, homes, strict=True)]
+        self.random = random
+        self.each = [code(home, axes, device, random) for (_, code), home in zip(self.units, homes, strict=True)]
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} has no emitted forward")

@@ -53,11 +53,25 @@ class BranchesOnData(Small):
         return x if x.sum() > 0 else -x
 
 
-class WritesThroughAView(Small):
+class WritesThroughAnExpansion(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        y = x[:, :1] * 2
+        y.expand_as(x)[:, 0] = 0
+        return y + x
+
+
+class WritesToAParameter(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        self.head.bias.detach().view(-1).zero_()
+        return x
+
+
+class ReadsAWrittenReshape(Small):
     def middle(self, x: Tensor) -> Tensor:
         y = x * 2
+        flat = y.reshape(-1, 8)
         y[:, 0] = 0
-        return y
+        return flat.view_as(x)
 
 
 class DependentSize(Small):
@@ -75,7 +89,9 @@ class Autocast(Small):
     ("kind", "message"),
     [
         (BranchesOnData, r"BranchesOnData cannot be exported: .*test_capture_errors.py:\d+: return x if x.sum\(\) > 0 else -x"),
-        (WritesThroughAView, r"test_capture_errors.py:\d+: .*changes a tensor in place that other tensors may share"),
+        (WritesThroughAnExpansion, r"test_capture_errors.py:\d+: .*changes a tensor in place that other tensors may share"),
+        (WritesToAParameter, r"test_capture_errors.py:\d+: .*changes a tensor in place that other tensors may share"),
+        (ReadsAWrittenReshape, r"test_capture_errors.py:\d+: .*in place that other tensors may share, or reads such a one"),
         (DependentSize, r"test_capture_errors.py:\d+: a size depends on the data"),
         (Autocast, r"test_capture_errors.py:\d+: the model turns autocast on"),
     ],
@@ -200,12 +216,20 @@ def test_a_loss_that_cannot_be_divided_by_a_count_is_refused(kind: type[nn.Modul
         lower(kind())
 
 
-def test_dropout_is_refused_with_the_settings_that_turn_it_off() -> None:
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=64, resid_pdrop=0.0)
-    with pytest.raises(PlanError, match="set embd_pdrop = attn_pdrop = .*0 in the configuration"):
-        lower(GPT2LMHeadModel(config))
-    with pytest.raises(PlanError, match="self_attn.*set attention_dropout = 0"):
-        lower(LlamaForCausalLM(tiny(attention_dropout=0.1)))
+class NoisyLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.alpha_dropout(super().forward(x) + torch.rand_like(x[..., :1]), 0.1, True)
+
+
+def test_random_numbers_of_anything_but_dropout_are_refused_with_operator_and_module() -> None:
+    model = LlamaForCausalLM(tiny(attention_dropout=0.1))
+    for layer in model.model.layers:
+        layer.mlp.up_proj.__class__ = NoisyLinear
+    with pytest.raises(PlanError) as refused:
+        lower(model)
+    for operator in ("aten.rand_like", "aten.alpha_dropout"):
+        assert f"{operator}, called in model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj, draws" in str(refused.value)
+    assert "aten.dropout" not in str(refused.value) and "self_attn" not in str(refused.value)
 
 
 def test_dropout_of_a_model_that_is_not_training_is_nothing() -> None:

@@ -68,11 +68,6 @@ def test_a_policy_of_another_family_says_so() -> None:
         lower(config, tensor=2)
 
 
-def test_dropout_in_training_is_refused_by_the_name_of_its_setting() -> None:
-    with pytest.raises(PlanError, match="attention_dropout"):
-        lower(tiny(attention_dropout=0.1), tensor=2)
-
-
 def test_weights_that_are_partly_on_meta_are_refused() -> None:
     model = presets.build(tiny())
     model.lm_head.weight = nn.Parameter(torch.zeros(97, 32))

@@ -13,6 +13,7 @@ from models import tiny
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shardcomp import presets
 from shardcomp.errors import CheckpointError
 from shardcomp.runtime.huggingface import WeightFiles, save_pretrained
 
@@ -195,3 +196,41 @@ def test_a_model_without_configuration_or_room_is_not_saved(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="max_shard_size = 0"):
         _save(tmp_path / "saved", max_shard_size=0)
     assert not list(tmp_path.iterdir())
+
+
+def _llama() -> Any:
+    return presets.build(tiny(tie_word_embeddings=True))
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_one_weight_under_two_spellings_with_two_values(tmp_path: Path) -> None:
+    held = {name: torch.zeros(shape) for name, shape in _shapes(_llama()).items()}
+    save_file({**held, "layers.0.mlp.up_proj.weight": torch.ones(48, 32)}, tmp_path / "model.safetensors")
+    files = WeightFiles(tmp_path)
+    files.check(_shapes(_llama()), None, _llama())
+    files.read("model.layers.1.mlp.up_proj.weight", (slice(0, 4), slice(0, 4)), torch.float32)
+    with pytest.raises(CheckpointError, match="up_proj.weight and .*up_proj.weight are one weight"):
+        files.read("model.layers.0.mlp.up_proj.weight", (slice(0, 4), slice(0, 4)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", "model.bias", "v_head.weight"]
+)
+def test_a_weight_that_the_model_has_not_is_never_taken_for_something_computed(tmp_path: Path, name: str) -> None:
+    held = {each: torch.zeros(shape) for each, shape in _shapes(_llama()).items()}
+    save_file({**held, name: torch.zeros(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"1 tensors are not the model's: {name}; is this another model"):
+        WeightFiles(tmp_path).check(_shapes(_llama()), None, _llama())
+
+
+def test_a_damaged_shard_excuses_what_it_ought_to_hold_by_any_name(tmp_path: Path) -> None:
+    shapes = _shapes(_llama())
+    where = {name.removeprefix("model."): "model-00001-of-00001.safetensors" for name in shapes}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        WeightFiles(tmp_path).check(shapes, None, _llama())
+    assert "is truncated" in str(caught.value) and "missing" not in str(caught.value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import GATE, families, tiny_config
 from models import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -84,6 +85,88 @@ def test_a_model_that_transformers_saved_is_read_back(tmp_path: Path) -> None:
         assert torch.equal(files.read(name, whole, torch.float32), held)
 
 
+def _stored(model: Any, directory: Path) -> dict[str, torch.Tensor]:
+    """What transformers itself writes for a model."""
+    model.save_pretrained(directory)
+    return load_file(directory / "model.safetensors")
+
+
+def _assert_read(model: Any, directory: Path) -> None:
+    """The directory holds the model, as the model itself sees it."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    aliases = {name: first[id(p)] for name, p in every if first[id(p)] != name}
+    files = _weights(directory)
+    files.check({name: tuple(p.shape) for name, p in model.named_parameters()}, aliases, model)
+    for name, held in model.named_parameters():
+        whole = tuple(slice(0, size) for size in held.shape)
+        assert torch.equal(files.read(name, whole, torch.float32), held), name
+
+
+KINDS = [name for name in families() if name in GATE]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return shardcomp.initialize(presets.build(tiny_config(request.param)), 0)
+
+
+def test_what_transformers_saves_of_a_kind_is_read(kind: Any, tmp_path: Path) -> None:
+    _stored(kind, tmp_path)
+    _assert_read(kind, tmp_path)
+
+
+def test_a_base_model_that_was_saved_alone_is_read_where_the_head_is_tied(kind: Any, tmp_path: Path) -> None:
+    kind.base_model.save_pretrained(tmp_path)
+    head = kind.get_output_embeddings().weight
+    if head is kind.get_input_embeddings().weight:
+        _assert_read(kind, tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="1 of the model's .* tensors are missing: .*(lm_head|embed_out).weight"):
+            _assert_read(kind, tmp_path)
+
+
+def test_names_without_the_base_models_prefix_are_read_with_a_head_beside_them(kind: Any, tmp_path: Path) -> None:
+    held = {name.removeprefix(f"{kind.base_model_prefix}."): tensor for name, tensor in _stored(kind, tmp_path).items()}
+    head = kind.get_output_embeddings().weight.detach()
+    save_file({**held, "lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
+    if hasattr(kind, "lm_head"):
+        _assert_read(kind, tmp_path)
+
+
+def test_names_of_earlier_releases_are_read(tmp_path: Path) -> None:
+    model = shardcomp.initialize(presets.build(tiny_config("gpt_neox")), 0)
+    held = _stored(model, tmp_path)
+    held = {name.replace("lm_head.", "embed_out."): tensor for name, tensor in held.items()}
+    assert "embed_out.weight" in held
+    save_file(held, tmp_path / "model.safetensors")
+    _assert_read(model, tmp_path)
+
+
+MASK, SCALAR = torch.ones(1, 1, 8, 8), torch.tensor(-1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("gpt2", {"h.0.attn.bias": MASK, "transformer.h.1.attn.bias": MASK, "h.0.attn.masked_bias": SCALAR}),
+        ("gpt_neox", {"gpt_neox.layers.0.attention.bias": MASK, "gpt_neox.layers.0.attention.masked_bias": SCALAR}),
+        ("gpt_neox", {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4)}),
+        ("gpt_neo", {"transformer.h.0.attn.attention.bias": MASK, "transformer.h.0.attn.attention.masked_bias": SCALAR}),
+        ("gptj", {"transformer.h.0.attn.bias": MASK.bool(), "transformer.h.0.attn.masked_bias": SCALAR}),
+        ("codegen", {"transformer.h.0.attn.causal_mask": MASK}),
+        ("gpt_bigcode", {"transformer.bias": torch.ones(64, 64, dtype=torch.bool)}),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        ("stablelm", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+    ],
+)
+def test_what_earlier_releases_saved_besides_is_not_minded(tmp_path: Path, name: str, more: dict[str, torch.Tensor]) -> None:
+    model = shardcomp.initialize(presets.build(tiny_config(name)), 0)
+    held = _stored(model, tmp_path)
+    save_file({**held, **{key: tensor.clone() for key, tensor in more.items()}}, tmp_path / "model.safetensors")
+    _assert_read(model, tmp_path)
+
+
 def test_only_the_slice_is_read_and_counted(tmp_path: Path) -> None:
     model = _model(dtype=torch.bfloat16)
     _save(model, tmp_path / "saved")
@@ -96,6 +179,36 @@ def test_only_the_slice_is_read_and_counted(tmp_path: Path) -> None:
     assert torch.equal(part, model.get_parameter(name)[8:16, 3:5].float())
     assert files.read("lm_head.weight", (slice(97, 97), slice(0, 32)), torch.float32).shape == (0, 32)
     assert files.bytes_read == 8 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "index", [(slice(0, 7), slice(3, 5), slice(0, 3)), (slice(2, 6), slice(0, 9), slice(1, 1)), (slice(4, 4),)]
+)
+def test_a_slice_that_is_read_in_blocks_is_the_slice(tmp_path: Path, monkeypatch: Any, index: tuple[slice, ...]) -> None:
+    table = torch.randn(7, 9, 3) if len(index) > 1 else torch.randn(7)
+    save_file({"a": table, "b": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    for size in (1, 200, 10**6):
+        monkeypatch.setattr(huggingface, "BLOCK", size)
+        files = _weights(tmp_path)
+        files.check({"a": tuple(table.shape), "b": ()})
+        assert torch.equal(files.read("a", index, torch.float64), table[index].double())
+        assert files.bytes_read == table[index].nbytes
+        assert files.read("b", (), torch.bfloat16) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says how much memory a process had at most")
+def test_no_more_of_a_file_than_a_block_is_in_memory(tmp_path: Path) -> None:
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+    save_file({"a": torch.ones(4096, 8192, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")  # 64 MiB
+    files = _weights(tmp_path)
+    for index in ((slice(0, 4096), slice(0, 1024)), (slice(1024, 1536), slice(0, 8192))):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        held = files.read("a", index, torch.bfloat16)
+        assert status("VmHWM") - before < held.nbytes + 1.5 * huggingface.BLOCK
 
 
 def test_what_was_read_does_not_depend_on_the_file_any_more(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""The random numbers of one rank: what emitted code draws from as `self.random.shared`, `self.random.own`.
+
+Every rank of a tensor-parallel group draws in the same order, so that a stream they share gives each of them the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream
+from shardcomp.mesh import AXES, Mesh
+
+
+class Streams:
+    """The streams of one rank, started from a seed and the rank's place on the mesh; no two of a world are the same.
+
+    shared: the same on every rank of a tensor-parallel group, for what is whole there. own: this rank's. piece: the same on the
+    neighbouring ranks that hold copies of one piece. All differ between ranks of the other axes, which have other samples,
+    another part of the sequence or other layers.
+    """
+
+    def __init__(self, seed: int, mesh: Mesh, coordinates: Mapping[str, int], device: torch.device) -> None:
+        group = 0
+        for axis in AXES:
+            if axis != "tp":
+                group = group * mesh.size(axis) + coordinates[axis]
+        # Hashed, so that the streams of one seed are not those of the next. The CPU's generator looks at 32 bits alone:
+        # numbers that follow each other differ there, too.
+        start = int.from_bytes(hashlib.sha256(f"dropout {seed}".encode()).digest()[:7])
+        start += group * (1 + 2 * mesh.tp)
+        self.shared = Stream(start, device)
+        self.own = Stream(start + 1 + coordinates["tp"], device)
+        self.piece = Stream(start + 1 + mesh.tp + coordinates["tp"] // mesh.copies, device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where each stream stands: uint8 tensors on the CPU, for a checkpoint of this rank or to draw the same again."""
+        return {name: getattr(self, name).generator.get_state() for name in (SHARED, OWN, PIECE)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken. Raises KeyError for a stream that is not in it."""
+        for name in (SHARED, OWN, PIECE):
+            getattr(self, name).generator.set_state(state[name])
+
+    @contextmanager
+    def replayed(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, everything is drawn again as it was after `state`; afterwards the streams go on from where they are now."""
+        now = self.state_dict()
+        self.load_state_dict(state)
+        try:
+            yield
+        finally:
+            self.load_state_dict(now)
