@@ -186,11 +186,10 @@ class _Rewrite:
             if product is None or rule is None:
                 continue
             made = {factor for dims in rule.results for factor in dims}
-            cut = [
-                dims[given[operand].dim]  # type: ignore[index]
-                for operand, dims in zip(tensor_arguments(node), rule.operands, strict=True)
-                if operand in given and given[operand].is_split
+            placed = [
+                (_stored(operand, given), dims) for operand, dims in zip(tensor_arguments(node), rule.operands, strict=True)
             ]
+            cut = [dims[at.dim] for at, dims in placed if at.dim is not None]
             if all(factor in made for factor in cut):
                 continue
             target, arguments, added = product
@@ -418,6 +417,14 @@ def _at(held: Value, placement: Placement) -> Value:
 def _set_layouts(node: fx.Node, placements: tuple[Placement, ...]) -> None:
     placed = tuple(_at(held, placement) for held, placement in zip(values(node), placements, strict=True))
     node.meta["value"] = placed[0] if isinstance(node.meta["value"], Value) else placed
+
+
+def _stored(operand: fx.Node, given: dict[fx.Node, Placement]) -> Placement:
+    """How an operand lies that is a placeholder, or one turned over."""
+    if operand.target is torch.ops.aten.t.default and operand.args[0] in given:
+        at = given[operand.args[0]]  # type: ignore[index]
+        return at if at.dim is None else replace(at, dim=1 - at.dim)
+    return given.get(operand, WHOLE)
 
 
 _Step = tuple[Callable[..., Any], tuple[int, ...], Placement]

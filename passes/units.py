@@ -35,7 +35,7 @@ from shardcomp.program import (
     value,
 )
 
-CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"units"}))
+CONTRACT = Contract(requires=frozenset({"canonical", "parts"}), provides=frozenset({"units"}))
 
 
 def run(program: Program, context: Context) -> Program:
@@ -155,7 +155,7 @@ def _role(node: fx.Node) -> str:
 def _modules(calls: list[fx.Node], program: Program) -> list[str]:
     """Every module path that a node or a parameter lies under, in order of execution."""
     found: dict[str, None] = {}
-    paths = [node.meta["path"] for node in calls] + [name.rpartition(".")[0] for name in program.parameters]
+    paths = [node.meta["path"] for node in calls] + [p.module for p in program.parameters.values()]
     for path in dict.fromkeys(paths):
         parts = path.split(".") if path else []
         for end in range(1, len(parts) + 1):

@@ -102,8 +102,11 @@ def verify(program: Program, holds: set[str], after: str) -> None:
 
 
 def _used(program: Program) -> set[str]:
-    """The parameters that some unit uses. Once dead code is gone, no pass may lose one."""
-    return {program.resolve(name) for unit in program.units for name in unit.parameters}
+    """The parameters that some unit uses, parts under the name of what they are part of. Once dead code is gone, no pass may
+    lose one."""
+    names = {program.resolve(name) for unit in program.units for name in unit.parameters}
+    parts = {name: program.parameters[name].part for name in names if name in program.parameters}
+    return {part.of if (part := parts.get(name)) else name for name in names}
 
 
 def _graph_faults(program: Program) -> Iterable[str]:

@@ -136,11 +136,13 @@ class Policy:
         self._raise(faults, (*self.weights, *self.units), model_type)
 
     def _weights(self, parameters: Iterable[str], aliases: Mapping[str, str]) -> tuple[dict[str, str], list[Fault]]:
+        held = parameters if isinstance(parameters, Mapping) else {}
         names = {name: name for name in parameters} | dict(aliases)
-        claims, faults = claim(self.weights, dict.fromkeys(name.rpartition(".")[0] for name in names))
+        modules = {name: held[name].module if name in held else name.rpartition(".")[0] for name in names}
+        claims, faults = claim(self.weights, dict.fromkeys(modules.values()))
         found: dict[str, tuple[str, Entry]] = {}
         for name, first in names.items():
-            entry = claims.get(name.rpartition(".")[0])
+            entry = claims.get(modules[name])
             if entry is None:
                 continue
             known, other = found.setdefault(first, (name, entry))

@@ -60,6 +60,11 @@ class Parameter:
     part: Part | None = None
     """Which rows of a packed weight this is; None for a parameter that the model has itself."""
 
+    @property
+    def module(self) -> str:
+        """The path of the module that has it, or the packed weight that it is part of."""
+        return (self.part.of if self.part else self.name).rpartition(".")[0]
+
 
 @dataclass
 class Buffer:

@@ -292,11 +292,17 @@ def _lost_cuts(
     node: fx.Node, operands: list[fx.Node], choice: Choice, rule: Factoring, n: int, done: Propagation
 ) -> Iterator[Indivisible]:
     """Operands whose cut this call has a factor for, but a size that does not divide."""
-    for operand, needed, dims in zip(operands, choice.operands, rule.operands, strict=True):
+    for i, (operand, needed, dims) in enumerate(zip(operands, choice.operands, rule.operands, strict=True)):
         now = _placement(done, operand, node)
         if operand.op == "placeholder" and operand.meta["role"] == PARAMETER:
             continue  # a weight that does not divide is found where the policy's word is given its meaning
-        if now.dim is None or needed == now or dims[now.dim] is None or not done.origins[operand]:
+        if now.dim is None or needed == now or not done.origins[operand]:
+            continue
+        if dims[now.dim] is None:
+            # A head that is cut through: there are fewer heads than ranks.
+            heads = [_operand_value(operand, node).shape[d] for d, factor in enumerate(dims) if factor in rule.results[0]]
+            if i in rule.coarse and len(heads) > 1 and not divides(heads[1], n // now.copies):
+                yield Indivisible(node, int(heads[1]), done.origins[operand])
             continue
         pieces = n // now.copies
         bad = [size for size in _sizes(operands, node, rule, str(dims[now.dim])) if not divides(size, pieces)]

@@ -321,18 +321,17 @@ def matmul(node: fx.Node) -> Factoring | None:
 
 
 def scaled_attention(node: fx.Node) -> Factoring | None:
-    """scaled_dot_product_attention over [b, n, s, d]: heads are cut, broadcast ones are not; grouped keys may have fewer."""
+    """scaled_dot_product_attention over [b, n, s, d]: heads are cut; keys and values may have fewer."""
     tensors = tensor_arguments(node)
     if any(_value(tensor).rank != 4 for tensor in tensors):
         return None
-    grouped = bool(node.kwargs.get("enable_gqa"))
     batch, heads = _results(node)[0].shape[:2]
     operands = []
     for i, tensor in enumerate(tensors):
         b, n, *_ = _value(tensor).shape
-        front = ("b" if _same(b, batch) else None, "n" if _same(n, heads) or (grouped and i in (1, 2)) else None)
+        front = ("b" if _same(b, batch) else None, "n" if _same(n, heads) or i in (1, 2) else None)
         operands.append((*front, None, "e" if i == 2 else None))
-    return Factoring(tuple(operands), (("b", "n", None, "e"),), coarse=frozenset({1, 2}) if grouped else frozenset())
+    return Factoring(tuple(operands), (("b", "n", None, "e"),), coarse=frozenset({1, 2}))
 
 
 def stack(node: fx.Node) -> Factoring:

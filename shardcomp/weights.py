@@ -78,7 +78,8 @@ def _dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Itera
             if len(through) == len(rule.results[0]):
                 yield from _dimensions(user, word, through)
             continue
-        others = {f for operand, fs in zip(operands, rule.operands, strict=True) if not _is_parameter(operand) for f in fs}
+        beside = ((o, fs) for o, fs in zip(operands, rule.operands, strict=True) if o is not node and not _is_parameter(o))
+        others = {f for _, fs in beside for f in fs}
         made = {f for fs in rule.results for f in fs}
         for i, factor in enumerate(names):
             if factor is None or dims[i] is None:
