@@ -15,23 +15,13 @@ once for each layout that its inputs come in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from shardcomp.collectives import (
-    allgather_reducescatter,
-    allgather_split,
-    allreduce_identity,
-    alltoall_alltoall,
-    identity_allreduce,
-    narrow,
-    reducescatter_allgather,
-    split_allgather,
-)
+from shardcomp.conversion import path
 from shardcomp.errors import InternalError, PolicyError, raise_all
 from shardcomp.kernels.dropout import stream_for
 from shardcomp.layout import WHOLE, Layout, Placement, split
@@ -49,9 +39,9 @@ from shardcomp.program import (
     tensor_arguments,
     value,
 )
-from shardcomp.propagate import Cutting, Propagation, propagate, values
+from shardcomp.propagate import Cutting, Propagation, border, improve, propagate, values
 from shardcomp.rules import factoring, unfuse
-from shardcomp.weights import UNEVEN, module_of, weight_layouts
+from shardcomp.weights import UNEVEN, key_value_heads, module_of, weight_layouts
 
 CONTRACT = Contract(requires=frozenset({"canonical", "units"}), provides=frozenset({"layouts"}))
 AXIS = "tp"
@@ -115,8 +105,8 @@ class _Rewrite:
 
     def __init__(self, program: Program, context: Context, layouts: dict[str, Layout], shared: set[str]) -> None:
         self.program, self.size = program, context.mesh.size(AXIS)
-        self.sequence_parallel = context.policy.options.sequence_parallel
-        self.length = program.static_shape[1] if program.static_shape else S
+        length = program.static_shape[1] if program.static_shape else S
+        self.cutting = Cutting(self.size, length if context.policy.options.sequence_parallel else None)
         self.layouts, self.shared = dict(layouts), shared
         self.words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.indivisible: dict[str, set[int]] = {}
@@ -137,8 +127,9 @@ class _Rewrite:
         if self.size == 1:
             return body, tuple(Layout() for _ in body.results)
         given = {node: layout.on(AXIS) for node, layout in zip(body.placeholders(INPUT), inputs, strict=True)}
+        heads = key_value_heads(body)
         for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
-            given[node] = self._initial(node, name)
+            given[node] = self._initial(node, name, heads.get(node))
         self._separate_additions(body, given)
         done = self._propagate(unit, body, given)
         if _add_partial_first(body, done):
@@ -148,19 +139,20 @@ class _Rewrite:
         self._convert(unit, body, done)
         return body, tuple(value(node).layout for node in body.results)
 
-    def _initial(self, node: fx.Node, name: str) -> Placement:
-        """Where a weight starts: with more ranks than rows, or rows that they do not divide, in fewer pieces."""
+    def _initial(self, node: fx.Node, name: str, heads: int | None) -> Placement:
+        """Where a weight starts: with more ranks than rows or `heads`, or rows that they do not divide, in fewer pieces."""
         placement = self.layouts.get(name, Layout()).on(AXIS)
         if placement.dim is None or self.words.get(name) in UNEVEN:
             return placement
         pieces = math.gcd(int(value(node).shape[placement.dim]), self.size)
-        return placement if pieces == 1 else _pieces(placement, pieces, self.size)
+        if heads is not None and self.size % heads == 0:
+            pieces = heads
+        return placement if pieces == 1 != heads else _pieces(placement, pieces, self.size)
 
     def _propagate(self, unit: Unit, body: Body, given: dict[fx.Node, Placement]) -> Propagation:
         """Propagate; a weight whose cut is lost where there are more ranks than pieces, as with key-value heads, is held in
         copies, and `given` says so afterwards."""
-        cutting = Cutting(self.size, self.length if self.sequence_parallel else None)
-        done = first = propagate(body, cutting, given)
+        done = first = propagate(body, self.cutting, given)
         tried = dict(given)
         while done.indivisible:
             before = dict(tried)
@@ -170,13 +162,13 @@ class _Rewrite:
                         tried[weight] = _pieces(tried[weight], lost.size, self.size)
             if tried == before:
                 break
-            done = propagate(body, cutting, tried)
+            done = propagate(body, self.cutting, tried)
         if done.indivisible or done.stuck:
             self._report(unit, first)
             self.stuck += [f"{module_of(unit, node)}: {_name(node)}" for node in done.stuck]
             return first
         given.update(tried)
-        return done
+        return improve(body, self.cutting, given, _finals(unit, self.program))
 
     def _separate_additions(self, body: Body, given: dict[fx.Node, Placement]) -> None:
         """Take the bias out of a product whose weight is cut along what it contracts: it is added once, after the reduction."""
@@ -231,7 +223,7 @@ class _Rewrite:
                 finals = _finals(unit, self.program)
                 results = []
                 for result, final in zip(body.results, finals, strict=True):
-                    target = self._border(result, done.placements[result][0], final)
+                    target = border(value(result), done.placements[result][0], final, self.cutting)
                     results.append(self._bring(body, result, done, _Use(target, False), node, cache, mixed))
                 node.args = (tuple(results),)
                 continue
@@ -254,20 +246,6 @@ class _Rewrite:
                 node.kwargs = {}
                 node.meta["form"] = choice.form
                 node.target = choice.form.function
-
-    def _border(self, result: fx.Node, now: Placement, final: bool) -> Placement:
-        """Where a result lies when it leaves its unit: the sequence is cut where it carries a gradient, all else is whole.
-
-        A result of the program stays cut where it is cut.
-        """
-        held = value(result)
-        if final:
-            return now if now.is_split else WHOLE
-        if self.sequence_parallel and held.floating and held.requires_grad:
-            for dim, size in enumerate(held.shape):
-                if dim > 0 and size == self.length:
-                    return split(dim)
-        return WHOLE
 
     def _mixed_parameters(self, unit: Unit, body: Body, done: Propagation) -> set[fx.Node]:
         """Whole parameters that may not be recorded as having a partial gradient: another use gives them a whole one."""
@@ -304,7 +282,7 @@ class _Rewrite:
         key = (operand, use.placement, partial)
         if key not in cache:
             made = operand
-            for target, arguments, placement in _path(now, use.placement, partial, held.requires_grad):
+            for target, arguments, placement in path(now, use.placement, partial, held.requires_grad):
                 with body.graph.inserting_before(user):
                     node = body.graph.call_function(target, (made, *arguments, AXIS))
                 node.meta = {"path": user.meta.get("path", ""), "value": _at(held, placement)}
@@ -319,7 +297,7 @@ class _Rewrite:
         rule = factoring(node)
         for i, (operand, needed) in enumerate(zip(operands, choice.operands, strict=True)):
             now = done.placements[operand][0]
-            if now == needed or (now.is_whole and not choice.form):
+            if now == needed or (now.is_whole and not choice.form) or (now.is_copied and needed.is_whole):
                 continue
             if rule is not None and now.dim is not None and rule.operands[i][now.dim] is None and not _is_parameter(operand):
                 what = f"{where}: an operand of {_name(node)} is gathered"
@@ -425,28 +403,3 @@ def _stored(operand: fx.Node, given: dict[fx.Node, Placement]) -> Placement:
         at = given[operand.args[0]]  # type: ignore[index]
         return at if at.dim is None else replace(at, dim=1 - at.dim)
     return given.get(operand, WHOLE)
-
-
-_Step = tuple[Callable[..., Any], tuple[int, ...], Placement]
-
-
-def _path(now: Placement, needed: Placement, partial_gradient: bool, requires_grad: bool) -> list[_Step]:
-    """The collectives from one placement to another, given how the gradient comes back. Empty where nothing is to be done."""
-    if now == needed:
-        return [(identity_allreduce, (), WHOLE)] if now.is_whole and partial_gradient and requires_grad else []
-    if now.is_copied and needed.is_whole:
-        return []  # each rank's gradient of it is a summand already
-    if now.copies > needed.copies and needed.dim is not None:
-        return [(narrow, (needed.dim, now.copies, needed.copies), needed)]
-    if now.is_whole and needed.dim is not None:
-        return [(split_allgather, (needed.dim,), needed)]
-    if now.dim is not None and needed.dim is not None:
-        return [(alltoall_alltoall, (now.dim, needed.dim), needed)]
-    if now.dim is not None and needed.is_whole:
-        return [(allgather_reducescatter if partial_gradient else allgather_split, (now.dim,), WHOLE)]
-    if now.partial and needed.dim is not None:
-        return [(reducescatter_allgather, (needed.dim,), needed)]
-    if now.partial and needed.is_whole:
-        tail: list[_Step] = [(identity_allreduce, (), WHOLE)] if partial_gradient and requires_grad else []
-        return [(allreduce_identity, (), WHOLE), *tail]
-    raise InternalError(f"tensor: no collective from {now} to {needed}")

@@ -3,23 +3,24 @@
 Going forward, each call takes the choice that costs the fewest bytes for the layouts its operands have, and marks, by the law
 of gradients, every operand whose gradient is a partial sum: one that is whole and meets another that is cut, copied or partial.
 Going backward, calls whose result is only wanted cut are cut themselves where that is cheaper, and partial gradients are let
-through. Nothing is rewritten here; the `tensor` pass turns what was chosen into collectives.
+through. `improve` then tries other choices where something is sent, and keeps what lessens the traffic of the whole body.
+Nothing is rewritten here; the `tensor` pass turns what was chosen into collectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import sympy
 from torch import fx
 
+from shardcomp.conversion import bytes_of, traffic
 from shardcomp.layout import PARTIAL, WHOLE, Placement, Size, copied, divides, split
-from shardcomp.program import PARAMETER, B, Body, S, Value, tensor_arguments
+from shardcomp.program import PARAMETER, B, Body, Value, tensor_arguments
 from shardcomp.rules import Factoring, Form, factoring
 
-NOMINAL = {B: 1, S: 2048}
-"""Sizes for comparing costs, so that a choice does not depend on the batch."""
 _FORBIDDEN = float("inf")
 _WEIGHT = 1e6
 """Gathering a weight is always right, but anything else is better."""
@@ -43,7 +44,9 @@ class Propagation:
 
     indivisible: the cuts that the policy asks for but a size forbids. stuck: calls that cannot be given what they need.
     passed_back: calls whose result has a partial gradient that is reduced at their operand instead.
-    origins: for every value that is cut, the parameters whose cut it has.
+    origins: for every value that is cut, the parameters whose cut it has. brought: every value that is brought to another
+    placement, which is done once for all calls that need it there. alternatives: what else could be done at the calls for which
+    something is sent. traffic: what all of it sends, see `conversion.traffic`.
     """
 
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
@@ -52,6 +55,9 @@ class Propagation:
     stuck: list[fx.Node] = field(default_factory=list)
     passed_back: set[fx.Node] = field(default_factory=set)
     origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    brought: set[tuple[fx.Node, Placement, bool]] = field(default_factory=set)
+    alternatives: dict[fx.Node, list[Choice]] = field(default_factory=dict)
+    traffic: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,17 @@ class Cutting:
     length: Size | None
 
 
-def propagate(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement]) -> Propagation:
+def propagate(
+    body: Body,
+    cutting: Cutting,
+    given: Mapping[fx.Node, Placement],
+    finals: tuple[bool, ...] = (),
+    forced: Mapping[fx.Node, Choice] = MappingProxyType({}),
+) -> Propagation:
     """Choose for every call of `body` how one axis cuts it, from the placements of its placeholders.
 
-    given: placeholder -> placement; a placeholder that is not named is whole.
+    given: placeholder -> placement; a placeholder that is not named is whole. finals: whether each result leaves the program,
+    by default none does. forced: call -> the choice it takes where that can be done.
     """
     done = Propagation()
     for node in body.graph.nodes:
@@ -86,7 +99,14 @@ def propagate(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement]) 
             operands = tensor_arguments(node)
             current = tuple(_placement(done, operand, node) for operand in operands)
             rule = factoring(node)
-            choice, cost = _choose(node, operands, current, rule, cutting)
+            options = _options(node, operands, current, rule, cutting)
+            costs = [_cost(option, operands, current, cutting, done.brought) for option in options]
+            least = min(range(len(options)), key=costs.__getitem__)  # the first of them
+            choice, cost = options[least], costs[least]
+            if cost > 0:
+                done.alternatives[node] = [o for o, c in zip(options, costs, strict=True) if o is not choice and c < _FORBIDDEN]
+            if node in forced and _cost(forced[node], operands, current, cutting, done.brought) < _FORBIDDEN:
+                choice = forced[node]
             if rule is not None:
                 done.indivisible += _lost_cuts(node, operands, choice, rule, cutting.parts, done)
             if cost == _FORBIDDEN:
@@ -94,9 +114,67 @@ def propagate(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement]) 
             done.choices[node] = choice
             done.placements[node] = choice.results
             done.origins[node] = _origins(operands, choice, done)
+            done.brought.update(zip(operands, choice.operands, choice.partial_gradient, strict=True))
     _cut_earlier(body, done, cutting)
     _push_back(body, done)
+    if not done.stuck:
+        done.traffic = _traffic(body, done, cutting, finals)
     return done
+
+
+def improve(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement], finals: tuple[bool, ...]) -> Propagation:
+    """`propagate`, and then other choices, one call at a time, wherever that lessens what the whole body sends."""
+    best = propagate(body, cutting, given, finals)
+    forced: dict[fx.Node, Choice] = {}
+    for node in body.calls():  # the choices before it are settled, those after it follow
+        for option in best.alternatives.get(node, ()):
+            tried = propagate(body, cutting, given, finals, {**forced, node: option})
+            if tried.traffic < best.traffic and not tried.stuck and not tried.indivisible:
+                best, forced = tried, {**forced, node: option}
+    return best
+
+
+def border(held: Value, now: Placement, final: bool, cutting: Cutting) -> Placement:
+    """Where a result lies when it leaves its unit: the sequence is cut where it carries a gradient, all else is whole.
+
+    A result of the program stays cut where it is cut.
+    """
+    if final:
+        return now if now.is_split else WHOLE
+    if cutting.length is not None and held.floating and held.requires_grad:
+        for dim, size in enumerate(held.shape):
+            if dim > 0 and size == cutting.length:
+                return split(dim)
+    return WHOLE
+
+
+def _traffic(body: Body, done: Propagation, cutting: Cutting, finals: tuple[bool, ...]) -> float:
+    """What the conversions send that the choices ask for."""
+    asked: dict[tuple[fx.Node, Placement, bool], Placement] = {}
+    for node, choice in done.choices.items():
+        graded = any(v.requires_grad for v in values(node))
+        operands = tensor_arguments(node)
+        for operand, needed, partial in zip(operands, choice.operands, choice.partial_gradient, strict=True):
+            now = _placement(done, operand, node)
+            summed = partial and graded and needed.is_whole and operand not in done.passed_back
+            if now != needed or summed and now.is_whole:
+                asked[operand, needed, summed] = now
+    for result, final in zip(body.results, finals or (False,) * len(body.results), strict=True):
+        now = done.placements[result][0]
+        if now != (target := border(values(result)[0], now, final, cutting)):
+            asked[result, target, False] = now
+    total = 0.0
+    for (operand, needed, summed), now in asked.items():
+        held = values(operand)[0]
+        if not _is_weight(operand):
+            total += traffic(held, now, needed, summed, cutting.parts)
+        elif now != needed:
+            total += _WEIGHT * bytes_of(held)
+    return total
+
+
+def _is_weight(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta["role"] == PARAMETER
 
 
 def _origins(operands: list[fx.Node], choice: Choice, done: Propagation) -> frozenset[fx.Node]:
@@ -121,23 +199,18 @@ def values(node: fx.Node) -> tuple[Value, ...]:
     return (found,) if isinstance(found, Value) else tuple(found)
 
 
-def _choose(
+def _options(
     node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, cutting: Cutting
-) -> tuple[Choice, float]:
-    """The cheapest choice and what it costs."""
+) -> list[Choice]:
+    """Everything that can be done at a call, running it whole first."""
     results = len(values(node))
     whole = Choice((WHOLE,) * len(operands), (WHOLE,) * results, (False,) * len(operands), ruled=rule is not None)
     if any(placement.is_copied for placement in current):
         # Each rank has a summand of the result's gradient, and so of every operand's.
         whole = replace(whole, results=(copied(cutting.parts),) * results, partial_gradient=(True,) * len(operands))
-    best, least = whole, _cost(whole, operands, current, cutting)
-    if rule is None or least == 0:
-        return best, least
-    for choice in (*_cuts(node, operands, current, rule, cutting.parts), *_passes(operands, rule, results)):
-        cost = _cost(choice, operands, current, cutting)
-        if cost < least:
-            best, least = choice, cost
-    return best, least
+    if rule is None:
+        return [whole]
+    return [whole, *_cuts(node, operands, current, rule, cutting.parts), *_passes(operands, rule, results)]
 
 
 def _cuts(node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, n: int) -> Iterator[Choice]:
@@ -235,11 +308,18 @@ def _leaves_none_empty(size: int, n: int) -> bool:
     return -(-size // n) * (n - 1) < size
 
 
-def _cost(choice: Choice, operands: list[fx.Node], current: tuple[Placement, ...], cutting: Cutting) -> float:
-    """Bytes that bringing the operands to what a choice needs moves, forward and backward."""
+def _cost(
+    choice: Choice,
+    operands: list[fx.Node],
+    current: tuple[Placement, ...],
+    cutting: Cutting,
+    brought: Container[tuple[fx.Node, Placement, bool]],
+) -> float:
+    """Bytes that bringing the operands to what a choice needs moves; nothing for what is brought there already."""
     total = 0.0
     for operand, now, needed, partial in zip(operands, current, choice.operands, choice.partial_gradient, strict=True):
-        total += conversion_cost(operand, now, needed, partial, cutting)
+        if (operand, needed, partial) not in brought:
+            total += conversion_cost(operand, now, needed, partial, cutting)
     return total
 
 
@@ -249,7 +329,7 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
     A sum is scattered only to where the residual stream lies: scattered elsewhere it would have to be gathered again.
     """
     held = values(operand)[0]
-    weight = operand.op == "placeholder" and operand.meta["role"] == PARAMETER
+    weight = _is_weight(operand)
     size = bytes_of(held)
     if now == needed:
         if now.is_whole and partial_gradient and held.requires_grad and not weight:
@@ -284,17 +364,13 @@ def _cut_sizes(held: Value, now: Placement, needed: Placement) -> list[Size]:
     return [held.shape[p.dim] for p in (now, needed) if p.dim is not None]
 
 
-def bytes_of(held: Value) -> float:
-    return float(sympy.sympify(held.numel()).subs(NOMINAL)) * held.dtype.itemsize
-
-
 def _lost_cuts(
     node: fx.Node, operands: list[fx.Node], choice: Choice, rule: Factoring, n: int, done: Propagation
 ) -> Iterator[Indivisible]:
     """Operands whose cut this call has a factor for, but a size that does not divide."""
     for i, (operand, needed, dims) in enumerate(zip(operands, choice.operands, rule.operands, strict=True)):
         now = _placement(done, operand, node)
-        if operand.op == "placeholder" and operand.meta["role"] == PARAMETER:
+        if _is_weight(operand):
             continue  # a weight that does not divide is found where the policy's word is given its meaning
         if now.dim is None or needed == now or not done.origins[operand]:
             continue
@@ -331,7 +407,7 @@ def _cut_earlier(body: Body, done: Propagation, cutting: Cutting) -> None:
         if cut is None or factor in rule.forms:
             continue
         here = conversion_cost(node, WHOLE, target, False, cutting)
-        if _cost(cut, operands, current, cutting) < _cost(choice, operands, current, cutting) + here:
+        if _cost(cut, operands, current, cutting, ()) < _cost(choice, operands, current, cutting, ()) + here:
             done.choices[node], done.placements[node] = cut, cut.results
 
 

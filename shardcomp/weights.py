@@ -7,12 +7,14 @@ that an embedding looks up or a head makes. So a weight may be stored in any ori
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import fx
 
 from shardcomp.layout import Layout, divides, split
 from shardcomp.policy import Policy
-from shardcomp.program import PARAMETER, Program, Unit, tensor_arguments, value
+from shardcomp.program import PARAMETER, Body, Program, Unit, tensor_arguments, value
 from shardcomp.rules import factoring
 
 UNEVEN = ("vocab",)
@@ -99,3 +101,38 @@ def _is_parameter(node: fx.Node) -> bool:
 def module_of(unit: Unit, node: fx.Node) -> str:
     """The full module path of a node in a unit's body."""
     return ".".join(part for part in (unit.path, node.meta["path"]) if part)
+
+
+def key_value_heads(body: Body) -> dict[fx.Node, int]:
+    """The weights, biases among them, whose product is keys or values of an attention, and how many heads these are."""
+    found: dict[fx.Node, int] = {}
+    for call in body.calls():
+        rule = factoring(call)
+        operands = tensor_arguments(call)
+        for i in rule.coarse if rule else ():
+            for product in _products(operands[i]):
+                heads, rest = divmod(int(value(product).shape[-1]), int(value(operands[i]).shape[-1]))
+                if not rest:
+                    found |= {weight: heads for argument in product.args[1:] for weight in _weights(argument)}
+    return found
+
+
+def _products(node: fx.Node) -> Iterator[fx.Node]:
+    """The products with weights that a value is made of by calls of other kinds."""
+    seen, pending = {node}, [node]
+    while pending:
+        each = pending.pop()
+        if each.target is torch.ops.aten.linear.default:
+            yield each
+            continue
+        new = [operand for operand in tensor_arguments(each) if operand not in seen]
+        seen.update(new)
+        pending += new
+
+
+def _weights(argument: Any) -> Iterator[fx.Node]:
+    """The parameter that an operand is, as it is stored or turned over."""
+    while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.t.default:
+        argument = argument.args[0]
+    if isinstance(argument, fx.Node) and _is_parameter(argument):
+        yield argument

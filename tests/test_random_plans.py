@@ -47,8 +47,7 @@ def is_legal(model: dict[str, object], options: dict[str, object]) -> bool:
     sizes = {key: int(held) for key, held in model.items()}  # type: ignore[call-overload]
     tensor = int(options["tensor"])  # type: ignore[call-overload]
     kv = sizes["num_key_value_heads"]
-    copies = tensor % kv == 0 if kv > 1 else sizes["head_dim"] % tensor == 0  # a single key head is gathered
-    heads = sizes["num_attention_heads"] % tensor == 0 and (kv % tensor == 0 or copies)
+    heads = sizes["num_attention_heads"] % tensor == 0 and (kv % tensor == 0 or tensor % kv == 0)
     one_head = sizes["num_attention_heads"] == 1 and sizes["head_dim"] % tensor == 0  # gathered, and listed as degraded
     rows = sizes["vocab_size"]
     return (heads or one_head) and sizes["intermediate_size"] % tensor == 0 and math.ceil(rows / tensor) * (tensor - 1) < rows
