@@ -41,7 +41,7 @@ from shardcomp.program import (
 )
 from shardcomp.propagate import Cutting, Propagation, border, improve, propagate, values
 from shardcomp.rules import factoring, unfuse
-from shardcomp.weights import UNEVEN, key_value_heads, module_of, weight_layouts
+from shardcomp.weights import UNEVEN, key_value_weights, module_of, weight_layouts
 
 CONTRACT = Contract(requires=frozenset({"canonical", "units"}), provides=frozenset({"layouts"}))
 AXIS = "tp"
@@ -127,7 +127,7 @@ class _Rewrite:
         if self.size == 1:
             return body, tuple(Layout() for _ in body.results)
         given = {node: layout.on(AXIS) for node, layout in zip(body.placeholders(INPUT), inputs, strict=True)}
-        heads = key_value_heads(body)
+        heads = {weight: count for _, weight, count in key_value_weights(body)}
         for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
             given[node] = self._initial(node, name, heads.get(node))
         self._separate_additions(body, given)

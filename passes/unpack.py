@@ -12,7 +12,7 @@ Legality: rows of a product are products of rows. Each piece reads its own rows,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,19 +36,24 @@ _ATTENTION = (attention, aten.scaled_dot_product_attention.default)
 
 
 def run(program: Program, context: Context) -> Program:
-    [unit] = program.units
     words = context.policy.weight_entries(program.parameters, program.canonical_names())
+    return take_apart(program, lambda name: words.get(name) == "colwise", context.mesh.tp)
+
+
+def take_apart(program: Program, wanted: Callable[[str], bool], ranks: int) -> Program:
+    """The Program with every weight in parts that is `wanted` by its name and holds several."""
+    [unit] = program.units
     buffers = {node: program.buffers[node.meta["path"]].value for node in unit.body.placeholders("buffer")}
     parameters = dict(program.parameters)
     for node in list(unit.body.calls()):
         if node.target is not aten.linear.default:
             continue
         weights = [_source(a) for a in node.args[1:]]
-        if any(w is None or words.get(w.meta["path"]) != "colwise" or len(w.users) > 1 for w in weights):
+        if any(w is None or not wanted(w.meta["path"]) or len(w.users) > 1 for w in weights):
             continue
-        pieces = _pieces(node, buffers, context.mesh.tp)
+        pieces = _pieces(node, buffers, ranks)
         if pieces:
-            _take_apart(unit.body, node, weights, pieces, parameters)  # type: ignore[arg-type]
+            _replace(unit.body, node, weights, pieces, parameters)  # type: ignore[arg-type]
     names = tuple(node.meta["path"] for node in unit.body.placeholders(PARAMETER))
     return replace(program, units=[replace(unit, parameters=names)], parameters=parameters)
 
@@ -159,7 +164,7 @@ def _gate(pieces: list[fx.Node]) -> int | None:
     return None
 
 
-def _take_apart(
+def _replace(
     body: Body, product: fx.Node, weights: list[fx.Node], pieces: list[_Piece], parameters: dict[str, Parameter]
 ) -> None:
     """Replace each piece by a product of its own, and the weights by their parts."""
@@ -182,6 +187,7 @@ def _take_apart(
             alone.meta = {**product.meta, "value": replace(held, shape=(*held.shape[:-1], len(piece.rows)))}
             made = _in_shape(body, alone, piece.node)
         piece.node.replace_all_uses_with(made)
+        _join_reshapes(made)
     for weight in weights:
         del parameters[weight.meta["path"]]
     _erase(body, [piece.node for piece in pieces])
@@ -219,6 +225,16 @@ def _in_shape(body: Body, alone: fx.Node, like: fx.Node) -> fx.Node:
         turned.meta = dict(like.meta)
         made = turned
     return made
+
+
+def _join_reshapes(node: fx.Node) -> None:
+    """Let every reshape of a reshape read what that one reads: the sizes in between would only get in a cut's way."""
+    if node.target is aten.reshape.default:
+        for user in list(node.users):
+            if user.target is aten.reshape.default:
+                user.args = (node.args[0], *user.args[1:])
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def _erase(body: Body, nodes: list[fx.Node]) -> None:

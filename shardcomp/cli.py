@@ -104,7 +104,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a preset such as tiny or llama-7b, a directory, a config.json, or a hub name"
     )
     parser.add_argument("--world", type=_count, metavar="N", help="number of ranks (default: tensor × data, with data 1)")
-    parser.add_argument("--policy", metavar="NAME", help="a shipped policy or a file (default: the one for the model's type)")
+    parser.add_argument("--policy", metavar="NAME", help=_POLICY)
     add_option_flags(parser)
 
 
@@ -116,6 +116,9 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return number
+
+
+_POLICY = "a shipped policy, a file, or auto, which the model itself says (default: the one for the model's type, else auto)"
 
 
 def _policy(args: argparse.Namespace) -> Policy:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from shardcomp import driver, presets
+from shardcomp.automatic import derive
 from shardcomp.capture import capture
 from shardcomp.errors import PlanError
 from shardcomp.inspect.diff import diff
@@ -166,5 +167,7 @@ def lower(
         raise PlanError(f"seq = {seq} does not split over tensor = {mesh.tp}: use {-(-seq // mesh.tp) * mesh.tp}")
     model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
     program = capture(model, signature, precision=options.precision, sample=sample)
+    if policy.automatic:
+        policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
     records = driver.run(program, Context(mesh, policy), PASSES)
     return Lowered(model, policy, mesh, records, seq, micro_batch, batch)

@@ -25,6 +25,8 @@ UNITS = ("first", "layer", "last")
 """What a unit is to the model."""
 _TABLES = {"weights": WEIGHTS, "units": UNITS}
 _SHIPPED = "policies"
+AUTO = "auto"
+"""The name of the policy that is derived from the model."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Policy:
     units: tuple[Entry, ...] = ()
     asked: Mapping[str, Any] = field(default_factory=dict, hash=False)
     source: str = "policy"
+    automatic: bool = False
+    """The entries are still to be found from the model, when it is lowered."""
 
     def __post_init__(self) -> None:
         raise_all(PolicyError, self.source, violations(self.asked) or self._unsplit())
 
     def _unsplit(self) -> list[str]:
-        if self.options.tensor == 1 or any(entry.value != "whole" for entry in self.weights):
+        if self.automatic or self.options.tensor == 1 or any(entry.value != "whole" for entry in self.weights):
             return []
         return [f"tensor = {self.options.tensor}, but no entry of [weights] splits anything: add entries, or use tensor = 1"]
 
@@ -55,20 +59,20 @@ class Policy:
 
     @staticmethod
     def load(name: str | Path, **options: Any) -> Policy:
-        """Read a policy: a name among the shipped files, or a path. Keyword arguments win over the file's [options].
+        """Read a policy: a name among the shipped files, or a path. Keyword arguments win over the file's [options]. The policy
+        "auto" needs no file: the model that is lowered says how it splits.
 
         Raises PolicyError that lists every fault of the file and of the options, or the names that exist.
         """
+        if name == AUTO:
+            return Policy(AUTO, asked=options, source=AUTO, automatic=True)
         file = _find(name)
         return _read(file.read_bytes(), _source(file), options)
 
     @staticmethod
     def for_model(model_type: str, **options: Any) -> Policy:
-        """The shipped policy whose family is a model's `model_type`. Raises PolicyError where there is none."""
-        files = _families()
-        if model_type not in files:
-            raise PolicyError(f"no policy for models of type {model_type!r}. {_own(files)} and give its path as the policy")
-        return Policy.load(files[model_type], **options)
+        """The shipped policy whose family is a model's `model_type`; "auto" where there is none."""
+        return Policy.load(_families().get(model_type, AUTO), **options)
 
     @property
     def name(self) -> str:
@@ -248,8 +252,6 @@ def _find(name: str | Path) -> Path:
     files = _shipped()
     if isinstance(name, str) and name in files:
         return files[name]
-    if name == "auto":
-        raise PolicyError(f"policy 'auto': no policy is derived from a model in this version. {_own(_families())}")
     path = Path(name)
     if path.is_file():
         return path
@@ -260,7 +262,7 @@ def _find(name: str | Path) -> Path:
         raise PolicyError(f"no policy file {str(path)!r}; shipped with shardcomp: {', '.join(files)}")
     close = nearest(str(name), files)
     hint = f"did you mean {close!r}? " if close else ""
-    raise PolicyError(f"no policy {str(name)!r}: {hint}There are {', '.join(files)}; or give the path of a file")
+    raise PolicyError(f"no policy {str(name)!r}: {hint}There are {AUTO}, {', '.join(files)}; or give the path of a file")
 
 
 def _shipped() -> dict[str, Path]:

@@ -41,7 +41,7 @@ def weight_layouts(program: Program, policy: Policy, axis: str, size: int) -> tu
             key = (id(unit.body), index)
             known = key in seen
             if not known:
-                seen[key] = next(_dimensions(node, word, tuple(range(len(value(node).shape)))), None)
+                seen[key] = next(dimensions(node, word, tuple(range(len(value(node).shape)))), None)
             dim = seen[key]
             if dim is None:
                 if len(value(node).shape) > 1 and not known:
@@ -65,7 +65,7 @@ def _indivisible(rows: int, size: int, word: str) -> str | None:
     return f"cannot be split over tensor = {size}: use {legal}"
 
 
-def _dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Iterator[int]:
+def dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Iterator[int]:
     """The dimensions of a weight that `word` may mean, followed through operators that only rearrange it.
 
     dims: for each dimension of `node`, the dimension of the weight that it is.
@@ -78,7 +78,7 @@ def _dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Itera
         if len(operands) == 1:
             through = tuple(dims[names.index(f)] if f in names else None for f in rule.results[0] if f is not None)
             if len(through) == len(rule.results[0]):
-                yield from _dimensions(user, word, through)
+                yield from dimensions(user, word, through)
             continue
         beside = ((o, fs) for o, fs in zip(operands, rule.operands, strict=True) if o is not node and not _is_parameter(o))
         others = {f for _, fs in beside for f in fs}
@@ -103,18 +103,17 @@ def module_of(unit: Unit, node: fx.Node) -> str:
     return ".".join(part for part in (unit.path, node.meta["path"]) if part)
 
 
-def key_value_heads(body: Body) -> dict[fx.Node, int]:
-    """The weights, biases among them, whose product is keys or values of an attention, and how many heads these are."""
-    found: dict[fx.Node, int] = {}
+def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
+    """For every weight, biases among them, whose product is keys or values: (attention, weight, how many heads it makes)."""
     for call in body.calls():
         rule = factoring(call)
         operands = tensor_arguments(call)
         for i in rule.coarse if rule else ():
             for product in _products(operands[i]):
                 heads, rest = divmod(int(value(product).shape[-1]), int(value(operands[i]).shape[-1]))
-                if not rest:
-                    found |= {weight: heads for argument in product.args[1:] for weight in _weights(argument)}
-    return found
+                for weight in map(stored, product.args[1:]) if not rest else ():
+                    if weight is not None:
+                        yield call, weight, heads
 
 
 def _products(node: fx.Node) -> Iterator[fx.Node]:
@@ -130,9 +129,8 @@ def _products(node: fx.Node) -> Iterator[fx.Node]:
         pending += new
 
 
-def _weights(argument: Any) -> Iterator[fx.Node]:
-    """The parameter that an operand is, as it is stored or turned over."""
+def stored(argument: Any) -> fx.Node | None:
+    """The parameter that an operand of a product is, as it is stored or turned over."""
     while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.t.default:
         argument = argument.args[0]
-    if isinstance(argument, fx.Node) and _is_parameter(argument):
-        yield argument
+    return argument if isinstance(argument, fx.Node) and _is_parameter(argument) else None

@@ -61,7 +61,6 @@ def test_every_option_of_a_policy_is_a_flag_of_every_command_that_plans(capsys: 
         (("verify", "tiny", "--seq", "32"), "unrecognized arguments: --seq"),
         (("inspect", "tiny", "--precision", "fp8", "--tensor", "x"), "2 problems"),
         (("inspect", "tiny", "--policy", "llame"), "did you mean 'llama'?"),
-        (("inspect", "tiny", "--policy", "auto"), "no policy is derived"),
         (("inspect", "no-such-model"), "no-such-model"),
         (("inspect", "tiny", "--tensor", "2", "--world", "3"), "does not divide a world of 3 ranks"),
         (("inspect", "tiny", "--data", "2", "--world", "3"), "make 2 ranks, but the world has 3"),

@@ -131,6 +131,12 @@ def test_a_policy_is_found_by_name_by_path_and_as_messages_name_it(tmp_path: Pat
     assert own.source == str(tmp_path / "own.toml") and own.weights == ()
 
 
+def test_a_model_type_without_a_file_gets_the_policy_that_its_model_will_say() -> None:
+    policy = Policy.for_model("mamba", tensor=2)
+    assert policy == Policy.load("auto", tensor=2) and policy.automatic
+    assert policy.name == "auto" and policy.options.tensor == 2
+
+
 def test_a_policy_travels_to_other_processes() -> None:
     policy = Policy.load("llama", tensor=2, seed=3)
     assert pickle.loads(pickle.dumps(policy)) == policy

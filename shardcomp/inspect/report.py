@@ -48,9 +48,33 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
         "policy": lowered.policy.replace(data=mesh.dp, micro_batch=lowered.micro_batch).as_dict(),
         "step": {"seq": lowered.seq, "micro_batch": lowered.micro_batch, "global_batch": lowered.global_batch},
         "collectives": [asdict(message) for message in sent],
+        "replicated": _replicated(lowered),
         "memory": {"parameters": sum(held.values()), "gradients": trained, "optimizer": 2 * trained},
         "degraded": [asdict(degraded) for degraded in program.degraded],
     }
+
+
+def _replicated(lowered: Lowered) -> list[dict[str, Any]]:
+    """The parameters of which a tensor-parallel rank holds more than its share, alike ones together: what, how many elements in
+    all, and why."""
+    program, size = lowered.program, lowered.mesh.tp
+    entries = lowered.policy.weight_entries(program.parameters, program.canonical_names())
+    grouped: dict[tuple[str, str], int] = {}
+    for parameter in program.parameters.values() if size > 1 else ():
+        placement = parameter.layout.on("tp")
+        if placement.is_split and placement.copies == 1:
+            continue
+        pieces = size // placement.copies if placement.is_split else 1
+        word = entries.get(parameter.name)
+        if word is None or word == "whole":
+            why = "no entry of [weights] splits it"
+        elif word == "rowwise":
+            why = "rowwise splits what its module contracts, and this is added once, behind the sum"
+        else:
+            why = f"it makes {pieces} {'head' if pieces == 1 else 'heads'}: each is held by {size // pieces} ranks"
+        what = ".".join("*" if part.isdigit() else part for part in parameter.name.split("."))
+        grouped[what, why] = grouped.get((what, why), 0) + math.prod(parameter.shape)
+    return [{"what": what, "parameters": elements, "why": why} for (what, why), elements in grouped.items()]
 
 
 def render(found: dict[str, Any]) -> str:
@@ -61,6 +85,7 @@ def render(found: dict[str, Any]) -> str:
         "mesh      " + " · ".join(f"{axis} {size}" for axis, size in found["mesh"].items()),
         f"policy    {found['policy']['source']}: " + ", ".join(f"{key} = {_word(held)}" for key, held in options.items()),
         f"step      {step['global_batch']} samples of {step['seq']} tokens, {step['micro_batch']} in a micro-batch of a rank",
+        *_shares(found),
         *(f"degraded  {entry['what']}: {entry['why']}" for entry in found["degraded"]),
     ]
     memory = _table("a rank holds between steps", "bytes")
@@ -73,6 +98,14 @@ def render(found: dict[str, Any]) -> str:
     for table in (memory, _traffic(found["collectives"])):
         console.print(table)
     return "\n".join([*lines, *(line.rstrip() for line in text.getvalue().splitlines())]) + "\n"
+
+
+def _shares(found: dict[str, Any]) -> Iterable[str]:
+    """How much of the model the tensor-parallel ranks share, and what they do not."""
+    if found["mesh"]["tp"] > 1:
+        held = sum(entry["parameters"] for entry in found["replicated"])
+        yield f"split     {1 - held / found['model']['parameters']:.1%} of the parameters"
+        yield from (f"copied    {e['what']} ({e['parameters']:,}): {e['why']}" for e in found["replicated"])
 
 
 def _traffic(collectives: Iterable[dict[str, Any]]) -> Table:

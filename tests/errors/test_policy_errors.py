@@ -93,9 +93,8 @@ def test_an_option_without_a_default_value_may_not_be_none_where_it_needs_one() 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("llame", "no policy 'llame': did you mean 'llama'? There are bloom, cohere, "),
+        ("llame", "no policy 'llame': did you mean 'llama'? There are auto, bloom, cohere, "),
         ("nothing/of/it.toml", "no policy file 'nothing/of/it.toml'; shipped with shardcomp: bloom, cohere, "),
-        ("auto", "no policy is derived from a model in this version. Write one after the example of those in policies/"),
     ],
 )
 def test_a_policy_that_does_not_exist_is_refused_with_those_that_do(name: str, said: str) -> None:
@@ -114,14 +113,6 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PolicyError, match="is not a TOML file"):
         Policy.load(path)
-
-
-def test_a_model_type_without_a_file_is_refused() -> None:
-    with pytest.raises(
-        PolicyError,
-        match=r"no policy for models of type 'mamba'.*those in policies/ \(bloom.toml, .*gemma3.toml \(gemma3_text\)",
-    ):
-        Policy.for_model("mamba")
 
 
 def test_an_entry_that_matches_nothing_is_named_with_the_nearest_module(tmp_path: Path) -> None:
