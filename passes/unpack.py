@@ -12,6 +12,7 @@ Legality: rows of a product are products of rows. Each piece reads its own rows,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,20 @@ from torch import Tensor, fx
 from shardcomp.capture.evaluate import call
 from shardcomp.kernels.attention import attention
 from shardcomp.parts import Part
-from shardcomp.program import PARAMETER, B, Body, Context, Contract, Parameter, Program, S, Value, tensor_arguments, value
+from shardcomp.program import (
+    BUFFER,
+    PARAMETER,
+    B,
+    Body,
+    Context,
+    Contract,
+    Parameter,
+    Program,
+    S,
+    Value,
+    tensor_arguments,
+    value,
+)
 
 CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"parts"}))
 
@@ -31,7 +45,7 @@ aten = torch.ops.aten
 _MOVES = {aten.reshape, aten.transpose, aten.permute, aten.unsqueeze}
 _SELECTS = {aten.slice, aten.select, aten.index, aten.split, aten.chunk, aten.split_with_sizes, aten.unbind}
 _SIZES = {B: 2, S: 3}
-"""The (b, s) at which rows are followed through the graph."""
+"""The (b, s) at which rows are followed through the graph, neither of them one."""
 _ATTENTION = (attention, aten.scaled_dot_product_attention.default)
 
 
@@ -43,9 +57,10 @@ def run(program: Program, context: Context) -> Program:
 def take_apart(program: Program, wanted: Callable[[str], bool], ranks: int) -> Program:
     """The Program with every weight in parts that is `wanted` by its name and holds several."""
     [unit] = program.units
-    buffers = {node: program.buffers[node.meta["path"]].value for node in unit.body.placeholders("buffer")}
+    body = unit.body.copy()
+    buffers = {node: program.buffers[node.meta["path"]].value for node in body.placeholders(BUFFER)}
     parameters = dict(program.parameters)
-    for node in list(unit.body.calls()):
+    for node in list(body.calls()):
         if node.target is not aten.linear.default:
             continue
         weights = [_source(a) for a in node.args[1:]]
@@ -53,9 +68,9 @@ def take_apart(program: Program, wanted: Callable[[str], bool], ranks: int) -> P
             continue
         pieces = _pieces(node, buffers, ranks)
         if pieces:
-            _replace(unit.body, node, weights, pieces, parameters)  # type: ignore[arg-type]
-    names = tuple(node.meta["path"] for node in unit.body.placeholders(PARAMETER))
-    return replace(program, units=[replace(unit, parameters=names)], parameters=parameters)
+            _replace(body, node, weights, pieces, parameters)  # type: ignore[arg-type]
+    names = tuple(node.meta["path"] for node in body.placeholders(PARAMETER))
+    return replace(program, units=[replace(unit, body=body, parameters=names)], parameters=parameters)
 
 
 def _source(argument: Any) -> fx.Node | None:
@@ -73,6 +88,8 @@ class _Piece:
     node: fx.Node
     name: str
     rows: list[int]
+    samples: list[int]
+    """The dimensions of the value that count samples and tokens."""
 
 
 def _pieces(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> list[_Piece]:
@@ -80,7 +97,8 @@ def _pieces(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> lis
     found = list(_cuts(product))
     if len(found) < 2 or any(node is None for node, _ in found):
         return []
-    rows = [_rows(node, product, buffers) for node, _ in found if node is not None]
+    followed = [_followed(node, product, buffers) for node, _ in found if node is not None]
+    rows = [features for features, _ in followed]
     width = int(value(product).shape[-1])
     if sorted(row for each in rows for row in each) != list(range(width)):
         return []
@@ -92,7 +110,7 @@ def _pieces(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> lis
     if counts != {1} and (within_a_head or all(count % ranks == 0 for count in counts)):
         return []  # what is cut over ranks is the groups, of which each holds a bit of every piece
     names = _names([node for node, _ in found if node is not None])
-    return [_Piece(node, name, each) for (node, _), name, each in zip(found, names, rows, strict=True) if node is not None]
+    return [_Piece(node, name, *each) for (node, _), name, each in zip(found, names, followed, strict=True) if node is not None]
 
 
 def _cuts(node: fx.Node) -> Iterator[tuple[fx.Node | None, bool]]:
@@ -110,24 +128,32 @@ def _cuts(node: fx.Node) -> Iterator[tuple[fx.Node | None, bool]]:
             yield None, False
 
 
-def _rows(node: fx.Node, product: fx.Node, buffers: dict[fx.Node, Tensor]) -> list[int]:
-    """The features of `product` that `node` is made of, in its order."""
+def _followed(node: fx.Node, product: fx.Node, buffers: dict[fx.Node, Tensor]) -> tuple[list[int], list[int]]:
+    """The features of `product` that `node` is made of, in its order; and the dimensions of `node` that count samples and
+    tokens, in the order that these have in `product`."""
     chain = [node]
     while chain[-1] is not product:
         chain.append(chain[-1].args[0])  # type: ignore[arg-type]
     shape = [int(sympy.sympify(size).subs(_SIZES)) for size in value(product).shape]
-    env: dict[fx.Node, Any] = {**buffers, product: torch.arange(shape[-1]).expand(shape)}
+    feature = torch.arange(shape[-1]).expand(shape)
+    token = torch.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1).expand(shape)
+    features, tokens = (_run(chain, {**buffers, product: held}) for held in (feature, token))
+    steps = {dim: int((tokens.narrow(dim, 1, 1) - tokens.narrow(dim, 0, 1)).max()) for dim in _longer_than_one(tokens)}
+    samples = sorted((dim for dim, step in steps.items() if step), key=lambda dim: -steps[dim])
+    for dim in sorted(samples, reverse=True):
+        features = features.select(dim, 0)
+    return [int(row) for row in features.flatten()], samples
+
+
+def _longer_than_one(held: Tensor) -> list[int]:
+    return [dim for dim, size in enumerate(held.shape) if size > 1]
+
+
+def _run(chain: list[fx.Node], env: dict[fx.Node, Any]) -> Tensor:
+    """The value of the first of some calls, each the operand of the one before it."""
     for each in reversed(chain[:-1]):
         env[each] = call(each, env, _SIZES)
-    found: Tensor = env[node]
-    for dim in reversed(_sample_dims(node)):
-        found = found.select(dim, 0)
-    return [int(row) for row in found.flatten()]
-
-
-def _sample_dims(node: fx.Node) -> list[int]:
-    """The dimensions that count samples and tokens, not features."""
-    return [i for i, size in enumerate(value(node).shape) if sympy.sympify(size).free_symbols]
+    return env[chain[0]]
 
 
 def _names(pieces: list[fx.Node]) -> list[str]:
@@ -185,7 +211,7 @@ def _replace(
             alone = body.graph.call_function(aten.linear.default, (product.args[0], *operands))
             held = value(product)
             alone.meta = {**product.meta, "value": replace(held, shape=(*held.shape[:-1], len(piece.rows)))}
-            made = _in_shape(body, alone, piece.node)
+            made = _in_shape(body, alone, piece)
         piece.node.replace_all_uses_with(made)
         _join_reshapes(made)
     for weight in weights:
@@ -209,12 +235,11 @@ def _part(body: Body, weight: fx.Node, dim: int, piece: _Piece, parameters: dict
     return made
 
 
-def _in_shape(body: Body, alone: fx.Node, like: fx.Node) -> fx.Node:
+def _in_shape(body: Body, alone: fx.Node, piece: _Piece) -> fx.Node:
     """[b, s, features] in the shape that a piece has."""
+    like = piece.node
     target = value(like).shape
-    samples = _sample_dims(like)
-    features = [i for i in range(len(target)) if i not in samples]
-    order = [*samples, *features]
+    order = [*piece.samples, *(i for i in range(len(target)) if i not in piece.samples)]
     made = alone
     shape = tuple(target[i] for i in order)
     if shape != value(alone).shape:

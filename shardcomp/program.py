@@ -88,6 +88,12 @@ class Body:
     def calls(self) -> Iterator[fx.Node]:
         return (node for node in self.graph.nodes if node.op == "call_function")
 
+    def copy(self) -> Body:
+        """The same code, to be changed."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return Body(self.name, graph)
+
     @property
     def output(self) -> fx.Node:
         return next(node for node in reversed(self.graph.nodes) if node.op == "output")

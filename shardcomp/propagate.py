@@ -137,10 +137,10 @@ def improve(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement], fi
 def border(held: Value, now: Placement, final: bool, cutting: Cutting) -> Placement:
     """Where a result lies when it leaves its unit: the sequence is cut where it carries a gradient, all else is whole.
 
-    A result of the program stays cut where it is cut.
+    A result of the program stays cut where it is cut, but for the sequence: it has the caller's length.
     """
     if final:
-        return now if now.is_split else WHOLE
+        return now if now.dim is not None and held.shape[now.dim] != cutting.length else WHOLE
     if cutting.length is not None and held.floating and held.requires_grad:
         for dim, size in enumerate(held.shape):
             if dim > 0 and size == cutting.length:

@@ -30,6 +30,9 @@ __all__ = ["capture", "self_check"]
 
 _SAMPLE = (3, 18)
 """The shape that a call is traced with where the caller names none. Neither is a size that a model is likely to have."""
+_SHORTEST = (2, 4, None)
+"""The least length of a sequence, tried in turn: a model that shifts its labels itself has one token fewer, and what has a single
+one is another graph. Last comes the one shape alone."""
 _LOCK = threading.RLock()
 """transformers' registries are global: one capture at a time."""
 
@@ -91,7 +94,8 @@ def _export(
 ) -> _Found | str:
     """Any shape before a single one. A string says why the attention that was recorded is not the model's."""
     first: str | None = None
-    for dynamic in (True, False):
+    for shortest in _SHORTEST:
+        dynamic = shortest is not None
         recorder = Recorder()
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         twin = Twin(model, dtype, mode, signature.training)
@@ -99,7 +103,7 @@ def _export(
         try:
             with registered(recorder):
                 shape = _SAMPLE if dynamic else sample  # a size of one would be taken for a constant
-                exported, kind = export(twin.module, mode, signature, shape, dynamic, dtype == torch.float64)
+                exported, kind = export(twin.module, mode, signature, shape, shortest, dtype == torch.float64)
         except CaptureError:
             raise
         except Exception as error:
@@ -108,13 +112,13 @@ def _export(
             why = explain(error, twin.module)
             if not dynamic:
                 raise CaptureError(f"{type(model).__name__} cannot be exported: {why}") from error
-            first = why
+            first = first or why
             continue
         fault = recorder.fault(_layers(model)) if attention == NAME else None
         if fault is not None:
             return fault
         degraded = [Degraded("attention", "the model makes its mask as a [b, 1, s, s] tensor")] if recorder.dense_masks else []
-        if first is not None:
+        if not dynamic:
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
         return _Found(exported, kind, twin, None if dynamic else sample, degraded)
     raise AssertionError("an export without dynamic shapes returns or raises")

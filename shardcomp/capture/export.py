@@ -25,17 +25,17 @@ from shardcomp.program import Signature
 
 
 def export(
-    module: nn.Module, mode: FakeTensorMode, signature: Signature, sample: tuple[int, int], dynamic: bool, widened: bool
+    module: nn.Module, mode: FakeTensorMode, signature: Signature, sample: tuple[int, int], shortest: int | None, widened: bool
 ) -> tuple[ExportedProgram, type]:
-    """Export `module` called with [b, s] int64 inputs; b and s stay symbols if `dynamic`, else they are `sample`.
+    """Export `module` called with [b, s] int64 inputs; b and s stay symbols, s of at least `shortest`, or without that are `sample`.
 
     Returns the exported program, whose outputs are `signature.outputs` in that order, and the type of the model's result.
     """
     with mode:
         given: dict[str, Any] = {name: torch.ones(sample, dtype=torch.int64) for name, _ in signature.inputs}
     shapes: dict[str, Any] = {}
-    if dynamic:
-        dims = {0: Dim("b", min=1), 1: Dim("s", min=2)}
+    if shortest is not None:
+        dims = {0: Dim("b", min=1), 1: Dim("s", min=shortest)}
         shapes = {name: dict(dims) for name in given}
     parameters = inspect.signature(module.forward).parameters
     for name, setting in (("use_cache", False), ("return_dict", True)):
@@ -51,7 +51,9 @@ def export(
         quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
         modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
         with modes[0], modes[1], modes[2], torch.enable_grad(), quiet[0], quiet[1]:
-            exported = torch.export.export(module, (), given, strict=False, dynamic_shapes=shapes if dynamic else None)
+            exported = torch.export.export(
+                module, (), given, strict=False, dynamic_shapes=shapes if shortest is not None else None
+            )
     finally:
         hook.remove()
     assert results.kind is not None
