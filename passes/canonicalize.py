@@ -2,7 +2,7 @@
 
 Needs: a captured Program of one unit. Afterwards
 - calls are ATen operators without a device, `getitem`, `attention` and `cross_entropy`;
-- a product with a matrix of weights is a `linear`, over rows that keep their [b, s];
+- a product with a matrix of weights is a `linear`; a product of matrices has no scale and no summand;
 - a change of shape is a `reshape` with every size given, a cast is `to.dtype`, an `expand` names every size;
 - identities are gone: copies, aliases, full slices, casts to the same dtype, dropout that drops nothing, dead code;
 - what drops names the stream that it draws from: the shared one, as all is whole still; nothing else draws random numbers;
@@ -47,6 +47,7 @@ _SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflat
 _SHAPES |= {aten.reshape_as, aten.ravel}
 _EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
 _DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
+_PRODUCTS = {aten.addmm, aten.mm, aten.baddbmm}
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
 _TRIED = ((2, 17), (1, 2**20))
@@ -123,12 +124,12 @@ class _Rewriting:
             if drops:
                 target, kwargs = _DROPPING.get(packet, target), {**kwargs, "random": SHARED}
                 args = args[:2] if target is dropout else args
+            elif packet in _PRODUCTS and (made := self._product(args, kwargs, node)) is not None:
+                return made
             elif packet in _CASTS:
                 target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
             elif packet in _SHAPES and before.dtype == after.dtype:
                 target, args, kwargs = aten.reshape.default, (source, list(after.shape)), {}
-                if (product := self._product(source, after.shape)) is not None:
-                    target, args = aten.linear.default, self._linear_arguments(product, node)
             elif packet is aten.matmul and _is_transposed(args[1]):
                 target, args = aten.linear.default, (source, args[1].args[0])
             elif packet is aten.numpy_T and len(after.shape) == 2:
@@ -141,26 +142,36 @@ class _Rewriting:
             kwargs = {**kwargs, "dtype": value(node).dtype}
         return self._call(target, args, kwargs, node.meta["value"], node)
 
-    def _product(self, source: fx.Node, shape: tuple[Any, ...]) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-        """(x, matrix, bias) where `source` is a product of flattened rows whose result gets the rows' shape back."""
-        if source.target is aten.addmm.default and not source.kwargs:
-            bias, rows, matrix = source.args
-        elif source.target is aten.mm.default:
-            bias, (rows, matrix) = None, source.args
-        else:
+    def _product(self, args: Any, kwargs: dict[str, Any], node: fx.Node) -> fx.Node | None:
+        """Rows by a matrix of weights, a bias added, as `linear`; a sum with scaled products in steps."""
+        if _packet(node) is aten.baddbmm:
+            return self._scaled_sum(args, kwargs, node)
+        bias, rows, matrix = args if _packet(node) is aten.addmm else (None, *args)
+        if kwargs or not _is_weight(matrix) or bias is not None and len(value(bias).shape) != 1:
             return None
-        if not isinstance(rows, fx.Node) or rows.target is not aten.reshape.default:
-            return None
-        if bias is not None and len(value(bias).shape) != 1:  # type: ignore[arg-type]
-            return None
-        x = rows.args[0]
-        return (x, matrix, bias) if value(x).shape[:-1] == shape[:-1] else None  # type: ignore[return-value,arg-type]
-
-    def _linear_arguments(self, product: tuple[fx.Node, fx.Node, fx.Node | None], origin: fx.Node) -> tuple[Any, ...]:
-        x, matrix, bias = product
         held = value(matrix)
-        turned = self._call(aten.t.default, (matrix,), {}, replace(held, shape=held.shape[::-1]), origin)
-        return (x, turned) if bias is None else (x, turned, bias)
+        if _is_transposed(matrix):
+            turned = matrix.args[0]
+        else:
+            turned = self._call(aten.t.default, (matrix,), {}, replace(held, shape=held.shape[::-1]), node)
+        return self._call(
+            aten.linear.default, (rows, turned) if bias is None else (rows, turned, bias), {}, node.meta["value"], node
+        )
+
+    def _scaled_sum(self, args: Any, kwargs: dict[str, Any], node: fx.Node) -> fx.Node | None:
+        """beta · added + alpha · left @ right in steps. alpha scales `left`, the smaller, before sums can overflow."""
+        added, left, right = args
+        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+        if beta == 0 and value(added).requires_grad:
+            return None
+        if alpha != 1:
+            left = self._call(aten.mul.Tensor, (left, alpha), {}, left.meta["value"], node)
+        product = self._call(aten.bmm.default, (left, right), {}, node.meta["value"], node)
+        if beta == 0:
+            return product
+        if beta != 1:
+            added = self._call(aten.mul.Tensor, (added, beta), {}, added.meta["value"], node)
+        return self._call(aten.add.Tensor, (added, product), {}, node.meta["value"], node)
 
     def _read(self, argument: fx.Node, frozen: bool, reader: fx.Node) -> fx.Node:
         """The copy of an argument; inside no_grad, cut off from its gradient."""
@@ -181,6 +192,13 @@ class _Rewriting:
 def _is_transposed(matrix: Any) -> bool:
     """Whether an operand is a matrix turned over, so that a product with it is `linear`."""
     return isinstance(matrix, fx.Node) and matrix.target is aten.t.default and len(value(matrix).shape) == 2
+
+
+def _is_weight(matrix: Any) -> bool:
+    """Whether a matrix is a parameter, maybe turned over or cut off from its gradient."""
+    while isinstance(matrix, fx.Node) and matrix.target in (aten.t.default, aten.detach.default):
+        matrix = matrix.args[0]
+    return isinstance(matrix, fx.Node) and matrix.op == "placeholder" and matrix.meta["role"] == PARAMETER
 
 
 def _keeps(packet: Any, args: Any, after: Value) -> bool:

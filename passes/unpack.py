@@ -39,7 +39,7 @@ from shardcomp.program import (
     value,
 )
 
-CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"parts"}))
+CONTRACT = Contract(requires=frozenset({"canonical", "unmerged"}), provides=frozenset({"parts"}))
 
 aten = torch.ops.aten
 _MOVES = {aten.reshape, aten.transpose, aten.permute, aten.unsqueeze}

@@ -102,6 +102,11 @@ class Layout:
         return ", ".join(f"{axis}: {placement}" for axis, placement in self.placements) or "whole"
 
 
+def same(a: Size, b: Size) -> bool:
+    """Whether two sizes are equal whatever b and s are."""
+    return a == b or (isinstance(a, sympy.Expr) or isinstance(b, sympy.Expr)) and sympy.expand(a - b) == 0
+
+
 def divides(size: Size, parts: int) -> bool:
     """Whether a size, which may be symbolic, splits evenly. A symbolic length is checked when the batch is known."""
     if isinstance(size, sympy.Expr) and not size.is_Integer:

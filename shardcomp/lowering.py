@@ -16,7 +16,7 @@ from shardcomp.errors import PlanError
 from shardcomp.inspect.diff import diff
 from shardcomp.inspect.report import report
 from shardcomp.mesh import Mesh
-from shardcomp.passes import canonicalize, emit, tensor, units, unpack
+from shardcomp.passes import canonicalize, emit, tensor, unflatten, units, unpack
 from shardcomp.policy import Policy
 from shardcomp.program import BUFFER, PARAMETER, Context, Program, Signature, Unit
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
@@ -24,6 +24,7 @@ from shardcomp.runtime.model import Call
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
+    unflatten,  # unmerged: leading dimensions that the model merges and takes apart again stay apart
     unpack,  # parts: weights that hold several in one are parameters of their own
     units,  # units: the model is cut where the policy says; alike units share a body
     tensor,  # layouts: every value says how it lies; every message is a collective in the graph

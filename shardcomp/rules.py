@@ -26,7 +26,7 @@ import sympy
 import torch
 from torch import fx
 
-from shardcomp.layout import Size
+from shardcomp.layout import Size, same
 from shardcomp.program import Value, tensor_arguments
 
 aten = torch.ops.aten
@@ -174,7 +174,7 @@ def pointwise(node: fx.Node) -> Factoring:
     for argument in tensor_arguments(node):
         shape = _value(argument).shape
         offset = len(out) - len(shape)
-        operands.append(tuple(names[offset + i] if _same(size, out[offset + i]) else None for i, size in enumerate(shape)))
+        operands.append(tuple(names[offset + i] if same(size, out[offset + i]) else None for i, size in enumerate(shape)))
     linear, joint = _pointwise_linearity(node)
     return Factoring(tuple(operands), (names,), linear, joint)
 
@@ -203,13 +203,13 @@ def reshape(node: fx.Node) -> Factoring:
 
 def _corresponding(source: tuple[Size, ...], target: tuple[Size, ...]) -> list[tuple[int, int]]:
     """The major dimensions (i, j) of each pair of runs of `source` and `target` whose products are equal."""
-    left = [i for i, size in enumerate(source) if not _same(size, 1)]
-    right = [j for j, size in enumerate(target) if not _same(size, 1)]
+    left = [i for i, size in enumerate(source) if not same(size, 1)]
+    right = [j for j, size in enumerate(target) if not same(size, 1)]
     found: list[tuple[int, int]] = []
     while left and right:
         first = (left[0], right[0])
         p, q = sympy.sympify(source[left.pop(0)]), sympy.sympify(target[right.pop(0)])
-        while not _same(p, q):
+        while not same(p, q):
             if left and _nominal(p) < _nominal(q):
                 p *= source[left.pop(0)]
             elif right and _nominal(q) < _nominal(p):
@@ -225,10 +225,6 @@ def _nominal(size: Size) -> int:
     primes = (1000003, 1000033, 1000037, 1000039)
     expr = sympy.sympify(size)
     return int(expr.subs(dict(zip(sorted(expr.free_symbols, key=str), primes, strict=False))))
-
-
-def _same(a: Size, b: Size) -> bool:
-    return a == b or (isinstance(a, sympy.Expr) or isinstance(b, sympy.Expr)) and sympy.expand(a - b) == 0
 
 
 def reorder(node: fx.Node) -> Factoring:
@@ -248,7 +244,7 @@ def expand(node: fx.Node) -> Factoring:
     """A dimension that keeps its size may be cut; one that is repeated may not."""
     source, target = _value(node.args[0]).shape, _results(node)[0].shape  # type: ignore[arg-type]
     offset = len(target) - len(source)
-    kept = {offset + i: f"d{i}" for i, size in enumerate(source) if _same(size, target[offset + i])}
+    kept = {offset + i: f"d{i}" for i, size in enumerate(source) if same(size, target[offset + i])}
     operand = tuple(kept.get(offset + i) for i in range(len(source)))
     return Factoring((operand,), (tuple(kept.get(j) for j in range(len(target))),), frozenset({0}))
 
@@ -314,7 +310,7 @@ def matmul(node: fx.Node) -> Factoring | None:
         if len(shape) < 2:
             return None
         offset = len(out) - len(shape)
-        front = [f"d{offset + i}" if _same(size, out[offset + i]) else None for i, size in enumerate(shape[:-2])]
+        front = [f"d{offset + i}" if same(size, out[offset + i]) else None for i, size in enumerate(shape[:-2])]
         operands.append((*front, *own))
     result = (*(f"d{i}" for i in range(len(out) - 2)), "r", "o")
     return Factoring(tuple(operands), (result,), frozenset({0, 1}))
@@ -329,7 +325,7 @@ def scaled_attention(node: fx.Node) -> Factoring | None:
     operands = []
     for i, tensor in enumerate(tensors):
         b, n, *_ = _value(tensor).shape
-        front = ("b" if _same(b, batch) else None, "n" if _same(n, heads) or i in (1, 2) else None)
+        front = ("b" if same(b, batch) else None, "n" if same(n, heads) or i in (1, 2) else None)
         operands.append((*front, None, "e" if i == 2 else None))
     return Factoring(tuple(operands), (("b", "n", None, "e"),), coarse=frozenset({1, 2}))
 

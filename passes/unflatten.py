@@ -1,0 +1,176 @@
+"""Keep leading dimensions apart that the model merges for a while, so that a cut of a minor one survives.
+
+Needs: a canonical Program of one unit. Models write [b, s, h] as [b·s, h], or [b, n, s, d] as [b·n, s, d], compute on that, and
+take it apart again. A cut of the sequence or of the heads lies on the minor factor of the merged dimension, where no layout can
+say so. Each call between a merge and what takes it apart is made again on a twin of its operands, whose dimensions were never
+merged. What else reads the merged value is given the twin, merged. Calls from which no way leads to a value that is taken apart
+stay as they are, the loss over [b·s, v] among them.
+
+Legality: a merge renames indices. A call that treats the rows of dimension 0 alike and apart from each other computes the same
+number for each, whatever they are called; its other dimensions move to the right by as many as the merge took. An operand that
+no merge made is taken apart in front of the call, not behind it.
+
+    f = reshape(x, [b·s, h]); g = relu(linear(f, W)); y = reshape(g, [b, s, o])        y = relu(linear(x, W))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from shardcomp.layout import Size, same
+from shardcomp.lifting import Lead, lift, packet_of, rows
+from shardcomp.program import Body, Context, Contract, Program, Value, value
+
+CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"unmerged"}))
+
+aten = torch.ops.aten
+
+
+def run(program: Program, context: Context) -> Program:
+    [unit] = program.units
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(unit.body.graph, {}))
+    _Unflattening(graph)
+    return replace(program, units=[replace(unit, body=Body(unit.body.name, graph))])
+
+
+class _Unflattening:
+    """Rewrites a graph: finds the merged values, makes the twins that are worth it, and drops what they replace."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.leads: dict[fx.Node, Lead] = {}
+        self.twins: dict[fx.Node, fx.Node] = {}
+        self.apart: dict[tuple[fx.Node, Lead], fx.Node] = {}
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        for node in calls:
+            if (lead := self._lead(node)) is not None:
+                self.leads[node] = lead
+        ends = [node for node in calls if self._takes_apart(node)]
+        wanted = self._wanted(ends)
+        results: dict[fx.Node, fx.Node] = {}
+        for node in calls:
+            if node in wanted:
+                self.twins[node] = self._twin(node)
+            if node in ends:
+                results[node] = self._reshaped(self.twins[node.args[0]], value(node).shape, node)  # type: ignore[index]
+        for node in reversed(calls):
+            if node in results:
+                node.replace_all_uses_with(results[node])
+            elif node in wanted and node.users and not self._is_merge(node):
+                node.replace_all_uses_with(self._reshaped(self.twins[node], value(node).shape, node))
+            if (node in results or node in wanted) and not node.users:
+                graph.erase_node(node)
+
+    def _lead(self, node: fx.Node) -> Lead | None:
+        """What dimension 0 of a call's result was merged from, if it was."""
+        packet = packet_of(node)
+        if packet is aten.reshape:
+            return _merged(self._shape(node.args[0]), value(node).shape)
+        if packet is aten.repeat:
+            return _repeated(node)
+        found = [self.leads[row] for row in rows(node) if row in self.leads]
+        return found[0] if found and all(_alike(found[0], other) for other in found) else None
+
+    def _shape(self, node: Any) -> tuple[Size, ...]:
+        """The shape of a value, or of its twin."""
+        shape = value(node).shape
+        return (*self.leads[node], *shape[1:]) if node in self.leads else shape
+
+    def _takes_apart(self, node: fx.Node) -> bool:
+        """Whether a call divides a dimension that was merged."""
+        if packet_of(node) is not aten.reshape or node.args[0] not in self.leads:
+            return False
+        before, after = self.leads[node.args[0]], self.leads.get(node, ())  # type: ignore[index]
+        return not _alike(before, after[: len(before)])
+
+    def _is_merge(self, node: fx.Node) -> bool:
+        return packet_of(node) is aten.reshape and node.args[0] not in self.leads
+
+    def _wanted(self, ends: list[fx.Node]) -> set[fx.Node]:
+        """The merged values that `ends` are made of."""
+        found: set[fx.Node] = set()
+        pending = [node.args[0] for node in ends]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, fx.Node) and node in self.leads and node not in found:
+                found.add(node)
+                pending += [node.args[0]] if packet_of(node) is aten.reshape else rows(node)
+        return found
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        """The same call with its leading dimensions apart."""
+        lead = self.leads[node]
+        packet = packet_of(node)
+        source: Any = node.args[0]
+        if packet is aten.reshape:
+            return self._reshaped(self.twins.get(source, source), self._shape(node), node)
+        if packet is aten.repeat:
+            return self._call(aten.expand.default, (source, list(self._shape(node))), {}, node)
+        lifted = lift(node, lead)
+        assert lifted is not None
+        given = {row: self._row(row, lead) for row in lifted.rows}
+        args, kwargs = fx.map_arg((lifted.args, dict(node.kwargs)), lambda n: given.get(n, n))
+        return self._call(lifted.target, args, kwargs, node)
+
+    def _row(self, node: fx.Node, lead: Lead) -> fx.Node:
+        """An operand's twin; one that no merge made is taken apart."""
+        if node in self.leads:
+            return self.twins[node]
+        if (node, lead) not in self.apart:
+            with self.graph.inserting_after(node):
+                self.apart[node, lead] = self._reshape(node, (*lead, *value(node).shape[1:]), node)
+        return self.apart[node, lead]
+
+    def _reshaped(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
+        """A value in another shape, in front of `like`; itself, or what it is a reshape of, where that has the shape."""
+        while not _alike(value(source).shape, shape):
+            if packet_of(source) is not aten.reshape:
+                with self.graph.inserting_before(like):
+                    return self._reshape(source, shape, like)
+            source = source.args[0]  # type: ignore[assignment]
+        return source
+
+    def _reshape(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
+        made = self.graph.call_function(aten.reshape.default, (source, list(shape)))
+        made.meta = {**like.meta, "value": replace(value(like), shape=shape)}
+        return made
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node) -> fx.Node:
+        lead = self.leads[node]
+        with self.graph.inserting_before(node):
+            made = self.graph.call_function(target, args, kwargs)
+        apart = pytree.tree_map_only(Value, lambda held: replace(held, shape=(*lead, *held.shape[1:])), node.meta["value"])
+        made.meta = {**node.meta, "value": apart}
+        return made
+
+
+def _alike(left: Iterable[Size], right: Iterable[Size]) -> bool:
+    left, right = tuple(left), tuple(right)
+    return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _merged(source: tuple[Size, ...], target: tuple[Size, ...]) -> Lead | None:
+    """The leading sizes of `source`, two or more, whose product is the first of `target`."""
+    product: Size = 1
+    lead: list[Size] = []
+    for size in source if target else ():
+        if same(product, target[0]):
+            break
+        product *= size
+        lead += [] if same(size, 1) else [size]
+    return tuple(lead) if len(lead) > 1 and same(product, target[0]) else None
+
+
+def _repeated(node: fx.Node) -> Lead | None:
+    """What a repetition along dimension 0 alone makes: all of the operand again and again."""
+    source, (times, *others) = value(node.args[0]).shape, node.args[1]  # type: ignore[arg-type,misc]
+    if len(source) != len(others) + 1 or not all(same(other, 1) for other in others):
+        return None
+    return None if same(times, 1) or same(source[0], 1) else (times, source[0])
