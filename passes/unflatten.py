@@ -52,20 +52,19 @@ class _Unflattening:
         for node in calls:
             if (lead := self._lead(node)) is not None:
                 self.leads[node] = lead
-        ends = [node for node in calls if self._takes_apart(node)]
+        ends = {node for node in calls if self._takes_apart(node)}
         wanted = self._wanted(ends)
-        results: dict[fx.Node, fx.Node] = {}
         for node in calls:
             if node in wanted:
                 self.twins[node] = self._twin(node)
-            if node in ends:
-                results[node] = self._reshaped(self.twins[node.args[0]], value(node).shape, node)  # type: ignore[index]
+        # From the last to the first, so that what is replaced is used by nothing that goes as well.
         for node in reversed(calls):
-            if node in results:
-                node.replace_all_uses_with(results[node])
-            elif node in wanted and node.users and not self._is_merge(node):
-                node.replace_all_uses_with(self._reshaped(self.twins[node], value(node).shape, node))
-            if (node in results or node in wanted) and not node.users:
+            if node not in wanted and node not in ends:
+                continue
+            if node.users and (node in ends or not self._is_merge(node)):
+                twin = self.twins[node.args[0] if node in ends else node]  # type: ignore[index]
+                node.replace_all_uses_with(self._reshaped(twin, value(node).shape, node))
+            if not node.users:
                 graph.erase_node(node)
 
     def _lead(self, node: fx.Node) -> Lead | None:
@@ -93,7 +92,7 @@ class _Unflattening:
     def _is_merge(self, node: fx.Node) -> bool:
         return packet_of(node) is aten.reshape and node.args[0] not in self.leads
 
-    def _wanted(self, ends: list[fx.Node]) -> set[fx.Node]:
+    def _wanted(self, ends: set[fx.Node]) -> set[fx.Node]:
         """The merged values that `ends` are made of."""
         found: set[fx.Node] = set()
         pending = [node.args[0] for node in ends]
