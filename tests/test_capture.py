@@ -359,8 +359,14 @@ def under_no_grad(x: Tensor) -> Tensor:
     return x + shift
 
 
+def into_one_of_several(x: Tensor) -> Tensor:
+    largest, _ = x.topk(2)
+    largest /= largest.sum(-1, keepdim=True)
+    return x * largest[..., :1]
+
+
 WRITES = [row, columns, whole_slice, another_view, through_views, before_and_after, a_copy_keeps_its_values, twice]
-WRITES += [under_no_grad]
+WRITES += [under_no_grad, into_one_of_several]
 
 
 @pytest.mark.parametrize("change", WRITES, ids=lambda change: change.__name__)

@@ -84,10 +84,10 @@ class Writes:
 
     def _put(self, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
         """What `parent` holds once `view`, a view of it, holds `new`."""
-        held, args = value(parent), view.args[1:]
         packet: Any = getattr(view.target, "overloadpacket", None)
-        if _unclear(view):
+        if _unclear(view) or not isinstance(parent.meta["value"], Value):
             raise NoValue
+        held, args = value(parent), view.args[1:]
         if packet in (aten.alias, aten.slice, aten.to) and value(view).shape == held.shape:
             return new
         if packet is aten.slice:
@@ -114,14 +114,19 @@ class Writes:
 
 
 def _is_view(call: fx.Node) -> bool:
-    if getattr(call.target, "__name__", "") == "getitem":
-        return True
-    schema = getattr(call.target, "_schema", None)
-    if schema is None or not any(result.alias_info for result in schema.returns):
-        return False
     source = call.args[0]
+    if getattr(call.target, "__name__", "") == "getitem":
+        return isinstance(source, fx.Node) and _may_alias(source)
+    if not _may_alias(call):
+        return False
     cast = call.target.overloadpacket is aten.to and isinstance(source, fx.Node)  # type: ignore[union-attr]
     return not (cast and value(source).dtype != value(call).dtype)  # type: ignore[arg-type]
+
+
+def _may_alias(call: fx.Node) -> bool:
+    """Whether an operator gives its operand's memory: `split` does, `topk` makes new tensors."""
+    schema = getattr(call.target, "_schema", None)
+    return schema is not None and any(result.alias_info for result in schema.returns)
 
 
 def _unclear(view: fx.Node) -> bool:
