@@ -59,9 +59,7 @@ class _Unflattening:
                 self.twins[node] = self._twin(node)
         # From the last to the first, so that what is replaced is used by nothing that goes as well.
         for node in reversed(calls):
-            if node not in wanted and node not in ends:
-                continue
-            if node.users and (node in ends or not self._is_merge(node)):
+            if node.users and (node in ends or node in wanted and not self._is_merge(node)):
                 twin = self.twins[node.args[0] if node in ends else node]  # type: ignore[index]
                 node.replace_all_uses_with(self._reshaped(twin, value(node).shape, node))
             if not node.users:
@@ -128,18 +126,19 @@ class _Unflattening:
         return self.apart[node, lead]
 
     def _reshaped(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
-        """A value in another shape, in front of `like`; itself, or what it is a reshape of, where that has the shape."""
-        while not _alike(value(source).shape, shape):
-            if packet_of(source) is not aten.reshape:
-                with self.graph.inserting_before(like):
-                    return self._reshape(source, shape, like)
-            source = source.args[0]  # type: ignore[assignment]
-        return source
+        """A value in another shape, in front of `like`."""
+        with self.graph.inserting_before(like):
+            return self._reshape(source, shape, like)
 
     def _reshape(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
-        made = self.graph.call_function(aten.reshape.default, (source, list(shape)))
-        made.meta = {**like.meta, "value": replace(value(like), shape=shape)}
-        return made
+        """A value in another shape; itself, or what it is a reshape of, where that has the shape."""
+        while not _alike(value(source).shape, shape):
+            if packet_of(source) is not aten.reshape:
+                made = self.graph.call_function(aten.reshape.default, (source, list(shape)))
+                made.meta = {**like.meta, "value": replace(value(like), shape=shape)}
+                return made
+            source = source.args[0]  # type: ignore[assignment]
+        return source
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node) -> fx.Node:
         lead = self.leads[node]

@@ -318,6 +318,14 @@ def test_an_operand_that_no_merge_made_is_taken_apart_in_front() -> None:
     assert value(linear).shape == (B, S, 8) and len(targets(after)) == 5
 
 
+def test_an_operand_that_is_a_reshape_itself_is_reshaped_once() -> None:
+    d = Drawing()
+    flat = d.reshape(d.input(B, S, 8), B * S, 8)
+    other = d.reshape(d(aten.cumsum.default, d.input(B * S * 8), 0), B * S, 8)
+    after = unflattened(d.program(d.reshape(d(aten.add.Tensor, flat, other), B, S, 8)))
+    assert targets(after) == [aten.cumsum, aten.reshape, aten.add]
+
+
 def test_operands_that_were_merged_from_other_sizes_are_left_alone() -> None:
     d = Drawing()
     one, other = d.reshape(d.input(B, S, 8), B * S, 8), d.reshape(d.input(S, B, 8), B * S, 8)
