@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from shardcomp.layout import Size, same
 from shardcomp.lifting import Lead, lift, packet_of, rows
-from shardcomp.program import Body, Context, Contract, Program, Value, value
+from shardcomp.program import Context, Contract, Program, Value, value
 
 CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"unmerged"}))
 
@@ -34,10 +34,9 @@ aten = torch.ops.aten
 
 def run(program: Program, context: Context) -> Program:
     [unit] = program.units
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(unit.body.graph, {}))
-    _Unflattening(graph)
-    return replace(program, units=[replace(unit, body=Body(unit.body.name, graph))])
+    body = unit.body.copy()
+    _Unflattening(body.graph)
+    return replace(program, units=[replace(unit, body=body)])
 
 
 class _Unflattening:

@@ -179,7 +179,7 @@ def _verify(args: argparse.Namespace) -> tuple[int, str]:
     )
     status = GOOD if found.ok else NO
     if args.json:
-        keys = ["ok", "precision", "deviation", "worst", "reproduce"]
+        keys = ["ok", "precision", "deviation", "worst", "reproduce", "batches"]
         keys += ["mutants"] * args.mutate + ["dropout"] * bool(found.dropout)
         return status, _json({key: getattr(found, key) for key in keys})
     return status, _verdict(found)
@@ -205,7 +205,8 @@ def _shrink(args: argparse.Namespace) -> dict[str, Any]:
 
 def _verdict(found: Any) -> str:
     answer = "agrees with" if found.ok else "does NOT agree with"
-    lines = [f"in {found.precision}, the plan {answer} the dense model", "largest deviations:"]
+    lines = [f"in {found.precision}, the plan {answer} the dense model"]
+    lines.append(f"largest deviations, {', '.join(found.batches)} batches:")
     lines += [f"  {quantity:<10} {value:.2e}" for quantity, value in found.deviation.items()]
     if found.worst:
         worst = found.worst

@@ -28,7 +28,7 @@ Step = tuple[Callable[..., Any], tuple[int, ...], Placement]
 
 NOMINAL = {B: 1, S: 2048}
 """Sizes for comparing costs, so that a choice does not depend on the batch."""
-MESSAGE = 1e5
+MESSAGE = 1.0
 """What a message costs beside its bytes, in bytes: of ways that move as much, the one of fewer messages is taken."""
 _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often the whole tensor passes a rank."""

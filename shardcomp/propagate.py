@@ -412,20 +412,23 @@ def _cut_earlier(body: Body, done: Propagation, cutting: Cutting) -> None:
 
 
 def _push_back(body: Body, done: Propagation) -> None:
-    """Let a partial gradient pass back through calls of one operand, so that it is reduced once, not per use, and a weight's
-    with the other weights'. A backward is linear in the gradient that it is given, whatever the call."""
+    """Let a partial gradient pass back through calls with one operand that has a gradient, so that it is reduced once, not per
+    use, and a weight's with the other weights'. A backward is linear in the gradient that it is given, whatever the call."""
     for node in reversed(body.graph.nodes):
         choice = done.choices.get(node)
-        if choice is None or len(choice.operands) != 1 or not choice.operands[0].is_whole or not choice.results[0].is_whole:
+        if choice is None or not all(placement.is_whole for placement in (*choice.operands, *choice.results[:1])):
             continue
+        operands = tensor_arguments(node)
+        passed = tuple(values(operand)[0].requires_grad for operand in operands)
         rule = factoring(node)
         uses = [(user, i) for user in node.users for i, a in enumerate(tensor_arguments(user)) if a is node]
         graded = [(user, i) for user, i in uses if _flows(user)]
-        smaller = bytes_of(values(node)[0]) < bytes_of(values(tensor_arguments(node)[0])[0])
-        if rule is None or smaller or not graded or any(user.op == "output" for user, _ in graded):
+        if rule is None or sum(passed) != 1 or not graded or any(user.op == "output" for user, _ in graded):
+            continue
+        if bytes_of(values(node)[0]) < bytes_of(values(operands[passed.index(True)])[0]):
             continue
         if all(done.choices[user].operands[i].is_whole and done.choices[user].partial_gradient[i] for user, i in graded):
-            done.choices[node] = replace(choice, partial_gradient=(True,))
+            done.choices[node] = replace(choice, partial_gradient=passed)
             done.passed_back.add(node)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ class Verification:
     mutants: dict[str, Any] = field(default_factory=dict)
     dropout: dict[str, float] = field(default_factory=dict)
     """The probabilities that were set to zero on both sides, by the configuration's key or the module's."""
+    batches: tuple[str, ...] = ()
+    """The kinds of batches that were compared on: those that were asked for and whose inputs the model takes."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,8 +70,8 @@ def verify(
     A preset or a configuration is first lowered at full size, which checks that the plan is legal, then shrunk to a small model
     of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model is taken as it is. Two runs never
     drop the same, so both sides run without dropout.
-    kinds: the batches to compare on; causal is always among them. mutate: plant every fault that can be enumerated from
-    the program, and require that each is noticed by its numbers.
+    kinds: the batches to compare on, as far as the model takes their inputs; causal is always among them. mutate: plant every
+    fault that can be enumerated from the program, and require that each is noticed by its numbers.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
@@ -85,7 +88,8 @@ def verify(
     rows = mesh.dp * 2 * micro_batch  # two micro-batches on each rank
     length = -(-24 // mesh.tp) * mesh.tp
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    given = {kind: held for kind, held in batches(vocabulary, rows, length, options.seed).items() if kind in ("causal", *kinds)}
+    made = batches(vocabulary, rows, length, options.seed)
+    given = {kind: held for kind, held in made.items() if kind in ("causal", *kinds) and _takes(model, held)}
     # AdamW divides by the size of each gradient, so it turns the rounding of a small one into a step of full size.
     updates = steps(vocabulary, rows, length, options.seed) if options.precision == "fp64" else []
     progress("dense model")
@@ -98,7 +102,7 @@ def verify(
     outcome = _sharded(lowered, given, updates)
     deviation, worst, ok = _compare(outcome, exact, rough, precision)
     reproduce = _command(name, policy, mesh.world_size, shrink or {})
-    found = Verification(ok, precision, deviation, worst, reproduce, dropout=dropped)
+    found = Verification(ok, precision, deviation, worst, reproduce, dropout=dropped, batches=tuple(given))
     if mutate:
         found.mutants = _mutation(lowered, {"causal": given["causal"]}, exact, rough, precision, progress)
         found.ok = ok and not found.mutants["survivors"]
@@ -121,6 +125,12 @@ def _small_model(
         keep = {key: held for key, held in shrink.items() if key != "none"}
         config = presets.shrink(config, keep, tensor=policy.options.tensor)
     return initialize(presets.build(config), policy.options.seed), name
+
+
+def _takes(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model has a parameter for every input of a batch."""
+    parameters = inspect.signature(model.forward).parameters
+    return batch.keys() <= parameters.keys() or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _refuse_dropout(lowered: Lowered) -> None:

@@ -138,7 +138,7 @@ def test_verify_says_yes_with_status_0(capsys: pytest.CaptureFixture[str]) -> No
     status, out, err = run(capsys, "verify", "tiny", "--tensor", "2", "--precision", "fp64", "--json")
     found = json.loads(out)
     assert status == 0 and found["ok"] is True
-    assert set(found) == {"ok", "precision", "deviation", "worst", "reproduce"}
+    assert set(found) == {"ok", "precision", "deviation", "worst", "reproduce", "batches"}
     assert {"loss", "gradients", "weights"} <= set(found["deviation"])
     assert "shardcomp: " in err
     assert found["reproduce"].startswith("shardcomp verify tiny ")

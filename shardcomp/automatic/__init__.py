@@ -17,7 +17,7 @@ from shardcomp.automatic.pairs import words
 from shardcomp.cost.communication import messages
 from shardcomp.errors import PolicyError
 from shardcomp.mesh import Mesh
-from shardcomp.passes import canonicalize, tensor, units, unpack
+from shardcomp.passes import canonicalize, tensor, unflatten, units, unpack
 from shardcomp.patterns import Entry, parse
 from shardcomp.policy import Policy
 from shardcomp.program import Context, Program
@@ -33,7 +33,8 @@ def derive(program: Program, policy: Policy, mesh: Mesh, tp_plan: Mapping[str, s
     tp_plan: transformers' own plan of the model. Of it and of what the graph alone says, the one is taken that splits as much
     and sends less. Raises PolicyError where the degree does not fit the model.
     """
-    flat = unpack.take_apart(canonicalize.run(program, Context(mesh, policy)), lambda name: True, mesh.tp)
+    context = Context(mesh, policy)
+    flat = unpack.take_apart(unflatten.run(canonicalize.run(program, context), context), lambda name: True, mesh.tp)
     found = unit_paths(flat)
     entries = tuple(Entry(parse(pattern), kind) for pattern, kind in found.items())
     cut = units.run(flat, Context(mesh, replace(policy, units=entries)))
@@ -93,7 +94,7 @@ def _better(derived: Policy, planned: Policy, program: Program, mesh: Mesh) -> P
     for policy in (derived, planned):
         lowered = program
         try:
-            for each in (canonicalize, unpack, units, tensor):
+            for each in (canonicalize, unflatten, unpack, units, tensor):
                 lowered = each.run(lowered, Context(mesh, policy))
         except PolicyError:
             costs.append((sys.maxsize, 0.0))

@@ -31,8 +31,8 @@ __all__ = ["capture", "self_check"]
 _SAMPLE = (3, 18)
 """The shape that a call is traced with where the caller names none. Neither is a size that a model is likely to have."""
 _SHORTEST = (2, 4, None)
-"""The least length of a sequence, tried in turn: a model that shifts its labels itself has one token fewer, and what has a single
-one is another graph. Last comes the one shape alone."""
+"""The least length of a sequence, tried in turn: a model that shifts its labels itself has one token fewer, and a single one is
+another graph. Last comes one shape alone."""
 _LOCK = threading.RLock()
 """transformers' registries are global: one capture at a time."""
 

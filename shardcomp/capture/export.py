@@ -27,14 +27,15 @@ from shardcomp.program import Signature
 def export(
     module: nn.Module, mode: FakeTensorMode, signature: Signature, sample: tuple[int, int], shortest: int | None, widened: bool
 ) -> tuple[ExportedProgram, type]:
-    """Export `module` called with [b, s] int64 inputs; b and s stay symbols, s of at least `shortest`, or without that are `sample`.
+    """Export `module` called with [b, s] int64 inputs; b and s stay symbols, s at least `shortest`, or else they are `sample`.
 
     Returns the exported program, whose outputs are `signature.outputs` in that order, and the type of the model's result.
     """
     with mode:
         given: dict[str, Any] = {name: torch.ones(sample, dtype=torch.int64) for name, _ in signature.inputs}
     shapes: dict[str, Any] = {}
-    if shortest is not None:
+    dynamic = shortest is not None
+    if dynamic:
         dims = {0: Dim("b", min=1), 1: Dim("s", min=shortest)}
         shapes = {name: dict(dims) for name in given}
     parameters = inspect.signature(module.forward).parameters

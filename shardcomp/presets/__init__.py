@@ -21,9 +21,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardcomp.errors import ShardError
 from shardcomp.presets.shrinking import shrink
 
-__all__ = ["buffers_of", "build", "config_of", "names", "shrink"]
+__all__ = ["buffers_of", "build", "config_of", "constructed", "names", "shrink"]
 
 _HERE = Path(__file__).parent
+
+SMALL = 2**16
+"""Elements of the parameters whose values a constructor may say."""
 
 
 def names() -> list[str]:
@@ -99,9 +102,26 @@ def build(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
+def constructed(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """What a model's constructor gives its small parameters, such as the scale of a norm: name -> value in float32, on the CPU.
+
+    Empty for a model that cannot be built from `model.config` alone.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    with _parameters_on_meta(but_up_to=SMALL):
+        torch.manual_seed(seed)
+        try:
+            again = type(model)(copy.deepcopy(config))
+        except Exception:
+            return {}
+    return {name: held.detach().float() for name, held in again.named_parameters() if not held.is_meta}
+
+
 @contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that this thread registers go to meta; one that is registered twice stays one.
+def _parameters_on_meta(but_up_to: int = 0) -> Iterator[None]:
+    """Parameters of more than `but_up_to` elements that this thread registers go to meta; one registered twice stays one.
 
     Each exists on the CPU for the moment in between, uninitialised, which costs address space but no memory. Everything else
     is computed on the CPU, whatever device the caller has made the default.
@@ -110,7 +130,7 @@ def _parameters_on_meta() -> Iterator[None]:
     replaced = WeakTensorKeyDictionary()
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if threading.get_ident() != mine or parameter.is_meta:
+        if threading.get_ident() != mine or parameter.is_meta or parameter.numel() <= but_up_to:
             return None
         if parameter not in replaced:
             replaced[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

@@ -1,4 +1,5 @@
-"""Fresh weights: each parameter by its model's own initialisation rule, from a generator seeded by (seed, parameter name).
+"""Fresh weights: each parameter by its model's own initialisation rule, from a generator seeded by (seed, parameter name); a
+small one that no rule sets stays as the model's constructor leaves it.
 
 So the numbers depend on the model, the seed and the name only: not on the topology, the precision, or the order of asking.
 """
@@ -10,15 +11,19 @@ import copy
 import hashlib
 import threading
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from shardcomp.errors import ShardError
-from shardcomp.presets import buffers_of
+from shardcomp.presets import buffers_of, constructed
 
 _drawing = threading.Lock()
 """The rules draw from the process's CPU generator, which is lent to one parameter at a time."""
+
+
+_constructed: WeakKeyDictionary[nn.Module, dict[int, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 def initialise(name: str, model: nn.Module, seed: int, dtype: torch.dtype) -> Tensor:
@@ -55,10 +60,22 @@ def initialise(name: str, model: nn.Module, seed: int, dtype: torch.dtype) -> Te
             found = chain[-1]._parameters[leaf]
             if found is not None and found.shape == shape and not found.isnan().any():
                 return found.detach().to(dtype)
+    with _drawing:
+        value = _by_constructor(model, seed).get(first)
+    if value is not None and value.shape == shape:
+        return value.to(dtype)
     raise ShardError(
         f"{first}: neither {type(model).__name__} nor {type(chain[-1]).__name__} has a rule that initialises it "
         "(_init_weights, reset_parameters): give a model with real weights, or checkpoint="
     )
+
+
+def _by_constructor(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """What no rule sets stays as the constructor left it; built once for all parameters of a model."""
+    known = _constructed.setdefault(model, {})
+    if seed not in known:
+        known[seed] = constructed(model, seed)
+    return known[seed]
 
 
 def initialize(model: nn.Module, seed: int) -> nn.Module:

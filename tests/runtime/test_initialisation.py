@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import shardcomp
 from shardcomp import presets
@@ -182,3 +182,18 @@ def test_a_rule_that_fails_is_refused_with_its_reason() -> None:
 
     with pytest.raises(ShardError, match="no luck"):
         _value("inner.weight", Failing())
+
+
+class _Scaled(LlamaForCausalLM):
+    """A model with a parameter that only its constructor sets."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.gain = nn.Parameter(torch.linspace(0.5, 2.0, 5))
+
+
+def test_what_no_rule_sets_stays_as_the_constructor_leaves_it() -> None:
+    with torch.device("meta"):
+        model = _Scaled(tiny())
+    assert torch.equal(_value("gain", model), torch.linspace(0.5, 2.0, 5))
+    assert torch.equal(_value(DRAWN, model), _value(DRAWN))
