@@ -47,7 +47,7 @@ _SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflat
 _SHAPES |= {aten.reshape_as, aten.ravel}
 _EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
 _DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
-_PRODUCTS = {aten.addmm, aten.mm, aten.baddbmm}
+_PRODUCTS = {aten.addmm, aten.mm, aten.matmul, aten.baddbmm}
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
 _TRIED = ((2, 17), (1, 2**20))
@@ -130,8 +130,6 @@ class _Rewriting:
                 target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
             elif packet in _SHAPES and before.dtype == after.dtype:
                 target, args, kwargs = aten.reshape.default, (source, list(after.shape)), {}
-            elif packet is aten.matmul and _is_transposed(args[1]):
-                target, args = aten.linear.default, (source, args[1].args[0])
             elif packet is aten.numpy_T and len(after.shape) == 2:
                 target = aten.t.default
             elif packet in _EXPANSIONS:
@@ -147,9 +145,11 @@ class _Rewriting:
         if _packet(node) is aten.baddbmm:
             return self._scaled_sum(args, kwargs, node)
         bias, rows, matrix = args if _packet(node) is aten.addmm else (None, *args)
-        if kwargs or not _is_weight(matrix) or bias is not None and len(value(bias).shape) != 1:
+        if kwargs or not (_is_weight(matrix) or _is_transposed(matrix)) or bias is not None and len(value(bias).shape) != 1:
             return None
         held = value(matrix)
+        if len(held.shape) != 2:
+            return None
         if _is_transposed(matrix):
             turned = matrix.args[0]
         else:

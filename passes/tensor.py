@@ -36,6 +36,7 @@ from shardcomp.program import (
     S,
     Unit,
     Value,
+    stored,
     tensor_arguments,
     value,
 )
@@ -282,7 +283,7 @@ class _Rewrite:
         key = (operand, use.placement, partial)
         if key not in cache:
             made = operand
-            for target, arguments, placement in path(now, use.placement, partial, held.requires_grad):
+            for target, arguments, placement in path(now, use.placement, partial, held.requires_grad, self.size):
                 with body.graph.inserting_before(user):
                     node = body.graph.call_function(target, (made, *arguments, AXIS))
                 node.meta = {"path": user.meta.get("path", ""), "value": _at(held, placement)}
@@ -299,11 +300,11 @@ class _Rewrite:
             now = done.placements[operand][0]
             if now == needed or (now.is_whole and not choice.form) or (now.is_copied and needed.is_whole):
                 continue
-            if rule is not None and now.dim is not None and rule.operands[i][now.dim] is None and not _is_parameter(operand):
+            if rule is not None and now.dim is not None and rule.operands[i][now.dim] is None and stored(operand) is None:
                 what = f"{where}: an operand of {_name(node)} is gathered"
                 self.degraded.append(Degraded(what, f"it is split on dimension {now.dim}, which the operator needs whole"))
-            if _is_parameter(operand):
-                what = f"{where}: the weight {operand.meta['path']} is gathered for {_name(node)}"
+            if (weight := stored(operand)) is not None and not now.is_whole:
+                what = f"{where}: the weight {weight.meta['path']} is gathered for {_name(node)}"
                 self.degraded.append(Degraded(what, "no rule lets the operator work on the weight as the policy cuts it"))
             elif not choice.ruled:
                 self.degraded.append(Degraded(f"{where}: {_name(node)} runs whole", "the operator has no rule"))

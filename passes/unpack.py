@@ -35,6 +35,7 @@ from shardcomp.program import (
     Program,
     S,
     Value,
+    stored,
     tensor_arguments,
     value,
 )
@@ -74,11 +75,9 @@ def take_apart(program: Program, wanted: Callable[[str], bool], ranks: int) -> P
 
 
 def _source(argument: Any) -> fx.Node | None:
-    """The parameter that an operand of a product is, maybe turned over."""
-    if isinstance(argument, fx.Node) and argument.target is aten.t.default and len(argument.users) == 1:
-        argument = argument.args[0]
-    is_parameter = isinstance(argument, fx.Node) and argument.op == "placeholder" and argument.meta["role"] == PARAMETER
-    return argument if is_parameter else None
+    """The parameter that an operand of a product is, where nothing else reads it turned over."""
+    only = isinstance(argument, fx.Node) and (argument.target is not aten.t.default or len(argument.users) == 1)
+    return stored(argument) if only else None
 
 
 @dataclass(frozen=True)

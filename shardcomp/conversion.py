@@ -34,14 +34,18 @@ _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often the whole tensor passes a rank."""
 
 
-def path(now: Placement, needed: Placement, partial_gradient: bool, requires_grad: bool) -> list[Step]:
-    """The collectives from one placement to another, given how the gradient comes back. Empty where nothing is to be done."""
+def path(now: Placement, needed: Placement, partial_gradient: bool, requires_grad: bool, parts: int) -> list[Step]:
+    """The collectives from one placement to another over `parts` ranks, given how the gradient comes back. Empty where nothing
+    is to be done."""
     if now == needed:
         return [(identity_allreduce, (), WHOLE)] if now.is_whole and partial_gradient and requires_grad else []
     if now.is_copied and needed.is_whole:
         return []  # each rank's gradient of it is a summand already
     if now.copies > needed.copies and needed.dim is not None:
         return [(narrow, (needed.dim, now.copies, needed.copies), needed)]
+    if now.is_whole and needed.dim is not None and needed.copies > 1:
+        summed: list[Step] = [(identity_allreduce, (), WHOLE)] if requires_grad else []
+        return [*summed, (narrow, (needed.dim, parts, needed.copies), needed)]
     if now.is_whole and needed.dim is not None:
         return [(split_allgather, (needed.dim,), needed)]
     if now.dim is not None and needed.dim is not None:
@@ -59,7 +63,7 @@ def path(now: Placement, needed: Placement, partial_gradient: bool, requires_gra
 def traffic(held: Value, now: Placement, needed: Placement, partial_gradient: bool, parts: int) -> float:
     """What the collectives on the way move, forward and backward, in bytes; a message counts as `MESSAGE` more."""
     total = 0.0
-    for target, _, _ in path(now, needed, partial_gradient, held.requires_grad):
+    for target, _, _ in path(now, needed, partial_gradient, held.requires_grad, parts):
         exchange = EXCHANGES[target]
         for op in (exchange.forward, exchange.backward if held.requires_grad else None):
             if op is not None:

@@ -140,6 +140,12 @@ def _parameter_plan(p: Any) -> ParameterPlan:
     return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part, copies)
 
 
+def _sample(tensor: int) -> tuple[int, int]:
+    """The (batch, length) for a model with static shapes: small, a length that splits, and no sizes that a model is likely to
+    have."""
+    return 3, -(-18 // tensor) * tensor
+
+
 def lower(
     model_or_config: Any,
     policy: Policy | str | Path,
@@ -167,7 +173,7 @@ def lower(
     if options.sequence_parallel and seq % mesh.tp:
         raise PlanError(f"seq = {seq} does not split over tensor = {mesh.tp}: use {-(-seq // mesh.tp) * mesh.tp}")
     model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
-    program = capture(model, signature, precision=options.precision, sample=sample)
+    program = capture(model, signature, precision=options.precision, sample=sample or _sample(mesh.tp))
     if policy.automatic:
         policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
     records = driver.run(program, Context(mesh, policy), PASSES)

@@ -191,6 +191,14 @@ def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def stored(argument: Any) -> fx.Node | None:
+    """The parameter that a call's argument is, as it is stored or turned over."""
+    while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.t.default:
+        argument = argument.args[0]
+    is_parameter = isinstance(argument, fx.Node) and argument.op == "placeholder" and argument.meta["role"] == PARAMETER
+    return argument if is_parameter else None
+
+
 @dataclass(frozen=True)
 class Contract:
     """What a pass needs to hold before it runs and what holds afterwards, in the words of `lowering.PASSES`."""

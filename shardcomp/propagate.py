@@ -18,7 +18,7 @@ from torch import fx
 
 from shardcomp.conversion import bytes_of, traffic
 from shardcomp.layout import PARTIAL, WHOLE, Placement, Size, copied, divides, split
-from shardcomp.program import PARAMETER, B, Body, Value, tensor_arguments
+from shardcomp.program import PARAMETER, B, Body, Value, stored, tensor_arguments
 from shardcomp.rules import Factoring, Form, factoring
 
 _FORBIDDEN = float("inf")
@@ -166,15 +166,11 @@ def _traffic(body: Body, done: Propagation, cutting: Cutting, finals: tuple[bool
     total = 0.0
     for (operand, needed, summed), now in asked.items():
         held = values(operand)[0]
-        if not _is_weight(operand):
+        if stored(operand) is None or now.is_whole and needed.copies > 1:
             total += traffic(held, now, needed, summed, cutting.parts)
         elif now != needed:
             total += _WEIGHT * bytes_of(held)
     return total
-
-
-def _is_weight(node: fx.Node) -> bool:
-    return node.op == "placeholder" and node.meta["role"] == PARAMETER
 
 
 def _origins(operands: list[fx.Node], choice: Choice, done: Propagation) -> frozenset[fx.Node]:
@@ -329,7 +325,7 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
     A sum is scattered only to where the residual stream lies: scattered elsewhere it would have to be gathered again.
     """
     held = values(operand)[0]
-    weight = _is_weight(operand)
+    weight = stored(operand) is not None
     size = bytes_of(held)
     if now == needed:
         if now.is_whole and partial_gradient and held.requires_grad and not weight:
@@ -339,6 +335,9 @@ def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial
         return 0.0 if partial_gradient or not held.requires_grad else _FORBIDDEN
     if now.copies > needed.copies and not needed.partial and needed.dim is not None:
         return 1.0 if is_narrowing(held, now, needed, cutting.parts) else _FORBIDDEN
+    if now.is_whole and needed.dim is not None and needed.copies > 1:
+        fits = divides(held.shape[needed.dim], cutting.parts // needed.copies)
+        return (2 * size if held.requires_grad else 0.0) if fits else _FORBIDDEN
     if now.copies > 1 or needed.copies > 1 or needed.partial:
         return _FORBIDDEN
     if now.is_split and not all(divides(d, cutting.parts) for d in _cut_sizes(held, now, needed)):
@@ -370,7 +369,7 @@ def _lost_cuts(
     """Operands whose cut this call has a factor for, but a size that does not divide."""
     for i, (operand, needed, dims) in enumerate(zip(operands, choice.operands, rule.operands, strict=True)):
         now = _placement(done, operand, node)
-        if _is_weight(operand):
+        if stored(operand) is not None:
             continue  # a weight that does not divide is found where the policy's word is given its meaning
         if now.dim is None or needed == now or not done.origins[operand]:
             continue

@@ -7,14 +7,13 @@ that an embedding looks up or a head makes. So a weight may be stored in any ori
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
 from shardcomp.layout import Layout, divides, split
 from shardcomp.policy import Policy
-from shardcomp.program import PARAMETER, Body, Program, Unit, tensor_arguments, value
+from shardcomp.program import PARAMETER, Body, Program, Unit, stored, tensor_arguments, value
 from shardcomp.rules import factoring
 
 UNEVEN = ("vocab",)
@@ -127,10 +126,3 @@ def _products(node: fx.Node) -> Iterator[fx.Node]:
         new = [operand for operand in tensor_arguments(each) if operand not in seen]
         seen.update(new)
         pending += new
-
-
-def stored(argument: Any) -> fx.Node | None:
-    """The parameter that an operand of a product is, as it is stored or turned over."""
-    while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.t.default:
-        argument = argument.args[0]
-    return argument if isinstance(argument, fx.Node) and _is_parameter(argument) else None

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from shardcomp.automatic.layers import head, lookups
-from shardcomp.program import INPUT, PARAMETER, Body, Program, tensor_arguments, value
+from shardcomp.program import INPUT, PARAMETER, Body, Program, stored, tensor_arguments, value
 from shardcomp.propagate import values
 from shardcomp.rules import factoring
-from shardcomp.weights import dimensions, key_value_weights, stored
+from shardcomp.weights import dimensions, key_value_weights
 
 Place = tuple[fx.Node, int, int]
 """A dimension of one of a call's results: (call, result, dimension)."""
