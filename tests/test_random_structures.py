@@ -1,0 +1,165 @@
+"""Drawn structures × sizes × topologies: what a model is made of does not matter. A legal plan agrees with the dense model and
+every fault planted in it is noticed; an illegal one is refused before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import event, given, note, settings
+from hypothesis import strategies as st
+from structures import CHOICES, Sizes, Structure, build, policy
+
+import shardcomp
+from shardcomp import ShardError
+
+KINDS = [("causal",)] * 4 + [("padded",), ("packed",)]
+HELD_BACK: dict[str, tuple[object, ...]] = {"loss": ("sliced",)}
+"""Values that the compiler does not take yet, by the choice they are of: a loss over `logits[:, :-1]` is captured for a single
+shape only, because the length that it is traced for may be two."""
+FAULTS = ("heads", "kv", "intermediate", "vocabulary")
+
+
+TAKEN = {name: [each for each in values if each not in HELD_BACK.get(name, ())] for name, values in CHOICES.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model and how it is to run. `fault`: the size that does not divide, None where all do."""
+
+    structure: Structure
+    sizes: Sizes
+    tensor: int
+    data: int
+    sequence_parallel: bool
+    micro_batch: int
+    fault: str | None = None
+
+    def policy(self) -> shardcomp.Policy:
+        return policy(
+            self.structure,
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            micro_batch=self.micro_batch,
+            precision="fp64",
+        )
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.data
+
+
+def per_head(structure: Structure) -> bool:
+    """Whether q, k and v of one head lie together, so that there are as many of each."""
+    return structure.projections.startswith("heads")
+
+
+@st.composite
+def heads(draw: st.DrawFn, structure: Structure, tensor: int) -> tuple[int, int, int]:
+    """Heads, key-value heads and the features of each, that fit `tensor`."""
+    features = draw(st.sampled_from([4, 6, 8]))
+    if not per_head(structure):
+        copied = [kv for kv in range(1, tensor) if tensor % kv == 0]
+        # A single key head is stored in pieces of its features, so these must divide.
+        copied = [kv for kv in copied if kv > 1 or features % tensor == 0]
+        if structure.qk_norm == "each_head":  # held back: a whole weight beside key heads that are held in copies
+            copied = [kv for kv in copied if kv == 1]
+        if copied and draw(st.booleans()):
+            return tensor * draw(st.integers(1, 2)), draw(st.sampled_from(copied)), features
+    kv = tensor * draw(st.integers(1, 2 if tensor > 1 else 3))
+    return kv * (1 if per_head(structure) else draw(st.integers(1, 3 if tensor < 3 else 2))), kv, features
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Six draws in ten fit their degree, by construction; the others have one size that does not."""
+    structure = Structure(**{name: draw(st.sampled_from(values)) for name, values in TAKEN.items()})
+    tensor = draw(st.sampled_from([2, 3, 4, 1]))
+    n, kv, features = draw(heads(structure, tensor))
+    sizes = Sizes(
+        hidden=draw(st.integers(16, 32)),
+        layers=2 if structure.mask == "alternating" else draw(st.sampled_from([1, 1, 2])),
+        heads=n,
+        kv=kv,
+        head_dim=features,
+        intermediate=tensor * draw(st.integers(4, 10)),
+        vocabulary=draw(st.integers(11, 60)),
+    )
+    options = {
+        "data": draw(st.sampled_from([1, 2])),
+        "sequence_parallel": draw(st.booleans()),
+        "micro_batch": draw(st.sampled_from([1, 2])),
+    }
+    plan = Plan(structure, sizes, tensor, **options)
+    fault = draw(st.sampled_from([None] * 6 + list(FAULTS)))
+    return plan if fault is None or tensor == 1 else draw(spoilt(plan, fault))
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, plan: Plan, fault: str) -> Plan:
+    """The same plan with a size that does not fit its degree."""
+    tensor, sizes = plan.tensor, plan.sizes
+    if fault == "kv" and not per_head(plan.structure):
+        kv, n = draw(st.sampled_from({2: [(3, 6)], 3: [(2, 6), (4, 12)], 4: [(3, 12), (6, 12)]}[tensor]))
+        return replace(plan, sizes=replace(sizes, heads=n, kv=kv), fault="kv")
+    if fault == "intermediate":
+        wrong = sizes.intermediate + draw(st.integers(1, tensor - 1))
+        return replace(plan, sizes=replace(sizes, intermediate=wrong), fault="intermediate")
+    if fault == "vocabulary" and tensor > 2:  # two ranks share any vocabulary of two
+        rows = draw(st.sampled_from({3: [2, 4], 4: [3, 5, 6, 9]}[tensor]))
+        return replace(plan, sizes=replace(sizes, vocabulary=rows), fault="vocabulary")
+    n = draw(st.sampled_from([n for n in range(2, 10) if n % tensor]))
+    return replace(plan, sizes=replace(sizes, heads=n, kv=n), fault="heads")
+
+
+def refused(plan: Plan) -> bool:
+    """Whether a plan is refused before anything runs."""
+    try:
+        shardcomp.lower(build(plan.structure, plan.sizes), plan.policy(), plan.world, seq=12)
+    except ShardError:
+        return True
+    return False
+
+
+@settings(max_examples=settings().max_examples * 2 // 5)
+@given(plan=plans(), kinds=st.sampled_from(KINDS), mutate=st.sampled_from([False] * 4 + [True]))
+def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(
+    plan: Plan, kinds: tuple[str, ...], mutate: bool
+) -> None:
+    event(f"illegal: {plan.fault}" if plan.fault else "legal")
+    note(f"{plan.structure}")
+    if plan.fault:
+        assert refused(plan), "a plan that cannot work was lowered"
+        return
+    if mutate:  # each fault is a run of its own
+        plan = replace(plan, data=1, micro_batch=1, sizes=replace(plan.sizes, layers=1))
+    model = build(plan.structure, plan.sizes)
+    found = shardcomp.verify(model, plan.policy(), plan.world, kinds=kinds, mutate=mutate)
+    assert found.ok, found
+
+
+ROWS = max(len(values) for values in TAKEN.values())
+
+
+def row(number: int) -> Structure:
+    """One of `ROWS` structures which together have every value of every choice."""
+    return Structure(**{name: values[(number + i) % len(values)] for i, (name, values) in enumerate(TAKEN.items())})
+
+
+@pytest.mark.parametrize("number", range(ROWS))
+def test_every_value_of_every_choice_agrees(number: int) -> None:
+    structure, tensor = row(number), (2, 3, 4)[number % 3]
+    sizes = Sizes(
+        layers=2 if structure.mask == "alternating" else 1,
+        heads=2 * tensor,
+        kv=2 * tensor if per_head(structure) else tensor,
+        intermediate=6 * tensor,
+    )
+    plan = Plan(structure, sizes, tensor, 1, number % 2 == 0, 1)
+    found = shardcomp.verify(build(structure, sizes), plan.policy(), plan.world, kinds=("causal",))
+    assert found.ok, found
+
+
+def test_the_covering_structures_hold_every_value() -> None:
+    for name, values in TAKEN.items():
+        assert {getattr(row(number), name) for number in range(ROWS)} == set(values)
