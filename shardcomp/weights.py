@@ -103,26 +103,28 @@ def module_of(unit: Unit, node: fx.Node) -> str:
 
 
 def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
-    """For every weight, biases among them, whose product is keys or values: (attention, weight, how many heads it makes)."""
+    """For every weight that makes keys or values, biases and norms among them: (attention, weight, how many heads it makes)."""
     for call in body.calls():
         rule = factoring(call)
         operands = tensor_arguments(call)
         for i in rule.coarse if rule else ():
-            for product in _products(operands[i]):
-                heads, rest = divmod(int(value(product).shape[-1]), int(value(operands[i]).shape[-1]))
-                for weight in map(stored, product.args[1:]) if not rest else ():
-                    if weight is not None:
-                        yield call, weight, heads
+            features = int(value(operands[i]).shape[-1])
+            for weight, width in _makers(operands[i]):
+                if width % features == 0:
+                    yield call, weight, width // features
 
 
-def _products(node: fx.Node) -> Iterator[fx.Node]:
-    """The products with weights that a value is made of by calls of other kinds."""
+def _makers(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """The weights that a value is made with, back to the product that made it first, and how many features each makes."""
     seen, pending = {node}, [node]
     while pending:
         each = pending.pop()
-        if each.target is torch.ops.aten.linear.default:
-            yield each
-            continue
-        new = [operand for operand in tensor_arguments(each) if operand not in seen]
-        seen.update(new)
-        pending += new
+        if _is_parameter(each):
+            yield from ((each, int(size)) for size in value(each).shape[-1:])
+        elif each.target is torch.ops.aten.linear.default:
+            found = [weight for argument in each.args[1:] if (weight := stored(argument)) is not None]
+            yield from ((weight, int(value(each).shape[-1])) for weight in found)
+        else:
+            new = [operand for operand in tensor_arguments(each) if operand not in seen]
+            seen.update(new)
+            pending += new
