@@ -31,6 +31,7 @@ from shardcomp.program import (
     Program,
     Unit,
     Value,
+    module_paths,
     tensor_arguments,
     value,
 )
@@ -41,10 +42,7 @@ CONTRACT = Contract(requires=frozenset({"canonical", "parts"}), provides=frozens
 def run(program: Program, context: Context) -> Program:
     [whole] = program.units
     calls = list(whole.body.calls())
-    modules = _modules(calls, program)
-    model_type = getattr(program.config, "model_type", None)
-    context.policy.check(program.parameters, modules, program.canonical_names(), model_type)
-    kinds = context.policy.unit_kinds(modules)
+    kinds = context.policy.unit_kinds(module_paths(program))
     order, home = _assign(calls, kinds, whole.body)
     entries = context.policy.weight_entries(program.parameters, program.canonical_names())
     pieces = [_Piece(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
@@ -150,17 +148,6 @@ def _home_path(piece: _Piece) -> str:
 
 def _role(node: fx.Node) -> str:
     return node.meta["role"] if node.op == "placeholder" else INPUT
-
-
-def _modules(calls: list[fx.Node], program: Program) -> list[str]:
-    """Every module path that a node or a parameter lies under, in order of execution."""
-    found: dict[str, None] = {}
-    paths = [node.meta["path"] for node in calls] + [p.module for p in program.parameters.values()]
-    for path in dict.fromkeys(paths):
-        parts = path.split(".") if path else []
-        for end in range(1, len(parts) + 1):
-            found.setdefault(".".join(parts[:end]))
-    return list(found)
 
 
 def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[list[str], dict[fx.Node, int]]:

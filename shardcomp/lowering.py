@@ -18,7 +18,7 @@ from shardcomp.inspect.report import report
 from shardcomp.mesh import Mesh
 from shardcomp.passes import canonicalize, emit, tensor, unflatten, units, unpack
 from shardcomp.policy import Policy
-from shardcomp.program import BUFFER, PARAMETER, Context, Program, Signature, Unit
+from shardcomp.program import BUFFER, PARAMETER, Context, Program, Signature, Unit, module_paths
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
 from shardcomp.runtime.model import Call
 
@@ -176,5 +176,7 @@ def lower(
     program = capture(model, signature, precision=options.precision, sample=sample or _sample(mesh.tp))
     if policy.automatic:
         policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
+    names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
+    policy.check(program.parameters, module_paths(program), names, model_type)
     records = driver.run(program, Context(mesh, policy), PASSES)
     return Lowered(model, policy, mesh, records, seq, micro_batch, batch)

@@ -1,4 +1,5 @@
-"""Patterns of module paths, as policy files write them: `*` is one segment, `{a,b}` are alternatives; and which claims what.
+"""Patterns of module paths, as policy files write them: `*` is one segment, `{a,b}` are alternatives, `{a|b}` are names of one
+module in different releases; and which claims what.
 
 model.layers.*.self_attn.{q,k,v}_proj
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _NAME = r"[\w-]+"
-_CHOICE = rf"\{{\s*{_NAME}\s*(?:,\s*{_NAME}\s*)*\}}"
+_CHOICE = rf"\{{\s*{_NAME}\s*(?:(?:,\s*{_NAME}\s*)*|(?:\|\s*{_NAME}\s*)*)\}}"
 _SEGMENT = re.compile(rf"\*|(?:{_NAME}|{_CHOICE})+")
 
 
@@ -31,6 +32,8 @@ class Pattern:
 
     text: str
     branches: tuple[Branch, ...]
+    either: tuple[bool, ...]
+    """For each pair of braces, whether its alternatives are names of which a release has one."""
 
     def matches(self, path: str) -> bool:
         """Whether some choice of alternatives gives `path`."""
@@ -43,7 +46,7 @@ class Pattern:
         if not alive:
             return [f"matches no module{_hint(self.branches[0].text, known)}"]
         found = []
-        for place in range(len(self.branches[0].chosen)):
+        for place in (place for place, either in enumerate(self.either) if not either):
             dead = {b.chosen[place]: b for b in self.branches if b.chosen[place] not in {a.chosen[place] for a in alive}}
             found += [f"alternative {word!r} matches no module{_hint(branch.text, known)}" for word, branch in dead.items()]
         return found
@@ -53,15 +56,17 @@ def parse(text: str) -> Pattern:
     """Parse one pattern. Raises ValueError that names the faulty segment."""
     for segment in text.split("."):
         if not _SEGMENT.fullmatch(segment):
-            raise ValueError(f"segment {segment!r} is neither a name, nor '*' alone, nor a name with alternatives {{a,b}}")
+            raise ValueError(
+                f"segment {segment!r} is neither a name, nor '*' alone, nor a name with alternatives {{a,b}} or {{a|b}}"
+            )
     pieces = re.split(r"\{([^}]*)\}", text)
-    choices = [[word.strip() for word in piece.split(",")] for piece in pieces[1::2]]
+    choices = [[word.strip() for word in re.split("[,|]", piece)] for piece in pieces[1::2]]
     branches = []
     for chosen in itertools.product(*choices):
         plain = "".join(itertools.chain(*itertools.zip_longest(pieces[::2], chosen, fillvalue="")))
         regex = r"\.".join(r"[^.]+" if segment == "*" else re.escape(segment) for segment in plain.split("."))
         branches.append(Branch(plain, chosen, re.compile(regex)))
-    return Pattern(text, tuple(branches))
+    return Pattern(text, tuple(branches), tuple("|" in piece for piece in pieces[1::2]))
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,9 @@ class Policy:
         if model_type not in (None, self.family) and lost * 2 > len(entries):
             files = _families()
             right = (
-                f"use {_SHIPPED}/{files[model_type].name}" if model_type in files else f"no file has that family. {_own(files)}"
+                f"use {_SHIPPED}/{files[model_type].name}"
+                if model_type in files
+                else f"no file has that family: use {AUTO}. {_own(files)}"
             )
             texts.insert(0, f"this policy is for the family {self.family!r}, but the model's type is {model_type!r}: {right}")
         raise_all(PolicyError, self.source, texts)

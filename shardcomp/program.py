@@ -176,6 +176,18 @@ class Program:
         return {alias: parameter.name for parameter in self.parameters.values() for alias in parameter.aliases}
 
 
+def module_paths(program: Program) -> list[str]:
+    """Every module path that a call or a parameter of an uncut Program lies under, in order of execution."""
+    [whole] = program.units
+    found: dict[str, None] = {}
+    paths = [node.meta["path"] for node in whole.body.calls()] + [p.module for p in program.parameters.values()]
+    for path in dict.fromkeys(paths):
+        parts = path.split(".") if path else []
+        for end in range(1, len(parts) + 1):
+            found.setdefault(".".join(parts[:end]))
+    return list(found)
+
+
 def value(node: fx.Node) -> Value:
     """What is known of a node's result."""
     found = node.meta["value"]

@@ -89,6 +89,15 @@ def test_a_star_is_one_segment_and_braces_are_alternatives(pattern: str, path: s
     assert patterns.parse(pattern).matches(path) is matches
 
 
+def test_of_the_names_of_one_module_in_different_releases_one_must_match() -> None:
+    pattern = patterns.parse("{lm_head|embed_out}")
+    assert pattern.faults(["embed_out"]) == pattern.faults(["lm_head"]) == []
+    assert pattern.faults(["zzz"]) == ["matches no module"]
+    assert patterns.parse("{mlp|ffn}.{up,down}").faults(["ffn.up"]) == ["alternative 'down' matches no module"]
+    with pytest.raises(ValueError, match="neither a name"):
+        patterns.parse("{a,b|c}")
+
+
 def test_one_combination_of_alternatives_may_be_missing_if_each_alternative_is_of_use() -> None:
     assert patterns.parse("{attn,mlp}.{q,up}").faults(["attn.q", "mlp.up"]) == []
 

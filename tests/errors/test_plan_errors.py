@@ -23,10 +23,10 @@ def lower(config: Any = None, world: int | None = None, seq: int = 16, **options
 
 
 def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:
-    with pytest.raises(
-        PolicyError, match=r"num_attention_heads = 4 and num_key_value_heads = 2 cannot be split over tensor = 8"
-    ):
-        lower(tensor=8)
+    with pytest.raises(PolicyError, match=r"num_attention_heads = 4 cannot be split over tensor = 8: use 1, 2, 4$"):
+        lower(tensor=8)  # the two key-value heads could be held in copies
+    with pytest.raises(PolicyError, match=r"num_attention_heads = 6 and num_key_value_heads = 3 .* tensor = 2: use 1, 3"):
+        lower(tiny(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8), tensor=4)
 
 
 def test_every_weight_that_does_not_divide_is_in_one_message() -> None:
@@ -94,7 +94,7 @@ def test_passes_in_an_impossible_order_are_refused_before_any_runs() -> None:
 
 def test_a_pass_or_rank_that_does_not_exist_is_named() -> None:
     lowered = lower()
-    with pytest.raises(PlanError, match="there are capture, canonicalize, units, tensor, emit"):
+    with pytest.raises(PlanError, match="there are capture, canonicalize, unflatten, unpack, units, tensor, emit"):
         lowered.listing(after="fuse")
     with pytest.raises(PlanError, match="rank 7"):
         lowered.listing(rank=7)

@@ -153,9 +153,12 @@ def test_a_unit_inside_a_unit_is_refused(tmp_path: Path) -> None:
 def test_a_policy_of_another_family_says_so_first() -> None:
     modules = ["transformer.wte", "transformer.h.0", "transformer.h.0.attn.c_attn", "lm_head"]
     with pytest.raises(PolicyError) as caught:
-        Policy.load("llama").check([f"{module}.weight" for module in modules], modules, model_type="gpt2")
+        Policy.load("llama").check([f"{module}.weight" for module in modules], modules, model_type="codegen")
     first = str(caught.value).splitlines()[1]
-    assert "1. this policy is for the family 'llama', but the model's type is 'gpt2': no file has that family" in first
+    assert (
+        "1. this policy is for the family 'llama', but the model's type is 'codegen': no file has that family: use auto. Write"
+        in first
+    )
 
 
 def test_a_policy_of_another_family_names_the_right_file(tmp_path: Path) -> None:
