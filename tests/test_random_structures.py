@@ -151,3 +151,14 @@ def test_every_value_of_every_choice_agrees(number: int) -> None:
 def test_the_covering_structures_hold_every_value() -> None:
     for name, values in CHOICES.items():
         assert {getattr(row(number), name) for number in range(ROWS)} == set(values)
+
+
+@pytest.mark.parametrize("number", range(ROWS))
+def test_auto_splits_as_much_as_the_policy_and_sends_no_more(number: int) -> None:
+    structure = row(number)
+    sizes = Sizes(layers=2, heads=4, kv=4 if per_head(structure) else 2, intermediate=12)
+    plan = Plan(structure, sizes, 2, 1, number % 2 == 1, 1)
+    auto = shardcomp.Policy.load("auto", **plan.policy().asked)
+    mine, found = (shardcomp.lower(build(structure, sizes), each, 2, seq=12).report() for each in (plan.policy(), auto))
+    assert found["memory"]["parameters"] <= mine["memory"]["parameters"]
+    assert sum(m["bytes"] for m in found["collectives"]) <= sum(m["bytes"] for m in mine["collectives"])

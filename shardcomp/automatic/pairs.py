@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from shardcomp.automatic.layers import head, lookups
+from shardcomp.layout import same
 from shardcomp.program import INPUT, PARAMETER, Body, Program, stored, tensor_arguments, value
 from shardcomp.propagate import values
 from shardcomp.rules import factoring
@@ -105,7 +106,9 @@ def _families(body: Body) -> Iterator[_Family]:
 
 
 def _same_factor(node: fx.Node) -> Iterator[list[Place]]:
-    """For each factor of a call, the dimensions that it stands for."""
+    """For each factor of a call, the dimensions that it stands for. A dimension that the call must have whole, and gives back
+    in the same place, stays one as well, as the features of a norm do: the weights around it are cut, and it is gathered for
+    the call."""
     rule = factoring(node)
     if rule is None:
         return
@@ -120,6 +123,12 @@ def _same_factor(node: fx.Node) -> Iterator[list[Place]]:
             if factor is not None:
                 places.setdefault(factor, []).append((node, index, dim))
     yield from places.values()
+    first, results = tensor_arguments(node)[:1], values(node)
+    if len(first) == len(results) == 1 and len(values(first[0])) == 1:
+        before, after = value(first[0]).shape, results[0].shape
+        for dim, (cut, made) in enumerate(zip(rule.operands[0], rule.results[0], strict=False)):
+            if cut is made is None and len(before) == len(after) and same(before[dim], after[dim]):
+                yield [(first[0], 0, dim), (node, 0, dim)]
 
 
 def _rank(node: fx.Node) -> int:
