@@ -67,8 +67,10 @@ def heads(draw: st.DrawFn, structure: Structure, tensor: int) -> tuple[int, int,
 def plans(draw: st.DrawFn) -> Plan:
     """Six draws in ten fit their degree, by construction; the others have one size that does not."""
     structure = Structure(**{name: draw(st.sampled_from(values)) for name, values in CHOICES.items()})
+    if draw(st.booleans()):  # what a model writes out itself is captured twice, so it is drawn less often
+        structure = replace(structure, attention="interface")
     fault = draw(st.sampled_from([None] * 6 + list(FAULTS)))
-    mutate = fault is None and draw(st.sampled_from([False] * 3 + [True]))
+    mutate = fault is None and draw(st.sampled_from([False] * 4 + [True]))
     tensor = 2 if mutate else draw(st.sampled_from([2, 3, 4, 1]))  # each planted fault is a run of its own
     n, kv, features = draw(heads(structure, tensor))
     sizes = Sizes(
@@ -80,7 +82,7 @@ def plans(draw: st.DrawFn) -> Plan:
         intermediate=tensor * draw(st.integers(4, 10)),
         vocabulary=draw(st.integers(11, 60)),
     )
-    data, micro_batch = (1, 1) if mutate else (draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2])))
+    data, micro_batch = (1, 1) if mutate else (draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 2])))
     plan = Plan(structure, sizes, tensor, data, draw(st.booleans()), micro_batch, mutate=mutate)
     return plan if fault is None or tensor == 1 else draw(spoilt(plan, fault))
 
@@ -113,7 +115,7 @@ def refused(plan: Plan) -> bool:
     return False
 
 
-@settings(max_examples=settings().max_examples * 2 // 5)
+@settings(max_examples=settings().max_examples * 3 // 10)
 @given(plan=plans(), kinds=st.sampled_from(KINDS))
 def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(plan: Plan, kinds: tuple[str, ...]) -> None:
     event(f"illegal: {plan.fault}" if plan.fault else "legal, with faults planted" if plan.mutate else "legal")
