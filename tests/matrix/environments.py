@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +36,7 @@ def pinned() -> list[str]:
     return [line.removeprefix("transformers==") for line in lines if line.startswith("transformers==")]
 
 
-def python_of(pair: Pair, folder: Path) -> Path:
+def python_of(pair: Pair, folder: Path, say: Callable[[str], None] = lambda what: None) -> Path:
     """The interpreter of a pair's environment, which is made in `folder` where it is not there yet. Raises NotInstalled."""
     if pair.transformers == version("transformers") and pair.torch in (None, version("torch").partition("+")[0]):
         return Path(sys.executable)
@@ -45,6 +46,7 @@ def python_of(pair: Pair, folder: Path) -> Path:
         return python
     wanted = [f"transformers=={pair.transformers}", *([f"torch=={pair.torch}"] if pair.torch else [])]
     with _PIP:
+        say(f"{pair}: installing into {home}")
         _run(sys.executable, "-m", "venv", "--clear", "--without-pip", str(home))
         here = sysconfig.get_path("purelib")
         packages = sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)})

@@ -16,10 +16,8 @@ import transformers
 from families import families, tiny_config
 
 import shardcomp
-from shardcomp import presets
-from shardcomp.capture import capture
 from shardcomp.errors import PolicyError
-from shardcomp.lowering import TRAINING, lower
+from shardcomp.lowering import Lowered, lower
 from shardcomp.policy import Policy
 from shardcomp.program import Program
 
@@ -68,31 +66,30 @@ def _send(sender: Connection, name: str) -> None:
 def result(name: str) -> dict[str, Any]:
     """Capture in bf16, as training does, with the operators and the listing of that; and verify in float64."""
     config = tiny_config(name)
-    policy = _policy(config, precision="bf16")
-    if policy is None:
-        program = capture(presets.build(config), TRAINING, precision="bf16")
-        capture(presets.build(config), TRAINING, precision="fp64")
-        return _captured(program) | {"unverified": "no policy"}
-    lowered = lower(config, policy, seq=24)
-    found = _captured(lowered.records[0].program) | {"policy": policy.name, "listing": lowered.listing()}
+    lowered, unfit = _lowered(config)
+    policy = lowered.policy
+    found = _captured(lowered.records[0].program) | {"unfit": unfit, "listing": lowered.listing()}
+    found["policy"] = policy.name if policy.options.tensor > 1 else None
     if any(degraded.startswith("self-check: ") for degraded in found["degraded"]):
         return found | {"unverified": "the model itself fails"}
     verified = shardcomp.verify(config, policy.replace(precision="fp64"), shrink={"none": True})
     return found | {"ok": verified.ok, "deviation": max(verified.deviation.values()), "worst": verified.worst}
 
 
-def _policy(config: Any, **options: Any) -> Policy | None:
-    """The policy that is derived from the model, or else that of its family."""
-    for load in (lambda: Policy.load("auto", tensor=2, **options), lambda: _own_policy(config, **options)):
+def _lowered(config: Any) -> tuple[Lowered, list[str]]:
+    """Under the policy of the model's family, or else under the one that is derived from the model. Where neither fits, under
+    one that splits nothing: the captured model is compared with the dense one all the same. And why policies do not fit."""
+    unfit = []
+    for load in (Policy.for_model, lambda _: Policy.load("auto")):
         try:
-            return load()
+            policy = load(config.model_type)
         except PolicyError:
-            continue
-    return None
-
-
-def _own_policy(config: Any, **options: Any) -> Policy:
-    return Policy.for_model(config.model_type).replace(tensor=2, **options)
+            continue  # there is none
+        try:
+            return lower(config, policy.replace(tensor=2, precision="bf16"), seq=24), unfit
+        except PolicyError as error:
+            unfit.append(str(error))
+    return lower(config, Policy(config.model_type, asked={"precision": "bf16"}), seq=24), unfit
 
 
 def _captured(program: Program) -> dict[str, Any]:

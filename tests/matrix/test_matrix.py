@@ -7,9 +7,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
+from families import tiny_config
 from matrix.comparison import differing_lines, differing_operators, failed, newest, notes, table
 from matrix.environments import Pair, pinned, python_of
-from matrix.one import _apart
+from matrix.one import _apart, _lowered
+
+from shardcomp.errors import PolicyError
+from shardcomp.patterns import Entry, parse
+from shardcomp.policy import Policy
 
 
 def captured(**changes: Any) -> dict[str, Any]:
@@ -29,7 +35,7 @@ RESULTS = {
     "5.23.0": {
         "llama": captured(),
         "bloom": captured(capture="static", degraded=["shape: for (3, 18) alone"]),
-        "olmo3": {key: held for key, held in captured(unverified="no policy").items() if key not in ("ok", "listing")},
+        "olmo3": captured(policy=None, unfit=['policies/olmo3.toml: line 3: "head" matches no module']),
         "mpt": {"error": "not done after 300 s"},
     },
 }
@@ -41,7 +47,7 @@ def test_operators_are_counted_against_the_newest_release() -> None:
 
 
 def test_lines_are_counted_against_the_newest_release() -> None:
-    assert differing_lines("a\nx\ny\n", "a\nb\n") == "+2 −1"
+    assert differing_lines("a\nx\ny\n", "a\nb\n") == "+2−1"
     assert differing_lines("a\n", "a\n") == ""
 
 
@@ -57,18 +63,17 @@ def test_a_model_that_the_newest_release_does_not_capture_is_compared_with_the_n
     assert newest(results, "mpt") == {}
 
 
-def test_the_table_has_a_line_for_every_model_and_release() -> None:
-    lines = [" ".join(line.split()) for line in table(RESULTS).splitlines()[2:]]
-    assert lines == [
-        "4.53.3 llama dynamic 2.0e-15 differ +2 −1 3",
-        "5.23.0 llama dynamic 2.0e-15 newest newest 3",
-        "4.53.3 bloom static, degraded 2.0e-15 FAILED same same 3",
-        "5.23.0 bloom static 2.0e-15 newest newest 3",
-        "4.53.3 olmo3 not in this release 0",
-        "5.23.0 olmo3 dynamic no policy newest none 3",
-        "4.53.3 mpt FAILED 0",
-        "5.23.0 mpt FAILED 0",
+def test_the_table_has_a_line_for_every_model_and_a_column_for_every_release() -> None:
+    lines = [line.split("  ") for line in table(RESULTS).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells[0] == ["4.53.3", "5.23.0"]
+    assert cells[2:6] == [
+        ["llama", "2e-15 o +2−1", "2e-15"],
+        ["bloom", "2e-15 FAILED sa", "2e-15 s"],
+        ["olmo3", "–", "2e-15 dense"],
+        ["mpt", "FAILED", "FAILED"],
     ]
+    assert cells[-1] == ["4 of 7 passed, 3 failed, 2 with static shapes only, 1 not in their release, 0 minutes"]
 
 
 def test_the_notes_name_every_failure_and_every_difference() -> None:
@@ -77,6 +82,7 @@ def test_the_notes_name_every_failure_and_every_difference() -> None:
         "  4.53.3 bloom: gradients lm_head.weight is off by 5.0e-01, of 1e-09 allowed\n"
         "  4.53.3 mpt: CaptureError: no graph\n"
         "  5.23.0 mpt: not done after 300 s",
+        'Policies that do not fit the release\n  olmo3 (5.23.0): policies/olmo3.toml: line 3: "head" matches no module',
         "Static shapes only: captured again for every shape\n  bloom (4.53.3, 5.23.0)",
         "Not as one attention operator, or not compared with the model\n  bloom (4.53.3): attention: its own",
         "Operators that the newest release does not have (+) or has more of (−)\n"
@@ -96,3 +102,18 @@ def test_what_is_here_needs_no_environment_of_its_own() -> None:
 def test_a_model_that_fails_or_hangs_is_a_result() -> None:
     assert _apart("no such kind", 60)["error"].startswith("ValueError: ")
     assert _apart("llama", 0.0) == {"error": "not done after 0 s"}
+
+
+def test_a_model_is_lowered_under_the_policy_of_its_family() -> None:
+    lowered, unfit = _lowered(tiny_config("llama"))
+    assert (lowered.policy.name, lowered.policy.options.tensor, unfit) == ("llama", 2, [])
+
+
+def test_where_no_policy_fits_the_model_is_compared_all_the_same_and_why_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> Policy:
+        raise PolicyError(f"no policy {name}")
+
+    monkeypatch.setattr(Policy, "for_model", lambda _: Policy("llama", (Entry(parse("zzz"), "vocab", 3),), source="mine"))
+    monkeypatch.setattr(Policy, "load", none)
+    lowered, unfit = _lowered(tiny_config("llama"))
+    assert (lowered.policy.options.tensor, unfit) == (1, ['mine: line 3: "zzz" matches no module'])
