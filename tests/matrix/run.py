@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
     parser.add_argument("--versions", nargs="+", default=pinned(), help="releases of transformers (default: those pinned)")
     parser.add_argument("--torch", nargs="+", default=[], help="releases of torch to run beside the one that is here")
-    parser.add_argument("--models", nargs="+", default=[*GATE, *MORE], help="kinds of model, as in tests/families.py")
+    kinds = [*GATE, *MORE]
+    parser.add_argument("--models", nargs="+", default=kinds, choices=kinds, metavar="KIND", help="as in tests/families.py")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="where the environments are")
     parser.add_argument("--jobs", type=int, default=2, help="releases at a time")
@@ -41,16 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = [Pair(version, torch) for version in versions for torch in (None, *options.torch)]
     pairs.sort(key=lambda pair: (pair.torch is None, _number(pair.transformers)))  # what is here and newest comes last
     progress = Progress(len(pairs) * len(options.models))
+    results: dict[str, dict[str, Any]] = {}
+    untested: dict[str, str] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = list(pool.map(lambda pair: _outcome(pair, options, progress), pairs))
-    results = {str(pair): found for pair, found in zip(pairs, outcomes, strict=True) if isinstance(found, dict)}
-    untested = {str(pair): found for pair, found in zip(pairs, outcomes, strict=True) if isinstance(found, str)}
+        for pair, outcome in zip(pairs, pool.map(lambda pair: _outcome(pair, options, progress), pairs), strict=True):
+            if isinstance(outcome, dict):
+                results[str(pair)] = outcome
+            else:
+                untested[str(pair)] = outcome
+            if options.json:  # after every release: a run takes long
+                options.json.write_text(json.dumps({"results": results, "untested": untested}, indent=1, ensure_ascii=False))
     print(table(results))
     print("\n" + notes(results))
-    for pair, why in untested.items():
-        print(f"\nNot tested: {pair}: {why}")
-    if options.json:
-        options.json.write_text(json.dumps({"results": results, "untested": untested}, indent=1, ensure_ascii=False))
+    for name, why in untested.items():
+        print(f"\nNot tested: {name}: {why}")
     missing = any(pair.torch is None for pair in pairs if str(pair) in untested)
     return int(missing or any(failed(found) for models in results.values() for found in models.values()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from families import tiny_config
+from matrix import run
 from matrix.comparison import differing_lines, differing_operators, failed, newest, notes, table
 from matrix.environments import Pair, pinned, python_of
 from matrix.one import _apart, _lowered
@@ -117,3 +119,35 @@ def test_where_no_policy_fits_the_model_is_compared_all_the_same_and_why_is_said
     monkeypatch.setattr(Policy, "load", none)
     lowered, unfit = _lowered(tiny_config("llama"))
     assert (lowered.policy.options.tensor, unfit) == (1, ['mine: line 3: "zzz" matches no module'])
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        ({"4.53.3": {"llama": captured()}}, 0),
+        ({"4.53.3": {"llama": captured(ok=False, worst=WORST)}}, 1),
+        ({"4.53.3": "does not install here: no such release"}, 1),
+        ({"5.23.0 with torch 2.11.0": "does not install here: too large"}, 0),
+    ],
+)
+def test_a_model_that_fails_and_a_release_that_is_not_there_end_in_an_error_another_torch_that_is_not_there_does_not(
+    outcomes: dict[str, Any],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "_outcome", lambda pair, *_: outcomes.get(str(pair), {"llama": captured()}))
+    written = tmp_path / "results.json"
+    asked = ["--models", "llama", "--versions", "5.23.0", "4.53.3", "--torch", "2.11.0", "--json", str(written)]
+    assert run.main(asked) == status
+    held = json.loads(written.read_text())
+    assert list(held["results"] | held["untested"]).index("5.23.0") >= 2  # the newest comes last
+    said = capsys.readouterr().out
+    assert all(f"Not tested: {pair}: {why}" in said for pair, why in outcomes.items() if isinstance(why, str))
+
+
+def test_a_kind_of_model_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--models", "lama"])
+    assert "invalid choice: 'lama'" in capsys.readouterr().err
