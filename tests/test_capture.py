@@ -12,6 +12,7 @@ import torch
 from families import tiny_config
 from models import tiny
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -19,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from shardcomp import presets
 from shardcomp.capture import capture, self_check
+from shardcomp.capture.mapped import broadcast
 from shardcomp.capture.masks import Mask, MaskToken, UnclearMask, classify
 from shardcomp.errors import CaptureError
 from shardcomp.kernels.attention import _seen, attention
@@ -249,6 +251,68 @@ def test_a_mask_that_the_model_makes_itself_becomes_a_bias() -> None:
     ] * 2
     assert [degraded.what for degraded in program.degraded] == ["attention"]
     assert self_check(program, model) <= 1e-14
+
+
+class MaskByIndices(LlamaForCausalLM):
+    """Makes its mask as transformers does where a model says more of it than its class: a function of four indices, mapped."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **given: Any) -> Any:
+        rows, length = input_ids.shape
+        known = input_ids.new_ones((rows, length), dtype=torch.bool)
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & torch.tensor(True) & known[row, key]
+
+        for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+            seen = torch.vmap(seen, in_dims=dims)
+        with TransformGetItemToIndex():
+            mask = seen(torch.arange(rows), torch.arange(1), torch.arange(length), torch.arange(length))
+        return super().forward(input_ids=input_ids, labels=labels, attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_a_mask_that_is_mapped_over_its_indices_is_the_operators_that_this_runs(precision: str) -> None:
+    torch.manual_seed(0)
+    model = MaskByIndices(tiny())
+    program = capture(model, TRAINING, precision=precision)
+    assert all(hasattr(node.target, "_schema") or node.target is attention for node in program.units[0].body.calls())
+    assert program.static_shape is None and len(attentions(program)) == 2
+    assert self_check(program, model) <= (1e-2 if precision == "bf16" else 1e-14)
+
+
+MAPPED: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "all": ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)),
+    "two at once": ((None, None, None, 0), (None, None, 0, None), (0, 0, None, None)),
+    "in another order": ((0, None, None, None), (None, None, None, 0), (None, 0, 0, None)),
+}
+TABLE = torch.arange(12.0).reshape(3, 4)
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "all four": lambda a, b, c, d: TABLE[a, d] + 2 * b - c,
+    "one": lambda a, b, c, d: c * 3,
+    "none": lambda a, b, c, d: torch.tensor(7),
+}
+
+
+@pytest.mark.parametrize("dims", MAPPED)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_function_of_numbers_is_mapped_by_broadcasting_as_torch_maps_it(function: str, dims: str) -> None:
+    def mapped() -> Tensor:
+        call = FUNCTIONS[function]
+        for each in MAPPED[dims]:
+            call = torch.vmap(call, in_dims=each)
+        sizes = (3, 3, 3, 4) if dims != "all" else (3, 2, 5, 4)
+        return call(*(torch.arange(size) for size in sizes))
+
+    expected = mapped()
+    with broadcast():
+        got = mapped()
+    assert torch.equal(got, expected)
+
+
+def test_any_other_function_is_mapped_by_torch() -> None:
+    with broadcast():
+        assert torch.equal(torch.vmap(torch.sum)(torch.ones(2, 3)), torch.tensor([3.0, 3.0]))
+        assert torch.equal(torch.vmap(torch.dot, in_dims=(0, None))(torch.ones(2, 3), torch.ones(3)), torch.tensor([3.0, 3.0]))
 
 
 class FixedLength(LlamaForCausalLM):

@@ -1,8 +1,8 @@
 """A HuggingFace model as a Program: one call of it, captured as a flat graph of ATen operators and one attention operator.
 
-The parts: `twin` copies the model without its data, `interface` and `masks` stand in for its attention, `export` traces the
-call, `flatten` makes a plain graph of the trace and `writes` new values of what it writes in place, `evaluate` runs a graph,
-`check` compares it with the model.
+The parts: `twin` copies the model without its data, `interface` and `masks` stand in for its attention, `mapped` for a vmap,
+`export` traces the call, `flatten` makes a plain graph of the trace and `writes` new values of what it writes in place,
+`evaluate` runs a graph, `check` compares it with the model.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
+from shardcomp.capture.mapped import broadcast
 from shardcomp.errors import CaptureError
 from shardcomp.precision import Widened
 from shardcomp.program import Signature
@@ -51,10 +52,9 @@ def export(
         # torch prints the graph so far to stderr where an export fails; the error that is raised says what matters.
         quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
         modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
-        with modes[0], modes[1], modes[2], torch.enable_grad(), quiet[0], quiet[1]:
-            exported = torch.export.export(
-                module, (), given, strict=False, dynamic_shapes=shapes if shortest is not None else None
-            )
+        free = shapes if shortest is not None else None
+        with broadcast(), modes[0], modes[1], modes[2], torch.enable_grad(), quiet[0], quiet[1]:
+            exported = torch.export.export(module, (), given, strict=False, dynamic_shapes=free)
     finally:
         hook.remove()
     assert results.kind is not None
