@@ -75,6 +75,7 @@ def _summary(results: Results) -> str:
     tried = [one for one in every if not one.get("absent")]
     counts = {
         "failed": sum(failed(one) for one in tried),
+        "under a plan that splits nothing": sum(one.get("policy", "") is None for one in tried),
         "with static shapes only": sum(one.get("capture") == "static" for one in tried),
         "not in their release": len(every) - len(tried),
     }
