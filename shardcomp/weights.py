@@ -103,28 +103,36 @@ def module_of(unit: Unit, node: fx.Node) -> str:
 
 
 def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
-    """For every weight that makes keys or values, biases and norms among them: (attention, weight, how many heads it makes)."""
+    """For every weight that makes keys or values, biases and norms over all of them too: (attention, weight, heads)."""
     for call in body.calls():
         rule = factoring(call)
         operands = tensor_arguments(call)
         for i in rule.coarse if rule else ():
             features = int(value(operands[i]).shape[-1])
-            for weight, width in _makers(operands[i]):
-                if width % features == 0:
+            products, others = _made_with(operands[i])
+            widths = {int(value(product).shape[-1]) for product in products}
+            for product in products:
+                heads, rest = divmod(int(value(product).shape[-1]), features)
+                for weight in map(stored, product.args[1:]) if not rest else ():
+                    if weight is not None:
+                        yield call, weight, heads
+            for weight in others:
+                if value(weight).shape[-1:] and (width := int(value(weight).shape[-1])) in widths and width % features == 0:
                     yield call, weight, width // features
 
 
-def _makers(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
-    """The weights that a value is made with, back to the product that made it first, and how many features each makes."""
+def _made_with(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The products with weights that a value is made of, and the parameters that are met on the way back to them."""
     seen, pending = {node}, [node]
+    products, parameters = [], []
     while pending:
         each = pending.pop()
         if _is_parameter(each):
-            yield from ((each, int(size)) for size in value(each).shape[-1:])
+            parameters.append(each)
         elif each.target is torch.ops.aten.linear.default:
-            found = [weight for argument in each.args[1:] if (weight := stored(argument)) is not None]
-            yield from ((weight, int(value(each).shape[-1])) for weight in found)
+            products.append(each)
         else:
             new = [operand for operand in tensor_arguments(each) if operand not in seen]
             seen.update(new)
             pending += new
+    return products, parameters

@@ -25,7 +25,7 @@ def lower(config: Any = None, world: int | None = None, seq: int = 16, **options
 def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:
     with pytest.raises(PolicyError, match=r"num_attention_heads = 4 cannot be split over tensor = 8: use 1, 2, 4$"):
         lower(tensor=8)  # the two key-value heads could be held in copies
-    with pytest.raises(PolicyError, match=r"num_attention_heads = 6 and num_key_value_heads = 3 .* tensor = 2: use 1, 3"):
+    with pytest.raises(PolicyError, match=r"num_attention_heads = 6 and num_key_value_heads = 3 .* tensor = 4: use 1, 3"):
         lower(tiny(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8), tensor=4)
 
 

@@ -20,6 +20,7 @@ from shardcomp.inspect.report import render, report, size_text
 from shardcomp.layout import PARTIAL, Layout, split
 from shardcomp.lowering import lower
 from shardcomp.mesh import Mesh
+from shardcomp.patterns import Entry, parse
 from shardcomp.policy import Policy
 from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Program, S, Signature, Unit, Value
 from shardcomp.ranks import run_ranks
@@ -77,7 +78,7 @@ def by_hand(tensor: int = 2, data: int = 2) -> Any:
         mesh=mesh,
         degraded=[Degraded("a thing", "a reason")],
     )
-    policy = Policy.load("llama", tensor=tensor)
+    policy = Policy("net", (Entry(parse("layers.*.up"), "colwise"),), (), {"tensor": tensor}, source="policies/llama.toml")
     return SimpleNamespace(
         program=program, mesh=mesh, policy=policy, seq=LENGTH, micro_batch=BATCH, global_batch=BATCH * data * 2
     )
@@ -100,6 +101,8 @@ def test_model_mesh_and_policy_are_what_was_lowered() -> None:
     assert (options["tensor"], options["data"], options["micro_batch"], options["sequence_parallel"]) == (2, 2, BATCH, True)
     assert found["step"] == {"seq": LENGTH, "micro_batch": BATCH, "global_batch": 8}
     assert found["degraded"] == [{"what": "a thing", "why": "a reason"}]
+    why = "no entry of [weights] splits it"
+    assert found["replicated"] == [{"what": "layers.*.norm.weight", "parameters": LAYERS * H, "why": why}]
 
 
 def test_memory_counts_this_ranks_share_of_what_is_cut_and_no_gradient_of_what_is_frozen() -> None:
