@@ -66,11 +66,13 @@ class FaultyAxis(Axis):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: what it is, the blueprint that has it, and what it changes on a built model."""
+    """One fault: what it is, the blueprint that has it, and what it changes on a built model. `gradient_of`: the model's
+    parameter whose gradient alone it falsifies, if there is one."""
 
     what: str
     blueprint: Blueprint
     plant: Callable[[ShardedModel], None] = lambda sharded: None
+    gradient_of: str | None = None
 
 
 def mutants(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
@@ -143,7 +145,9 @@ def _partial_gradients(program: Program, blueprint: Blueprint) -> Iterator[Mutan
                 seen.add(key)
                 plan = replace(blueprint.parameters[name], partial_gradient=())
                 changed = {**blueprint.parameters, name: plan}
-                yield Mutant(f"{name}: partial gradient not added up", replace(blueprint, parameters=changed))
+                packed = program.parameters[name].part
+                faulty = replace(blueprint, parameters=changed)
+                yield Mutant(f"{name}: partial gradient not added up", faulty, gradient_of=packed.of if packed else name)
 
 
 def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:

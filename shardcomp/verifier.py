@@ -295,9 +295,13 @@ def _mutation(
     precision: str,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Plant each fault in turn; a fault survives if the comparison still passes."""
+    """Plant each fault in turn; a fault survives if the comparison still passes. What falsifies a gradient that is zero, as
+    that of a bias is which all keys share, is no fault."""
     total, survivors = 0, []
+    floor = FLOOR * float(exact.norm["causal"])
     for mutant in mutants(lowered.program, lowered.blueprint()):
+        if mutant.gradient_of is not None and float(exact.gradients["causal"][mutant.gradient_of].norm()) <= floor:
+            continue
         total += 1
         progress(f"mutant {total}: {mutant.what}")
         outcome = _sharded(lowered, given, [], mutant)
