@@ -66,7 +66,7 @@ class FaultyAxis(Axis):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: what it is, the blueprint that has it, and what it changes on a built model. `gradient_of`: the model's
+    """One fault: what it is, the blueprint that has it, and what it changes on a built model. `gradient_of`: the
     parameter whose gradient alone it falsifies, if there is one."""
 
     what: str
@@ -145,9 +145,8 @@ def _partial_gradients(program: Program, blueprint: Blueprint) -> Iterator[Mutan
                 seen.add(key)
                 plan = replace(blueprint.parameters[name], partial_gradient=())
                 changed = {**blueprint.parameters, name: plan}
-                packed = program.parameters[name].part
                 faulty = replace(blueprint, parameters=changed)
-                yield Mutant(f"{name}: partial gradient not added up", faulty, gradient_of=packed.of if packed else name)
+                yield Mutant(f"{name}: partial gradient not added up", faulty, gradient_of=name)
 
 
 def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:

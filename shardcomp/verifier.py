@@ -300,7 +300,7 @@ def _mutation(
     total, survivors = 0, []
     floor = FLOOR * float(exact.norm["causal"])
     for mutant in mutants(lowered.program, lowered.blueprint()):
-        if mutant.gradient_of is not None and float(exact.gradients["causal"][mutant.gradient_of].norm()) <= floor:
+        if mutant.gradient_of is not None and float(_gradient(lowered, mutant.gradient_of, exact).norm()) <= floor:
             continue
         total += 1
         progress(f"mutant {total}: {mutant.what}")
@@ -308,6 +308,12 @@ def _mutation(
         if _compare(outcome, exact, rough, precision)[2]:
             survivors.append(mutant.what)
     return {"total": total, "killed": total - len(survivors), "survivors": survivors}
+
+
+def _gradient(lowered: Lowered, name: str, exact: Outcome) -> Tensor:
+    """The dense model's gradient of a parameter, which may be a part of a packed one."""
+    part, gradients = lowered.program.parameters[name].part, exact.gradients["causal"]
+    return gradients[part.of].index_select(part.dim, torch.tensor(part.rows())) if part else gradients[name]
 
 
 def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any]) -> str:
