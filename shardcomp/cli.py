@@ -137,7 +137,7 @@ def _inspect(args: argparse.Namespace) -> tuple[int, str]:
     if args.diff is not None and args.listing:
         args.parser.error("--listing and --diff each print something else: give one of them")
     policy = _policy(args)
-    world = policy.mesh(args.world or policy.options.tensor * (policy.options.data or 1)).world_size
+    world = policy.mesh(args.world or policy.options.ranks).world_size
     if not 0 <= args.rank < world:
         raise PlanError(f"rank {args.rank}: the world has the ranks 0 to {world - 1}")
     from shardcomp.inspect.report import render

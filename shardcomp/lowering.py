@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,13 @@ class Lowered:
         kind = program.output_type
         return Blueprint(
             name=program.name,
-            source=program.source["model.py"],
+            sources=tuple(program.source.values()),
             mesh=program.mesh,
             precision=self.policy.options.precision,
             inputs=tuple(name for name, _ in program.signature.inputs),
             token_inputs=program.tokens.inputs if program.tokens else (),
             outputs=program.signature.outputs,
-            units=tuple(UnitPlan(u.path, _names(u, PARAMETER), _names(u, BUFFER)) for u in program.units),
+            units=tuple(_unit_plan(unit) for unit in program.units),
             parameters={name: _parameter_plan(p) for name, p in program.parameters.items()},
             buffers={name: b.value for name, b in program.buffers.items()},
             persistent_buffers=tuple(name for name, b in program.buffers.items() if b.persistent),
@@ -105,6 +105,9 @@ class Lowered:
             output_split=output_split,
             output_type=f"{kind.__module__}:{kind.__qualname__}",
             seed=self.policy.options.seed,
+            schedule=self.policy.options.schedule,
+            zero=self.policy.options.zero,
+            offload=self.policy.options.offload != "none",
         )
 
     def for_call(self, call: Call, shape: tuple[int, int]) -> Blueprint:
@@ -126,6 +129,10 @@ class Lowered:
         """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the
         compiler."""
         self.blueprint().save(directory)
+
+
+def _unit_plan(unit: Unit) -> UnitPlan:
+    return UnitPlan(unit.path, _names(unit, PARAMETER), _names(unit, BUFFER), **asdict(unit.plan))
 
 
 def _names(unit: Unit, role: str) -> dict[str, str]:
@@ -166,7 +173,7 @@ def lower(
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
     options = policy.options
-    mesh = policy.mesh(world_size or options.tensor * (options.data or 1))
+    mesh = policy.mesh(world_size or options.ranks)
     batch = global_batch or mesh.dp * micro_batch
     if batch % (mesh.dp * micro_batch):
         raise PlanError(f"a global batch of {batch} is not a multiple of data × micro-batch = {mesh.dp} × {micro_batch}")
@@ -178,5 +185,5 @@ def lower(
         policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
     names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
     policy.check(program.parameters, module_paths(program), names, model_type)
-    records = driver.run(program, Context(mesh, policy), PASSES)
+    records = driver.run(program, Context(mesh, policy, micro_batch, seq), PASSES)
     return Lowered(model, policy, mesh, records, seq, micro_batch, batch)

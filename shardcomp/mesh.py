@@ -12,6 +12,8 @@ AXES = ("pp", "dp", "cp", "tp")
 """Outermost first: neighbouring ranks share a tensor-parallel group."""
 FACTORS = ("tp_kv", "tp_rep")
 """What tp is factored into, outermost first."""
+SHARDING = ("dp_replicate", "dp_shard")
+"""What dp is factored into where ZeRO shares over groups of ranks, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Mesh:
 
     copies: where there are more tensor-parallel ranks than key-value heads, tp is factored into (tp_kv, tp_rep): the pieces of
     some weights lie along tp_kv, and each is held by the `copies` neighbouring ranks along tp_rep.
+    replicas: how many copies there are of what ZeRO shares; dp is factored into (dp_replicate, dp_shard).
     """
 
     pp: int = 1
@@ -27,6 +30,7 @@ class Mesh:
     cp: int = 1
     tp: int = 1
     copies: int = 1
+    replicas: int = 1
 
     @property
     def world_size(self) -> int:
@@ -35,6 +39,8 @@ class Mesh:
     def size(self, axis: str) -> int:
         if axis in FACTORS:
             return self.copies if axis == FACTORS[1] else self.tp // self.copies
+        if axis in SHARDING:
+            return self.replicas if axis == SHARDING[0] else self.dp // self.replicas
         return int(getattr(self, axis))
 
     def coordinates(self, rank: int) -> dict[str, int]:

@@ -92,7 +92,7 @@ def _messages(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
                     text = _with_axis(program, node, name)
                     where = ".".join(part for part in (unit.path, node.meta["path"]) if part)
                     what = f"{where}: {node.target.__name__}, {operation} in {phase}: {fault}"  # type: ignore[union-attr]
-                    yield Mutant(what, replace(blueprint, source=text), _plant_axis(name, str(node.args[-1]), phase, fault))
+                    yield Mutant(what, replace(blueprint, sources=(text,)), _plant_axis(name, str(node.args[-1]), phase, fault))
 
 
 def _sent(node: fx.Node) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from shardcomp.errors import PolicyError, raise_all
-from shardcomp.patterns import nearest
+from shardcomp.patterns import nearest, parse
+from shardcomp.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,30 @@ def _either(words: tuple[str, ...]) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
+def _is_recompute(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    number = value.removeprefix("every:")
+    return value in RECOMPUTE or (number != value and number.isdigit() and int(number) > 0)
+
+
+def _is_offload(value: object) -> bool:
+    """A word, or patterns of units: one as text, several as a list."""
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not patterns:
+        return False
+    try:
+        return value in OFFLOAD or all(parse(pattern) for pattern in patterns)
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
+def _is_counts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(type(n) is int and n > 0 for n in value)
+
+
+RECOMPUTE = ("none", "full", "selective")
+OFFLOAD = ("none", "optimizer", "parameters", "all")
 _SWITCH = Legal("true or false", "{true,false}", lambda v: type(v) is bool)
 
 
@@ -51,17 +77,89 @@ class Options:
 
     tensor: int = _option(1, _from(1), "degree of tensor parallelism (default 1)")
     data: int | None = _option(None, _from(1), "degree of data parallelism (default: the ranks that are left)")
+    pipeline: int = _option(1, _from(1), "degree of pipeline parallelism (default 1)")
     sequence_parallel: bool | None = _option(
         None, _SWITCH, "split the activations between tensor-parallel blocks by sequence (default: true when tensor > 1)"
     )
+    zero: int = _option(
+        0,
+        Legal("0, 1, 2 or 3", "{0,1,2,3}", lambda v: type(v) is int and 0 <= v <= 3),
+        "what data-parallel ranks share: 1 optimizer states, 2 gradients, 3 parameters as well (default 0: nothing)",
+    )
+    replicate: int = _option(1, _from(1), "copies of what zero shares: each group of data / N ranks has one (default 1)")
+    schedule: str = _option("1f1b", _word(*SCHEDULES), "order of a pipeline's forwards and backwards (default 1f1b)")
+    virtual_stages: int | None = _option(
+        None, _from(1), "stages of one pipeline rank (default: 2 for interleaved, zbv and dualpipev, else 1)"
+    )
+    stage_layers: tuple[int, ...] | None = _option(
+        None,
+        Legal("the number of layers of each stage, such as 8,8,8,7", "N,N,...", _is_counts),
+        "how many layers each stage has (default: balanced by cost)",
+    )
+    recompute: str = _option(
+        "none",
+        Legal(f"{', '.join(RECOMPUTE)} or every:N", "{none,full,selective,every:N}", _is_recompute, RECOMPUTE),
+        "what a backward computes again instead of keeping it (default none)",
+    )
+    offload: str | tuple[str, ...] = _option(
+        "none",
+        Legal(f"{', '.join(OFFLOAD)} or patterns of units", "{none,optimizer,parameters,all,PATTERN}", _is_offload, OFFLOAD),
+        "what the host keeps: the optimizer's, also the parameters, or those of the units that match (default none)",
+    )
     micro_batch: int | None = _option(None, _from(1), "samples per micro-batch (default: the whole batch)")
-    precision: str = _option("bf16", _word("bf16", "fp32", "fp64"), "the dtype to compute in (default bf16)")
+    precision: str = _option("bf16", _word("bf16", "fp32", "fp16", "fp64"), "the dtype to compute in (default bf16)")
     seed: int = _option(0, _from(0), "seed of the initial weights and of dropout (default 0)")
 
     def __post_init__(self) -> None:
-        raise_all(PolicyError, "options", violations({name: getattr(self, name) for name in _FIELDS}))
+        asked = {name: getattr(self, name) for name in _FIELDS}
+        raise_all(PolicyError, "options", violations(asked))
+        for name, value in asked.items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         if self.sequence_parallel is None:
             object.__setattr__(self, "sequence_parallel", self.tensor > 1)
+        if self.virtual_stages is None:
+            object.__setattr__(self, "virtual_stages", SCHEDULES[self.schedule].stages_per_rank if self.pipeline > 1 else 1)
+        raise_all(PolicyError, "options", self._conflicts())
+
+    @property
+    def ranks(self) -> int:
+        """The ranks that these degrees make, with data = 1 where nothing is said of it."""
+        return self.pipeline * (self.data or 1) * self.tensor
+
+    @property
+    def stages(self) -> int:
+        """The stages of all pipeline ranks together."""
+        assert self.virtual_stages is not None
+        return self.pipeline * self.virtual_stages
+
+    def _conflicts(self) -> list[str]:
+        """A message for every option that another one forbids."""
+        found = []
+        schedule, virtual = SCHEDULES[self.schedule], self.virtual_stages
+        if self.pipeline == 1 and virtual != 1:
+            found.append(f"virtual_stages = {virtual} needs a pipeline: use pipeline = 2 or more, or leave it out")
+        elif self.pipeline > 1 and not schedule.interleaves and virtual != schedule.stages_per_rank:
+            several = _either(tuple(name for name, each in SCHEDULES.items() if each.interleaves))
+            found.append(
+                f"virtual_stages = {virtual}, but {self.schedule} runs {schedule.stages_per_rank} on each rank: "
+                f"leave it out, or use schedule = {several}"
+            )
+        elif self.stage_layers is not None and len(self.stage_layers) != self.stages:
+            found.append(
+                f"stage_layers names {len(self.stage_layers)} stages, but pipeline × virtual stages = {self.pipeline} × "
+                f"{virtual} makes {self.stages}: give {self.stages} numbers"
+            )
+        if self.replicate > 1 and self.zero == 0:
+            found.append(f"replicate = {self.replicate} makes copies of what zero shares, but zero = 0: use zero = 1, 2 or 3")
+        if self.data is not None and self.data % self.replicate:
+            found.append(f"replicate = {self.replicate} does not divide data = {self.data}: use {_divisors(self.data)}")
+        if self.offload not in ("none", "optimizer") and self.zero != 3:
+            found.append(
+                f"offload = {_text(self.offload)} leaves no parameters on the device between uses, as zero = 3 does, "
+                f"but zero = {self.zero}: use zero = 3, or offload = optimizer"
+            )
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Option name -> value."""
@@ -69,6 +167,10 @@ class Options:
 
 
 _FIELDS: dict[str, Field[Any]] = {option.name: option for option in fields(Options)}
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def violations(asked: Mapping[str, object], place: Callable[[str], str] = lambda name: "") -> list[str]:
@@ -107,17 +209,22 @@ def options_from(args: argparse.Namespace) -> dict[str, Any]:
 def flags(asked: Mapping[str, Any]) -> list[str]:
     """The flags that ask for these options: what `options_from` reads back."""
     shown = {name: value for name, value in asked.items() if value is not None}
-    return [
-        word
-        for name, value in shown.items()
-        for word in ("--" + name.replace("_", "-"), str(value).lower() if isinstance(value, bool) else str(value))
-    ]
+    return [word for name, value in shown.items() for word in ("--" + name.replace("_", "-"), _text(value))]
 
 
-def _read(text: str) -> int | bool | str:
-    """A flag's value as a policy file would have it; a word that is neither number nor switch stays text."""
+def _text(value: Any) -> str:
+    """A value as a flag takes it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(each) for each in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(text: str) -> int | bool | str | tuple[int, ...]:
+    """A flag's value as a policy file would have it; a word that is neither number, numbers nor switch stays text."""
     if text in ("true", "false"):
         return text == "true"
+    if re.fullmatch(r"\d+(,\d+)+", text):
+        return tuple(int(word) for word in text.split(","))
     try:
         return int(text)
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -48,9 +49,10 @@ class Policy:
         raise_all(PolicyError, self.source, violations(self.asked) or self._unsplit())
 
     def _unsplit(self) -> list[str]:
-        if self.automatic or self.options.tensor == 1 or any(entry.value != "whole" for entry in self.weights):
+        tensor = self.options.tensor
+        if self.automatic or tensor == 1 or any(entry.value != "whole" for entry in self.weights):
             return []
-        return [f"tensor = {self.options.tensor}, but no entry of [weights] splits anything: add entries, or use tensor = 1"]
+        return [f"tensor = {tensor}, but no entry of [weights] splits anything: add entries, or use tensor = 1"]
 
     @cached_property
     def options(self) -> Options:
@@ -95,18 +97,26 @@ class Policy:
 
     def mesh(self, world_size: int) -> Mesh:
         """The mesh over `world_size` ranks; data parallelism takes what the other degrees leave. Raises PolicyError."""
-        tensor, data = self.options.tensor, self.options.data
-        if world_size < 1 or world_size % tensor:
+        options = self.options
+        degrees = {"tensor": options.tensor, "pipeline": options.pipeline}
+        named = " and ".join(f"{name} = {size}" for name, size in degrees.items() if size > 1 or name == "tensor")
+        model = math.prod(degrees.values())
+        if world_size < 1 or world_size % model:
             legal = ", ".join(str(n) for n in range(1, min(world_size, 1024) + 1) if world_size % n == 0)
-            hint = f": use tensor = {legal}" if legal else ""
-            raise PolicyError(f"{self.source}: tensor = {tensor} does not divide a world of {world_size} ranks{hint}")
-        left = world_size // tensor
-        if data not in (None, left):
+            what = "tensor" if options.pipeline == 1 else "pipeline × tensor"
+            hint = f": use {what} = {legal}" if legal else ""
+            verb = "does" if options.pipeline == 1 else "do"
+            raise PolicyError(f"{self.source}: {named} {verb} not divide a world of {world_size} ranks{hint}")
+        left = world_size // model
+        if options.data not in (None, left):
             raise PolicyError(
-                f"{self.source}: tensor = {tensor} and data = {data} make {tensor * data} ranks, "
+                f"{self.source}: {named.replace(' and', ',')} and data = {options.data} make {model * options.data} ranks, "
                 f"but the world has {world_size}: use data = {left}, or leave it out"
             )
-        return Mesh(dp=left, tp=tensor)
+        if left % options.replicate:
+            legal = ", ".join(str(n) for n in range(1, left + 1) if left % n == 0)
+            raise PolicyError(f"{self.source}: replicate = {options.replicate} does not divide data = {left}: use {legal}")
+        return Mesh(pp=options.pipeline, dp=left, tp=options.tensor, replicas=options.replicate)
 
     def weight_entries(
         self, parameters: Iterable[str], aliases: Mapping[str, str] | None = None, model_type: str | None = None

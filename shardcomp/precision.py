@@ -16,7 +16,7 @@ _CASTS = ("float", "half", "bfloat16")
 _FLOATING = {torch.ones, torch.zeros, torch.empty, torch.eye, torch.linspace, torch.rand, torch.randn}
 _FROM_NUMBERS = {torch.tensor, torch.full, torch.arange}
 """What makes a tensor of the default dtype unless its arguments name one: always, or where a number among them is a float."""
-_COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+_COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def compute_dtype(precision: str) -> torch.dtype:

@@ -103,6 +103,21 @@ class Body:
         return tuple(self.output.args[0])  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for a unit.
+
+    stage: which of the model's stages runs it, counted over all pipeline ranks. recompute: what its backward computes again:
+    none, full, or selective (all but what `keep` marks in its body). reshard: whether its parameters are put back in pieces
+    between its forward and its backward. offload: whether the host keeps them, what the optimizer needs of them included.
+    """
+
+    stage: int = 0
+    recompute: str = "none"
+    reshard: bool = False
+    offload: bool = False
+
+
 @dataclass
 class Unit:
     """The smallest piece that is gathered, recomputed or sent as a whole: normally a decoder layer.
@@ -118,6 +133,7 @@ class Unit:
     outputs: tuple[str, ...]
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    plan: Plan = Plan()
 
 
 @dataclass(frozen=True)
@@ -222,7 +238,10 @@ class Contract:
 
 @dataclass
 class Context:
-    """What every pass may read: the mesh, the policy with its options resolved, and the model's size limits."""
+    """What every pass may read: the mesh, the policy with its options resolved, and the [b, s] of one micro-batch that costs
+    are weighed for."""
 
     mesh: Mesh
     policy: Any
+    batch: int = 1
+    length: int = 2048

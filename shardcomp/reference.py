@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from shardcomp.capture.twin import configs
 from shardcomp.precision import Widened
+from shardcomp.runtime.blueprint import COMPUTE
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -70,7 +71,7 @@ def steps(vocabulary: int, rows: int, length: int, seed: int) -> list[Batch]:
 
 def dense(model: nn.Module, precision: str, given: Mapping[str, Batch], updates: list[Batch]) -> Outcome:
     """Run the dense model. `precision` fp64 widens every cast of the model; bf16 computes in bfloat16."""
-    dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = COMPUTE[precision]
     reference = in_dtype(model, dtype).train()
     found = Outcome()
     with _widened(precision):

@@ -28,9 +28,9 @@ from shardcomp.sharding import allocate, weights_of
 from shardcomp.weights import module_of
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
-"""Largest relative deviation, by precision. bf16 is judged by its distance from float64, see `BF16_FACTOR`."""
-BF16_FACTOR = 1.5
-"""How much further from float64 a bf16 plan may be than the dense bf16 model is."""
+"""Largest relative deviation, by precision. bf16 and fp16 are judged by their distance from float64, see `ROUGH_FACTOR`."""
+ROUGH_FACTOR = 1.5
+"""How much further from float64 a plan of 16 bits may be than the dense model in the same dtype is."""
 FLOOR = 1e-6
 """A gradient is compared with its own norm, or with this share of the norm of all gradients if that is larger."""
 MAX_RANKS = 16
@@ -78,7 +78,7 @@ def verify(
     options = policy.options
     model, name = _small_model(model_or_config, policy, world_size, shrink or {}, progress)
     model, dropped = without_dropout(model)
-    mesh = policy.mesh(world_size or options.tensor * (options.data or 1))
+    mesh = policy.mesh(world_size or options.ranks)
     if mesh.world_size > MAX_RANKS:
         raise VerifyError(
             f"a world of {mesh.world_size} ranks: verify runs at most {MAX_RANKS}; verify a smaller one of its kind"
@@ -94,8 +94,8 @@ def verify(
     updates = steps(vocabulary, rows, length, options.seed) if options.precision == "fp64" else []
     progress("dense model")
     precision = options.precision
-    exact = dense(model, "fp64" if precision == "bf16" else precision, given, updates)
-    rough = dense(model, "bf16", given, updates) if precision == "bf16" else None
+    exact = dense(model, precision if precision in TOLERANCE else "fp64", given, updates)
+    rough = None if precision in TOLERANCE else dense(model, precision, given, updates)
     lowered = lower(model, plan, mesh.world_size, seq=length)
     _refuse_dropout(lowered)
     progress(f"{mesh.world_size} ranks")
@@ -265,20 +265,20 @@ def _compare(
 
 
 def _compare_rough(tally: _Tally, got: Outcome, exact: Outcome, rough: Outcome) -> None:
-    """bf16: everything may be at most `BF16_FACTOR` times as far from float64 as the dense bf16 model is."""
+    """bf16: everything may be at most `ROUGH_FACTOR` times as far from float64 as the dense bf16 model is."""
 
     def joined(outcome: Outcome, kind: str) -> Tensor:
         return torch.cat([outcome.gradients[kind][name].flatten().double() for name in exact.gradients[kind]])
 
     for kind in got.loss:
         mine, dense_one = (_relative(joined(o, kind), joined(exact, kind)) for o in (got, rough))
-        tally.add("gradients", kind, mine, BF16_FACTOR * dense_one)
+        tally.add("gradients", kind, mine, ROUGH_FACTOR * dense_one)
     losses = [torch.stack([o.loss[k].double() for k in got.loss]) for o in (got, rough, exact)]
     # One number each: compared with the size of bf16's own rounding where the dense model is closer by luck.
     rounding = float(torch.finfo(torch.bfloat16).eps) / 2
-    tally.add("loss", "", _relative(losses[0], losses[2]), max(BF16_FACTOR * _relative(losses[1], losses[2]), rounding))
+    tally.add("loss", "", _relative(losses[0], losses[2]), max(ROUGH_FACTOR * _relative(losses[1], losses[2]), rounding))
     if got.logits is not None and exact.logits is not None and rough.logits is not None:
-        tally.add("logits", "", _relative(got.logits, exact.logits), BF16_FACTOR * _relative(rough.logits, exact.logits))
+        tally.add("logits", "", _relative(got.logits, exact.logits), ROUGH_FACTOR * _relative(rough.logits, exact.logits))
 
 
 def _relative(a: Tensor, b: Tensor, floor: float = 0.0) -> float:

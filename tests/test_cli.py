@@ -51,7 +51,7 @@ def test_every_option_of_a_policy_is_a_flag_of_every_command_that_plans(capsys: 
         (("plan", "tiny"), "invalid choice: 'plan'"),
         (("inspect",), "MODEL"),
         (("inspect", "tiny", "--tens", "2"), "unrecognized arguments: --tens"),
-        (("inspect", "tiny", "--zero", "1"), "unrecognized arguments: --zero"),
+        (("inspect", "tiny", "--context", "1"), "unrecognized arguments: --context"),
         (("inspect", "tiny", "--world", "0"), "'0' is not a whole number, 1 or more"),
         (("inspect", "tiny", "--seq", "long"), "'long' is not a whole number"),
         (("inspect", "tiny", "--after", "tensor"), "give it with --listing"),

@@ -84,5 +84,5 @@ def test_a_blueprint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_saved_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="model.py"):
+    with pytest.raises(PlanError, match="plan.json"):
         Blueprint.load(tmp_path)

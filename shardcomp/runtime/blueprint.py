@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,12 @@ from shardcomp.mesh import Mesh
 from shardcomp.parts import Part
 
 _loading = threading.Lock()
-_SOURCE, _PLAN, _BUFFERS = "model.py", "plan.json", "buffers.safetensors"
+_PLAN, _BUFFERS = "plan.json", "buffers.safetensors"
+
+
+def source_files(stages: int) -> list[str]:
+    """The names of the files that hold the Python of a model of so many stages."""
+    return [f"stage_{index}.py" for index in range(stages)] if stages > 1 else ["model.py"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,16 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A unit: its path, and for its parameters and buffers the name in the emitted code -> the name in the model."""
+    """A unit: its path, and for its parameters and buffers the name in the emitted code -> the name in the model; and what was
+    decided for it, in the words of `program.Plan`."""
 
     path: str
     parameters: dict[str, str]
     buffers: dict[str, str]
+    stage: int = 0
+    recompute: str = "none"
+    reshard: bool = False
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,11 +75,12 @@ class Blueprint:
 
     `inputs` are the caller's; `token_inputs` those that counting the labels needs. The sequence length must be a multiple of
     `sequence_multiple`. `output_split`: output name -> (dimension that tp cuts, global size). `output_type`: "module:class" of
-    what the model returns. `seed`: what dropout starts from.
+    what the model returns. `seed`: what dropout starts from. `sources`: the Python of each stage, in the order of the model.
+    `offload`: whether the host keeps what the optimizer needs.
     """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     mesh: Mesh
     precision: str
     inputs: tuple[str, ...]
@@ -85,36 +97,43 @@ class Blueprint:
     output_split: dict[str, tuple[int, int]] = field(default_factory=dict)
     output_type: str = "builtins:dict"
     seed: int = 0
+    schedule: str = "1f1b"
+    zero: int = 0
+    offload: bool = False
 
-    def module(self) -> ModuleType:
-        """The emitted source, imported from a real file, so that tracebacks and debuggers show its lines."""
-        digest = hashlib.sha256(self.source.encode()).hexdigest()[:16]
+    def module(self, stage: int = 0) -> ModuleType:
+        """The emitted source of a stage, imported from a real file, so that tracebacks and debuggers show its lines."""
+        source = self.sources[stage]
+        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         name = f"shardcomp_emitted_{digest}"
         with _loading:
-            return sys.modules[name] if name in sys.modules else self._import(name, digest)
+            return sys.modules[name] if name in sys.modules else self._import(source, name, digest)
 
-    def _import(self, name: str, digest: str) -> ModuleType:
+    def _import(self, source: str, name: str, digest: str) -> ModuleType:
         home = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}"
         home.mkdir(exist_ok=True, mode=0o700)
         if home.stat().st_uid != os.getuid():  # somebody else's folder is not a place to run code from
             home = Path(tempfile.mkdtemp(prefix="shardcomp-"))
         folder = home / digest
         folder.mkdir(exist_ok=True)
-        path = folder / _SOURCE
-        if not path.exists() or path.read_text() != self.source:
+        path = folder / source_files(1)[0]
+        if not path.exists() or path.read_text() != source:
             scratch = path.with_suffix(f".{os.getpid()}.tmp")
-            scratch.write_text(self.source)
+            scratch.write_text(source)
             scratch.replace(path)
         return _load(path, name)
 
     def save(self, directory: str | Path) -> None:
-        """Write `model.py`, `plan.json` and the buffers. An edited `model.py` is what `load` then runs."""
+        """Write `model.py` (`stage_N.py` for several stages), `plan.json`, the buffers. `load` runs the sources as edited."""
         from safetensors.torch import save_file
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _SOURCE).write_text(self.source)
-        plan = {key: held for key, held in asdict_shallow(self).items() if key not in ("source", "buffers")}
+        names = source_files(len(self.sources))
+        for name, source in zip(names, self.sources, strict=True):
+            (folder / name).write_text(source)
+        plan = {key: held for key, held in asdict_shallow(self).items() if key != "buffers"}
+        plan["sources"] = names
         plan["mesh"] = asdict(self.mesh)
         plan["units"] = [asdict(unit) for unit in self.units]
         plan["parameters"] = {name: asdict(parameter) for name, parameter in self.parameters.items()}
@@ -127,10 +146,16 @@ class Blueprint:
         from safetensors.torch import load_file
 
         folder = Path(directory)
-        missing = [name for name in (_SOURCE, _PLAN, _BUFFERS) if not (folder / name).is_file()]
-        if missing:
-            raise PlanError(f"{folder}: no {', '.join(missing)}; give a directory that save_source wrote")
+
+        def require(names: Sequence[str]) -> None:
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise PlanError(f"{folder}: no {', '.join(missing)}; give a directory that save_source wrote")
+
+        require((_PLAN, _BUFFERS))
         plan: dict[str, Any] = json.loads((folder / _PLAN).read_text())
+        require(plan["sources"])
+        plan["sources"] = tuple((folder / name).read_text() for name in plan["sources"])
         plan["mesh"] = Mesh(**plan["mesh"])
         plan["units"] = tuple(UnitPlan(**unit) for unit in plan["units"])
         plan["parameters"] = {
@@ -149,7 +174,7 @@ class Blueprint:
             plan[key] = tuple(plan[key])
         plan["output_split"] = {key: (dim, size) for key, (dim, size) in plan["output_split"].items()}
         plan["static_shape"] = plan["static_shape"] and tuple(plan["static_shape"])
-        return Blueprint(source=(folder / _SOURCE).read_text(), buffers=load_file(folder / _BUFFERS), **plan)
+        return Blueprint(buffers=load_file(folder / _BUFFERS), **plan)
 
 
 def asdict_shallow(blueprint: Blueprint) -> dict[str, Any]:
@@ -169,7 +194,7 @@ def _load(path: Path, name: str) -> ModuleType:
     return module
 
 
-MASTER = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+MASTER = {"bf16": torch.float32, "fp32": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
 """The dtype that parameters, gradients and reductions have, by precision."""
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
 """The dtype that a forward computes in, by precision."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,11 +59,14 @@ def own(folder: Path, text: str) -> Policy:
             HEAD + "[options]\ntensr = 2\n",
             "line 3: unknown option 'tensr': did you mean 'tensor'? The options are tensor, data",
         ),
-        (HEAD + "[options]\nzero = 1\n", "line 3: unknown option 'zero': "),
+        (HEAD + "[options]\nzero = 4\n", "line 3: zero = 4: use 0, 1, 2 or 3"),
         (HEAD + '[options]\ntensor = "2"\n', 'line 3: tensor = "2": use a whole number, 1 or more'),
         (HEAD + "[options]\nmicro_batch = 0\n", "line 3: micro_batch = 0: use a whole number, 1 or more"),
         (HEAD + "[options]\ndata = true\n", "line 3: data = true: use a whole number, 1 or more"),
-        (HEAD + '[options]\nprecision = "fp46"\n', 'line 3: precision = "fp46": use bf16, fp32 or fp64; the nearest is fp64'),
+        (
+            HEAD + '[options]\nprecision = "fp46"\n',
+            'line 3: precision = "fp46": use bf16, fp32, fp16 or fp64; the nearest is fp64',
+        ),
         (HEAD + "[options]\nsequence_parallel = 1\n", "line 3: sequence_parallel = 1: use true or false"),
         (HEAD + "[options]\nseed = -1\n", "line 3: seed = -1: use a whole number, 0 or more"),
         (HEAD + "[options]\ntensor = 2\n", "tensor = 2, but no entry of [weights] splits anything"),
@@ -186,3 +190,26 @@ def test_degrees_that_do_not_make_the_world_are_refused(options: dict[str, int],
     with pytest.raises(PolicyError) as caught:
         Policy.load("llama", **options).mesh(world)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"virtual_stages": 2}, "virtual_stages = 2 needs a pipeline"),
+        ({"pipeline": 2, "virtual_stages": 2}, "use schedule = interleaved or zero_bubble"),
+        ({"pipeline": 2, "schedule": "zbv", "virtual_stages": 3}, "zbv runs 2 on each rank"),
+        (
+            {"pipeline": 2, "stage_layers": (1, 2, 3)},
+            "names 3 stages, but pipeline × virtual stages = 2 × 1 makes 2",
+        ),
+        ({"pipeline": 2, "stage_layers": (1, 0)}, "stage_layers = .*: use the number of layers of each stage"),
+        ({"replicate": 2}, "replicate = 2 makes copies of what zero shares, but zero = 0"),
+        ({"replicate": 2, "zero": 1, "data": 3}, "replicate = 2 does not divide data = 3: use 1, 3"),
+        ({"offload": "all"}, "offload = all .* but zero = 0: use zero = 3"),
+        ({"offload": ("model..layers",), "zero": 3}, "offload = .*: use none, optimizer, parameters, all or patterns of units"),
+        ({"recompute": "every:0"}, 'recompute = "every:0": use none, full, selective or every:N'),
+    ],
+)
+def test_options_that_forbid_each_other_are_refused_with_what_would_do(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Policy.load("llama", **options)

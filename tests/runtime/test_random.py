@@ -354,12 +354,12 @@ def test_each_call_draws_from_the_stream_that_its_layout_asks_for(
     lowered = lower(name, world, tensor=tensor, sequence_parallel=sequence_parallel)
     for [got] in steps(lowered, 1, by_place(shapes)):
         assert deviation(got, expected) < 1e-9
-    source = lowered.blueprint().source
+    source = lowered.blueprint().sources[0]
     used = list(re.finditer(r"random=self\.random\.(\w+)", source))
     assert name != "toy" or {match[1] for match in used} == ({OWN} if sequence_parallel else {OWN, SHARED})
     assert any(match[1] == PIECE for match in used) == (name == "llama with dropped keys")
     for match in used if name in ("llama", "toy", "llama with dropped keys") else ():
         for other in {SHARED, OWN} - {match[1]}:
             faulty = source[: match.start(1)] + other + source[match.end(1) :]
-            wrong = steps(lowered, 1, by_place(shapes), replace(lowered.blueprint(), source=faulty))[0][0]
+            wrong = steps(lowered, 1, by_place(shapes), replace(lowered.blueprint(), sources=(faulty,)))[0][0]
             assert deviation(wrong, expected) > 1e-6, (match[0], other)
