@@ -1,6 +1,6 @@
-"""Write the Program as Python source, the code that will run.
+"""Write the Program as Python source, the code that will run: one file for each stage.
 
-Needs: layouts. Every line is what the listing shows; the runtime loads the file, and so can anyone.
+Needs: layouts, stages. Every line is what the listing shows; the runtime loads the file, and so can anyone.
 Legality: nothing is rewritten.
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardcomp.inspect.listing import source
-from shardcomp.program import Context, Contract, Program
+from shardcomp.inspect.listing import sources
+from shardcomp.program import Context, Contract, Program, source_files
 
-CONTRACT = Contract(requires=frozenset({"canonical", "units", "layouts"}), provides=frozenset({"source"}))
+CONTRACT = Contract(requires=frozenset({"canonical", "units", "layouts", "stages"}), provides=frozenset({"source"}))
 
 
 def run(program: Program, context: Context) -> Program:
-    return replace(program, source={"model.py": source(program)})
+    written = sources(program)
+    return replace(program, source=dict(zip(source_files(len(written)), written, strict=True)))

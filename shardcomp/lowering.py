@@ -14,13 +14,15 @@ from shardcomp.automatic import derive
 from shardcomp.capture import capture
 from shardcomp.errors import PlanError
 from shardcomp.inspect.diff import diff
+from shardcomp.inspect.listing import sources
 from shardcomp.inspect.report import report
 from shardcomp.mesh import Mesh
-from shardcomp.passes import canonicalize, emit, tensor, unflatten, units, unpack
+from shardcomp.passes import canonicalize, emit, pipeline, tensor, unflatten, units, unpack
 from shardcomp.policy import Policy
-from shardcomp.program import BUFFER, PARAMETER, Context, Program, Signature, Unit, module_paths
+from shardcomp.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
 from shardcomp.runtime.model import Call
+from shardcomp.schedules import SCHEDULES
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
@@ -28,6 +30,7 @@ PASSES = [
     unpack,  # parts: weights that hold several in one are parameters of their own
     units,  # units: the model is cut where the policy says; alike units share a body
     tensor,  # layouts: every value says how it lies; every message is a collective in the graph
+    pipeline,  # stages: every unit is in a stage; what a stage needs of others is sent to it or computed in it again
     emit,  # source: the Python that runs
 ]
 
@@ -58,10 +61,21 @@ class Lowered:
         return report(self, rank)
 
     def listing(self, after: str | None = None, rank: int = 0) -> str:
-        """The Program as Python, at the end or after the pass named `after`. Every tensor-parallel rank runs the same code."""
+        """The Program as Python, at the end or after the pass named `after`; of a pipeline, the stages of `rank`. Every rank of
+        tensor parallelism runs the same code."""
         if not 0 <= rank < self.mesh.world_size:
             raise PlanError(f"rank {rank}: the world has the ranks 0 to {self.mesh.world_size - 1}")
-        return self.record(after or self.records[-1].name).listing()
+        record = self.record(after or self.records[-1].name)
+        if record.program.stages == 1:
+            return record.listing()
+        texts = sources(record.program)
+        mine = self.stages_of(rank)
+        return "\n\n".join(f"# stage {stage}\n{texts[stage]}" if len(mine) > 1 else texts[stage] for stage in mine)
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that a rank runs."""
+        schedule = SCHEDULES[self.policy.options.schedule]
+        return schedule.stages_of(self.mesh.coordinates(rank)["pp"], self.mesh.pp, self.program.stages)
 
     def diff(self, after: str) -> str:
         """What a pass changed, as a unified diff of the listings before and after it."""
@@ -121,9 +135,16 @@ class Lowered:
             if signature == self.program.signature and self.program.static_shape in (None, shape):
                 return self.blueprint()
             step = (self.seq, self.micro_batch, self.global_batch)
-            again = lower(self.model, self.policy, self.mesh.world_size, *step, signature, shape).blueprint()
+            again = lower(self.model, self._pinned(), self.mesh.world_size, *step, signature, shape).blueprint()
             self._others[signature, again.static_shape] = again
             return again
+
+    def _pinned(self) -> Policy:
+        """The policy with the layers of each stage as they were decided: every call of a model is cut alike."""
+        if self.program.stages == 1:
+            return self.policy
+        units = (self.program.in_stages((stage,)) for stage in range(self.program.stages))
+        return self.policy.replace(stage_layers=tuple(sum(unit.kind == LAYER for unit in each) for each in units))
 
     def save_source(self, directory: str | Path) -> None:
         """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.distributed.fsdp import FSDPModule
 
 from shardcomp.collectives import EXCHANGES, Axis
-from shardcomp.inspect.listing import source
+from shardcomp.inspect.listing import sources
 from shardcomp.program import PARAMETER, Program
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.model import ShardedModel
@@ -89,10 +89,10 @@ def _messages(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
             for operation, phase in _sent(node):
                 for fault in _faults(operation, node, program):
                     name = f"{node.args[-1]}_faulty"
-                    text = _with_axis(program, node, name)
+                    texts = _with_axis(program, node, name)
                     where = ".".join(part for part in (unit.path, node.meta["path"]) if part)
                     what = f"{where}: {node.target.__name__}, {operation} in {phase}: {fault}"  # type: ignore[union-attr]
-                    yield Mutant(what, replace(blueprint, sources=(text,)), _plant_axis(name, str(node.args[-1]), phase, fault))
+                    yield Mutant(what, replace(blueprint, sources=texts), _plant_axis(name, str(node.args[-1]), phase, fault))
 
 
 def _sent(node: fx.Node) -> Iterator[tuple[str, str]]:
@@ -117,12 +117,12 @@ def _faults(operation: str, node: fx.Node, program: Program) -> list[str]:
     return faults
 
 
-def _with_axis(program: Program, node: fx.Node, name: str) -> str:
-    """The source with one operator's axis exchanged."""
+def _with_axis(program: Program, node: fx.Node, name: str) -> tuple[str, ...]:
+    """The sources with one operator's axis exchanged."""
     kept = node.args
     node.args = (*node.args[:-1], name)
     try:
-        return source(program)
+        return tuple(sources(program))
     finally:
         node.args = kept
 

@@ -10,8 +10,8 @@ known of its result. Sizes are sympy expressions in B and S and may stand among 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -26,6 +26,8 @@ B, S = sympy.symbols("b s", integer=True, positive=True)
 """The batch size and the sequence length of one call."""
 
 INPUT, PARAMETER, BUFFER = "input", "parameter", "buffer"
+LAYER, PRELUDE = "layer", "prelude"
+"""Kinds of units that passes ask for: of which there are many, and one that computes values of an earlier stage again."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,20 @@ class Degraded:
     why: str
 
 
+@dataclass(frozen=True)
+class StageOf:
+    """Which stage of how many a Program is, and the values that it receives from the one before and sends to the next."""
+
+    index: int
+    count: int
+    received: tuple[str, ...] = ()
+    sent: tuple[str, ...] = ()
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+
 @dataclass
 class Program:
     """A model between two passes. `inputs` and `values` map the names of the Program's values to what is known of them;
@@ -179,6 +195,29 @@ class Program:
     degraded: list[Degraded] = field(default_factory=list)
     source: dict[str, str] = field(default_factory=dict)
     """File name -> emitted Python."""
+    stage: StageOf | None = None
+    """Set where this is one stage of a model, see `stage_program`."""
+
+    @property
+    def stages(self) -> int:
+        """The number of stages that the units are in."""
+        return 1 + max(unit.plan.stage for unit in self.units)
+
+    def in_stages(self, stages: Iterable[int]) -> list[Unit]:
+        """The units of these stages, in order."""
+        wanted = set(stages)
+        return [unit for unit in self.units if unit.plan.stage in wanted]
+
+    def received(self, stage: int) -> tuple[str, ...]:
+        """The values that a stage gets from the one before: made in an earlier stage, and used in this or a later one. In the
+        order in which they are made."""
+        used = {name for unit in self.units if unit.plan.stage >= stage for name in unit.inputs}
+        used |= set(self.outputs.values())
+        return tuple(name for unit in self.units if unit.plan.stage < stage for name in unit.outputs if name in used)
+
+    def sent(self, stage: int) -> tuple[str, ...]:
+        """The values that a stage gives to the next: what that one receives, passed through where it is made earlier."""
+        return self.received(stage + 1) if stage + 1 < self.stages else ()
 
     def bodies(self) -> list[Body]:
         """Each distinct body once, in order of first use."""
@@ -190,6 +229,23 @@ class Program:
 
     def canonical_names(self) -> dict[str, str]:
         return {alias: parameter.name for parameter in self.parameters.values() for alias in parameter.aliases}
+
+
+def stage_program(program: Program, stage: int) -> Program:
+    """One stage of a Program, as a Program. Its inputs are what it receives and then those of the caller's that it uses; its
+    outputs are what it sends, those of the last stage the caller's."""
+    place = StageOf(stage, program.stages, program.received(stage), program.sent(stage))
+    units = program.in_stages((stage,))
+    outputs = program.outputs if place.is_last else {name: name for name in place.sent}
+    used = {*outputs.values(), *(name for unit in units for name in unit.inputs)}
+    inputs = {name: program.values[name] for name in place.received}
+    inputs |= {name: held for name, held in program.inputs.items() if name in used}
+    return replace(program, units=units, inputs=inputs, outputs=dict(outputs), stage=place)
+
+
+def source_files(stages: int) -> list[str]:
+    """The names of the files that hold the Python of a model of so many stages."""
+    return [f"stage_{index}.py" for index in range(stages)] if stages > 1 else ["model.py"]
 
 
 def module_paths(program: Program) -> list[str]:

@@ -19,7 +19,7 @@ from torch import fx
 from shardcomp.collectives import EXCHANGES
 from shardcomp.errors import InternalError
 from shardcomp.layout import Size, divides
-from shardcomp.program import INPUT, Body, Program, Unit, Value, tensor_arguments
+from shardcomp.program import INPUT, PRELUDE, Body, Program, Unit, Value, stage_program, tensor_arguments
 
 aten = torch.ops.aten
 INDENT = "        "
@@ -53,8 +53,16 @@ def source(program: Program) -> str:
     imports += ["", *_import_lines("shardcomp.runtime", runtime)]
     if "aten" in used:
         imports += ["", "aten = torch.ops.aten"]
-    header = f'"""{program.name} {program.signature}, for {_mesh_text(program)}. Written by shardcomp."""'
+    stage = f", stage {program.stage.index} of 0 … {program.stage.count - 1}" if program.stage else ""
+    header = f'"""{program.name} {program.signature}{stage}, for {_mesh_text(program)}. Written by shardcomp."""'
     return "\n".join([header, "", *imports, "", "", "\n\n\n".join([*classes, top])]) + "\n"
+
+
+def sources(program: Program) -> list[str]:
+    """The Python of each stage, a whole file each."""
+    if program.stages == 1:
+        return [source(program)]
+    return [source(stage_program(program, stage)) for stage in range(program.stages)]
 
 
 def _import_lines(module: str, names: list[str]) -> list[str]:
@@ -142,7 +150,7 @@ class Writer:
             base = self.names[node.args[0]].rpartition(".")[2]  # type: ignore[index]
             return f"{base}_{_SUFFIXES[exchange.forward] if exchange.forward else 'cut' if node.args[1:-1] else 'shared'}"
         leaves = bool(path) and all(not (u.meta.get("path", "") + ".").startswith(path + ".") for u in node.users)
-        if leaves and path != self.unit.path:
+        if leaves and (path != self.unit.path or self.unit.kind == PRELUDE):
             return re.sub(r"\W", "_", path.rpartition(".")[2])
         packet = getattr(node.target, "overloadpacket", node.target)
         return f"{packet.__name__.lstrip('_')}_1"
@@ -170,7 +178,7 @@ class Writer:
         if packet is aten.neg:
             return f"-{text(args[0])}"
         if packet in (aten.reshape, aten.expand):
-            sizes = ", ".join(self._local_sizes(node.meta["value"], symbols))
+            sizes = ", ".join(local_sizes(node.meta["value"], self.sizes, symbols))
             return f"{text(args[0])}.{packet.__name__}({sizes})"
         if getattr(target, "__name__", "") == "getitem":
             return f"{text(args[0])}[{text(args[1])}]"
@@ -205,38 +213,41 @@ class Writer:
                 given.append(text(argument))
         return given
 
-    def _local_sizes(self, held: Value, symbols: set[sympy.Symbol]) -> Iterator[str]:
-        for dim, size in enumerate(held.shape):
-            parts = 1
-            for axis in held.layout.split_axes(dim):
-                parts *= self.sizes[axis] // held.layout.on(axis).copies
-            if parts > 1 and not divides(size, parts):
-                yield "-1"
-            else:
-                yield self._size(sympy.sympify(size) / parts, symbols)
-
-    def _size(self, size: Size, symbols: set[sympy.Symbol]) -> str:
-        expr = sympy.sympify(size)
-        symbols |= expr.free_symbols
-        numerator, denominator = sympy.fraction(sympy.together(expr))
-        return (
-            str(numerator)
-            if denominator == 1
-            else f"({numerator}) // {denominator}"
-            if numerator.args
-            else f"{numerator} // {denominator}"
-        )
-
     def _text(self, argument: Any, symbols: set[sympy.Symbol]) -> str:
         if isinstance(argument, fx.Node):
             return self.names[argument]
         if isinstance(argument, sympy.Expr):
-            return self._size(argument, symbols)
+            return _size(argument, symbols)
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(self._text(a, symbols) for a in argument)}]"
         if isinstance(argument, float) and argument in (float("inf"), float("-inf")):
             return f'float("{argument}")'
         return repr(argument)
+
+
+def local_sizes(held: Value, sizes: dict[str, int], symbols: set[sympy.Symbol]) -> Iterator[str]:
+    """What a rank holds of each dimension, as an expression in b and s, which `symbols` then has; -1 where it is uneven."""
+    for dim, size in enumerate(held.shape):
+        parts = 1
+        for axis in held.layout.split_axes(dim):
+            parts *= sizes[axis] // held.layout.on(axis).copies
+        if parts > 1 and not divides(size, parts):
+            yield "-1"
+        else:
+            yield _size(sympy.sympify(size) / parts, symbols)
+
+
+def _size(size: Size, symbols: set[sympy.Symbol]) -> str:
+    expr = sympy.sympify(size)
+    symbols |= expr.free_symbols
+    numerator, denominator = sympy.fraction(sympy.together(expr))
+    return (
+        str(numerator)
+        if denominator == 1
+        else f"({numerator}) // {denominator}"
+        if numerator.args
+        else f"{numerator} // {denominator}"
+    )
 
 
 def annotation(held: Value, sizes: dict[str, int]) -> str:
@@ -259,7 +270,12 @@ def annotation(held: Value, sizes: dict[str, int]) -> str:
 def _top_class(program: Program, used: set[str]) -> str:
     """The stage: its units, and a forward that calls them in order."""
     lines = ["class Model(Stage):", "    units = ("]
+    several = program.stage is None and program.stages > 1
+    stage = None
     for run in _runs(program.units):
+        if several and run[0].plan.stage != stage:
+            stage = run[0].plan.stage
+            lines.append(f"        # stage {stage}")
         first, body = run[0].path, run[0].body.name
         numbered = _numbered(run)
         if len(run) > 1 and numbered:
@@ -271,19 +287,42 @@ def _top_class(program: Program, used: set[str]) -> str:
                 if len(run) > 1
                 else [f'        ("{first}", {body}),']
             )
-    lines += ["    )", "", "    def forward(" + ", ".join(["self", *program.inputs]) + "):"]
+    received = program.stage.received if program.stage else ()
+    inputs = [_final(name) if name in received else name for name in program.inputs]
+    lines += ["    )", "", "    def forward(" + ", ".join(["self", *inputs]) + "):"]
     lines += [INDENT + line for line in _calls(program)]
+    if program.stage:
+        lines += _border_lines("received", program.stage.received, program)
+        lines += _border_lines("sent", program.stage.sent, program)
     if program.tokens is not None:
         writer = Writer(program.tokens.body, program.tokens, program, used)
         lines += ["", "    def tokens(" + ", ".join(["self", *writer.input_names()]) + "):", *writer.lines()]
     return "\n".join(lines)
 
 
+def _border_lines(name: str, crossing: tuple[str, ...], program: Program) -> Iterator[str]:
+    """A method that tells the shape, the dtype and whether a gradient flows of the values that cross a border."""
+    sizes = program.mesh.as_dict()
+    yield from ("", f"    def {name}(self, b, s):")
+    if not crossing:
+        yield f"{INDENT}return []"
+        return
+    yield f"{INDENT}return ["
+    for each in crossing:
+        held = program.values[each]
+        shape = list(local_sizes(held, sizes, set()))
+        if "-1" in shape:
+            raise InternalError(f"listing: {each} is split unevenly where one stage sends it to the next")
+        text = f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+        yield f"{INDENT}    ({text}, {held.dtype}, {held.requires_grad}),  # {each}"
+    yield f"{INDENT}]"
+
+
 def _runs(units: list[Unit]) -> list[list[Unit]]:
-    """Consecutive units that share a body."""
+    """Consecutive units of one stage that share a body."""
     runs: list[list[Unit]] = []
     for unit in units:
-        if runs and runs[-1][0].body is unit.body:
+        if runs and runs[-1][0].body is unit.body and runs[-1][0].plan.stage == unit.plan.stage:
             runs[-1].append(unit)
         else:
             runs.append([unit])
@@ -320,6 +359,10 @@ def _calls(program: Program) -> Iterator[str]:
                 call = f"self.each[{index + offset}]({', '.join(names(unit.inputs))})"
                 yield f"{', '.join(names(unit.outputs))} = {call}"
         index += len(run)
+    if program.stage and not program.stage.is_last:
+        given = names(program.stage.sent)
+        yield f"return ({', '.join(given)}{',' if len(given) == 1 else ''})"
+        return
     pairs = ", ".join(f'"{key}": {names((name,))[0]}' for key, name in program.outputs.items())
     yield f"return {{{pairs}}}"
 
@@ -347,7 +390,7 @@ def _chained(run: list[Unit], program: Program) -> bool:
         if list(after.inputs) != wanted:
             return False
     first_inputs = [run[0].inputs[p] for p in positions]
-    return all(readers.get(name, 0) == 1 for name in first_inputs)
+    return all(readers.get(name, 0) == 1 and name not in program.outputs.values() for name in first_inputs)
 
 
 def _final(name: str) -> str:

@@ -23,14 +23,10 @@ from shardcomp.errors import PlanError
 from shardcomp.layout import Layout, split
 from shardcomp.mesh import Mesh
 from shardcomp.parts import Part
+from shardcomp.program import source_files as source_files
 
 _loading = threading.Lock()
 _PLAN, _BUFFERS = "plan.json", "buffers.safetensors"
-
-
-def source_files(stages: int) -> list[str]:
-    """The names of the files that hold the Python of a model of so many stages."""
-    return [f"stage_{index}.py" for index in range(stages)] if stages > 1 else ["model.py"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,358 @@
+"""Assign units to pipeline stages, and make each stage compute again what is too cheap to send.
+
+Needs: layouts. The model is cut in front of units of the kind "layer": what stands between two layers stays with the second,
+what follows the last layer is in the last stage. Each stage has at least one layer; `stage_layers` says how many, or else
+the cuts make the slowest stage as fast as it can be (see `INTENSITY`).
+
+A value that is made in one stage and used in a later one is sent from stage to stage on the way (`Program.received`), but for
+those that need no gradient and come from no parameter, message or random draw, such as rotary tables, positions and masks:
+the stage computes them again, in a unit of its own that is a copy of their maker without what they do not need.
+
+Legality: stages follow one another as the units do, so every value is made before it is received. What is computed again has
+the same operands, the caller's inputs and buffers, and so is the same; nothing flows back through it.
+
+    First -> h, cos, sin; Layer(h, cos, sin) × 4        First; Layer(h, cos, sin) × 2 | Prelude -> c, s; Layer(h, c, s) × 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from shardcomp.collectives import EXCHANGES
+from shardcomp.cost.compute import Share, of_node
+from shardcomp.errors import InternalError, PlanError
+from shardcomp.program import (
+    BUFFER,
+    INPUT,
+    LAYER,
+    PARAMETER,
+    PRELUDE,
+    B,
+    Body,
+    Context,
+    Contract,
+    Plan,
+    Program,
+    S,
+    Unit,
+    tensor_arguments,
+    value,
+)
+from shardcomp.propagate import values
+from shardcomp.schedules import SCHEDULES
+
+CONTRACT = Contract(requires=frozenset({"canonical", "units", "layouts"}), provides=frozenset({"stages"}))
+
+INTENSITY = 200.0
+"""Operations that a device does while it moves one byte of its memory: 156 on an A100, 295 on an H100, in bf16. A call takes as
+long as the slower of the two; only the ratio of units' costs matters."""
+
+
+def run(program: Program, context: Context) -> Program:
+    stages = context.policy.options.stages
+    if stages == 1:
+        return program
+    atoms = _atoms(program.units)
+    asked = context.policy.options.stage_layers
+    _check(len(atoms) if any(unit.kind == LAYER for unit in program.units) else 0, context.policy.options)
+    if asked is None:
+        costs = _costs(program, context)
+        ends = balance([sum(costs[id(unit.body)] for unit in atom) for atom in atoms], stages)
+    else:
+        ends = list(accumulate(asked))
+    units = []
+    for stage, (begin, end) in enumerate(pairwise([0, *ends])):
+        for unit in (unit for atom in atoms[begin:end] for unit in atom):
+            units.append(replace(unit, plan=replace(unit.plan, stage=stage)))
+    return _recompute(replace(program, units=units))
+
+
+def _atoms(units: list[Unit]) -> list[list[Unit]]:
+    """The pieces between which a cut may go, in order: a layer with what stands in front of it; the last also has what
+    follows."""
+    atoms: list[list[Unit]] = []
+    waiting: list[Unit] = []
+    for unit in units:
+        waiting.append(unit)
+        if unit.kind == LAYER:
+            atoms.append(waiting)
+            waiting = []
+    if atoms:
+        atoms[-1] += waiting
+    return atoms or [waiting]
+
+
+def _check(layers: int, options: Any) -> None:
+    """Raise PlanError where the stages cannot be had from so many layers."""
+    pipeline, virtual = options.pipeline, options.virtual_stages
+    if layers < options.stages:
+        product = f"pipeline × virtual_stages = {pipeline} × {virtual}" if virtual > 1 else f"pipeline = {pipeline}"
+        few = f"{layers} layer{'' if layers == 1 else 's'}"
+        hints = [f"pipeline = {_listed(range(1, max(1, layers // virtual) + 1))}"]
+        if virtual > 1 and SCHEDULES[options.schedule].interleaves and layers >= pipeline:
+            hints.append(f"virtual_stages = {_listed(range(1, layers // pipeline + 1))}")
+        elif SCHEDULES[options.schedule].stages_per_rank > 1:
+            plain = next(name for name, each in SCHEDULES.items() if each.stages_per_rank == 1)
+            hints += [f"schedule = {plain}"] if layers >= pipeline else []
+        raise PlanError(
+            f"{product} makes {options.stages} stages, but the model has {few} and each stage needs one: "
+            f"use {' or '.join(hints)}"
+        )
+    if options.stage_layers is not None and sum(options.stage_layers) != layers:
+        given = ",".join(map(str, options.stage_layers))
+        raise PlanError(
+            f"stage_layers = {given} makes {sum(options.stage_layers)} layers, but the model has {layers}: "
+            f"give {options.stages} numbers that add up to {layers}"
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _costs(program: Program, context: Context) -> dict[int, float]:
+    """By the id of each body: what a rank takes for its forward and backward, in operations."""
+    share = Share(program.mesh.as_dict())
+    batch, length = program.static_shape or (context.batch, context.length)
+    sizes = {B: batch, S: length}
+    found = {}
+    for body in program.bodies():
+        total = 0.0
+        for node in body.calls():
+            cost = of_node(node, share)
+            for work in (cost.forward, cost.backward):
+                flops, traffic = (float(sympy.sympify(each).subs(sizes)) for each in (work.flops, work.bytes))
+                total += max(flops, INTENSITY * traffic)
+        found[id(body)] = total
+    return found
+
+
+def balance(costs: Sequence[float], stages: int) -> list[int]:
+    """Where each of `stages` runs of `costs` ends, so that the largest sum of a run is as small as it can be. Among those, the
+    runs are as even as they can be. No run is empty."""
+    sums = [0.0, *accumulate(costs)]
+    count = len(costs)
+
+    def best(limit: float, power: int) -> tuple[float, list[int]]:
+        """The cuts with the smallest largest sum (power 0), or the smallest sum of squares with no sum above `limit`."""
+        infinite = float("inf")
+        table = [[infinite] * (count + 1) for _ in range(stages + 1)]
+        cut = [[0] * (count + 1) for _ in range(stages + 1)]
+        table[0][0] = 0.0
+        for stage in range(1, stages + 1):
+            for end in range(stage, count - (stages - stage) + 1):
+                for begin in range(stage - 1, end):
+                    run = sums[end] - sums[begin]
+                    if run > limit:
+                        continue
+                    before = table[stage - 1][begin]
+                    total = max(before, run) if power == 0 else before + run * run
+                    if total < table[stage][end]:
+                        table[stage][end], cut[stage][end] = total, begin
+        ends, at = [], count
+        for stage in range(stages, 0, -1):
+            ends.append(at)
+            at = cut[stage][at]
+        return table[stages][count], ends[::-1]
+
+    least, _ = best(float("inf"), 0)
+    return best(least, 2)[1]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a value comes from: the unit that makes it, and which of its results it is."""
+
+    unit: Unit
+    index: int
+
+
+def _recompute(program: Program) -> Program:
+    """Give every stage units of its own for the values of earlier stages that cost nothing to compute again."""
+    sources = {name: _Source(unit, index) for unit in program.units for index, name in enumerate(unit.outputs)}
+    again = _Again(program, sources)
+    units: list[Unit] = []
+    for stage in range(program.stages):
+        mine = program.in_stages((stage,))
+        names: dict[str, str] = {}
+        preludes = again.preludes(stage, [name for unit in mine for name in unit.inputs], names)
+        rewired = [replace(unit, inputs=tuple(names.get(name, name) for name in unit.inputs)) for unit in mine]
+        units += [*preludes, *rewired]
+    return replace(program, units=units, values=again.values)
+
+
+@dataclass(frozen=True)
+class _Prelude:
+    """The code for some results of a unit: which of the unit's inputs and buffers it takes, and which inputs of the caller's,
+    for their sizes alone."""
+
+    body: Body
+    inputs: tuple[int, ...]
+    callers: tuple[str, ...]
+    buffers: tuple[int, ...]
+
+
+class _Again:
+    """Makes the units that compute values of an earlier stage again."""
+
+    def __init__(self, program: Program, sources: dict[str, _Source]) -> None:
+        self.program, self.sources = program, sources
+        self.values = dict(program.values)
+        self.free: dict[str, bool] = {}
+        self.bodies: dict[Hashable, _Prelude] = {}
+
+    def preludes(self, stage: int, wanted: Sequence[str], names: dict[str, str]) -> list[Unit]:
+        """The units for those of the `wanted` values that can be computed again; `names` then has the new name of each."""
+        needed: set[str] = set()
+        pending = list(wanted)
+        while pending:
+            name = pending.pop()
+            if name in needed or not self._from_before(name, stage) or not self._is_free(name):
+                continue
+            needed.add(name)
+            source = self.sources[name]
+            results = source.unit.body.results
+            nodes = _ancestors([results[source.index]])
+            pending += [n for n, p in _given(source.unit.inputs, source.unit.body, INPUT) if p in nodes]
+        found = []
+        for unit in self.program.units:
+            again = [name for name in unit.outputs if name in needed]
+            if again:
+                found.append(self._prelude(stage, unit, again, names))
+        return found
+
+    def _from_before(self, name: str, stage: int) -> bool:
+        return name in self.sources and self.sources[name].unit.plan.stage < stage
+
+    def _is_free(self, name: str) -> bool:
+        """Whether a value needs no gradient and comes from the caller's inputs and buffers by calculation alone."""
+        if name not in self.sources:
+            return name in self.program.inputs
+        if name not in self.free:
+            unit, result = self.sources[name].unit, self.sources[name].index
+            nodes = _ancestors([unit.body.results[result]])
+            read = [n for n, placeholder in _given(unit.inputs, unit.body, INPUT) if placeholder in nodes]
+            self.free[name] = all(_is_calculation(node) for node in nodes) and all(self._is_free(n) for n in read)
+        return self.free[name]
+
+    def _prelude(self, stage: int, unit: Unit, again: list[str], names: dict[str, str]) -> Unit:
+        """A copy of `unit` that makes the values `again` alone."""
+        key = (id(unit.body), tuple(unit.outputs.index(name) for name in again))
+        if key not in self.bodies:
+            self.bodies[key] = self._body(unit, key[1])
+        code = self.bodies[key]
+        for name in again:
+            names[name] = self._new_name(name)
+        read = tuple(names.get(unit.inputs[i], unit.inputs[i]) for i in code.inputs)
+        return Unit(
+            _module(unit, code.body),
+            PRELUDE,
+            code.body,
+            (*read, *code.callers),
+            tuple(names[name] for name in again),
+            buffers=tuple(unit.buffers[i] for i in code.buffers),
+            plan=Plan(stage=stage),
+        )
+
+    def _body(self, unit: Unit, results: tuple[int, ...]) -> _Prelude:
+        """The code for some results of a unit."""
+        kept = [unit.body.results[i] for i in results]
+        nodes = _ancestors(kept)
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        inputs, buffers = ([p for p in unit.body.placeholders(role) if p in nodes] for role in (INPUT, BUFFER))
+        for node in inputs:
+            copies[node] = _copy(graph, node, copies)
+        known = {size for node in inputs for size in value(node).shape}
+        callers: list[str] = []
+        for symbol in sorted(_symbols(nodes) - known, key=str):
+            name = next((n for n, given in self.program.inputs.items() if symbol in given.shape), None)
+            if name is None:
+                raise InternalError(f"pipeline: no input of the model has {symbol} as a dimension")
+            if name not in callers:
+                callers.append(name)
+                node = graph.placeholder(name)
+                node.meta = {"role": INPUT, "path": name, "value": self.program.inputs[name]}
+        for node in (*buffers, *(call for call in unit.body.calls() if call in nodes)):
+            copies[node] = _copy(graph, node, copies)
+        graph.output(tuple(copies[node] for node in kept))
+        name = "Prelude" if not self.bodies else f"Prelude{len(self.bodies) + 1}"
+        return _Prelude(
+            Body(name, graph), _indices(inputs, unit.body, INPUT), tuple(callers), _indices(buffers, unit.body, BUFFER)
+        )
+
+    def _new_name(self, name: str) -> str:
+        stem, _, number = name.rpartition("_")
+        base = stem if stem and number.isdigit() else name
+        count = 1
+        while (found := f"{base}_{count}") in self.values:
+            count += 1
+        self.values[found] = self.values[name]
+        return found
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    """What these nodes are computed from, themselves included."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += tensor_arguments(node)
+    return found
+
+
+def _indices(some: list[fx.Node], body: Body, role: str) -> tuple[int, ...]:
+    every = body.placeholders(role)
+    return tuple(every.index(node) for node in some)
+
+
+def _given(names: tuple[str, ...], body: Body, role: str) -> Iterator[tuple[str, fx.Node]]:
+    return zip(names, body.placeholders(role), strict=True)
+
+
+def _is_calculation(node: fx.Node) -> bool:
+    """Whether a node has the same value wherever it is computed, and sends and learns nothing."""
+    if any(held.requires_grad for held in values(node)):
+        return False
+    if node.op == "placeholder":
+        return bool(node.meta["role"] != PARAMETER)
+    if "random" in node.kwargs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    if node.target in EXCHANGES:
+        return EXCHANGES[node.target].forward is None
+    return "form" not in node.meta
+
+
+def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    copy = graph.node_copy(node, lambda n: copies[n])
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def _symbols(nodes: set[fx.Node]) -> set[Any]:
+    """The sizes that the code of these nodes may name."""
+    found: set[Any] = set()
+    for node in nodes:
+        if node.op == "call_function":
+            held = [size for each in values(node) for size in each.shape]
+            fx.node.map_aggregate((node.args, node.kwargs, held), lambda a: found.update(getattr(a, "free_symbols", ())))
+    return found
+
+
+def _module(unit: Unit, body: Body) -> str:
+    """The module whose values a body computes again: the innermost that all of them lie in."""
+    paths = [node.meta["path"] for node in body.results]
+    parts = paths[0].split(".")
+    while parts and not all((path + ".").startswith(".".join(parts) + ".") for path in paths):
+        parts.pop()
+    inner = ".".join(parts)
+    return ".".join(part for part in (unit.path, inner) if part) if unit.kind == LAYER else inner or unit.path
