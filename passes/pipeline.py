@@ -95,15 +95,16 @@ def _check(layers: int, options: Any) -> None:
     if layers < options.stages:
         product = f"pipeline × virtual_stages = {pipeline} × {virtual}" if virtual > 1 else f"pipeline = {pipeline}"
         few = f"{layers} layer{'' if layers == 1 else 's'}"
-        hints = [f"pipeline = {_listed(range(1, max(1, layers // virtual) + 1))}"]
-        if virtual > 1 and SCHEDULES[options.schedule].interleaves and layers >= pipeline:
+        schedule = SCHEDULES[options.schedule]
+        hints = [f"pipeline = {_listed(range(2, layers // virtual + 1))}"] if layers // virtual > 1 else []
+        if schedule.interleaves and virtual > 1 and layers >= pipeline:
             hints.append(f"virtual_stages = {_listed(range(1, layers // pipeline + 1))}")
-        elif SCHEDULES[options.schedule].stages_per_rank > 1:
-            plain = next(name for name, each in SCHEDULES.items() if each.stages_per_rank == 1)
-            hints += [f"schedule = {plain}"] if layers >= pipeline else []
+        elif schedule.v_shaped and layers >= pipeline:
+            hints.append(f"schedule = {next(name for name, each in SCHEDULES.items() if each.stages_per_rank == 1)}")
+        hints.append("pipeline = 1 without virtual_stages" if schedule.interleaves and virtual > 1 else "pipeline = 1")
         raise PlanError(
             f"{product} makes {options.stages} stages, but the model has {few} and each stage needs one: "
-            f"use {' or '.join(hints)}"
+            f"use {', or '.join(hints)}"
         )
     if options.stage_layers is not None and sum(options.stage_layers) != layers:
         given = ",".join(map(str, options.stage_layers))

@@ -97,6 +97,8 @@ def verify(program: Program, holds: set[str], after: str) -> None:
     faults = [*_graph_faults(program), *_wiring_faults(program)]
     if "layouts" in holds:
         faults += _layout_faults(program)
+    if "stages" in holds:
+        faults += _stage_faults(program)
     if faults:
         raise InternalError(f"after the pass {after}: " + "; ".join(faults[:8]))
 
@@ -154,6 +156,16 @@ def _layout_faults(program: Program) -> Iterable[str]:
                         yield f"{body.name}: {node} is split on dimension {placement.dim}, which it does not have"
                     elif placement.dim is not None and not divides(value.shape[placement.dim], sizes[axis] // placement.copies):
                         yield from _uneven_faults(body.name, node, program)
+
+
+def _stage_faults(program: Program) -> Iterable[str]:
+    before = 0
+    for unit in program.units:
+        if not before <= unit.plan.stage <= before + 1:
+            yield f"{unit.path} is in stage {unit.plan.stage}, behind a unit of stage {before}"
+        before = unit.plan.stage
+    if (before + 1) % program.mesh.pp:
+        yield f"{before + 1} stages do not go round {program.mesh.pp} ranks"
 
 
 def _uneven_faults(where: str, node: torch.fx.Node, program: Program) -> Iterable[str]:

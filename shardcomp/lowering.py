@@ -12,6 +12,7 @@ from torch import nn
 from shardcomp import driver, presets
 from shardcomp.automatic import derive
 from shardcomp.capture import capture
+from shardcomp.cost.communication import stages_of
 from shardcomp.errors import PlanError
 from shardcomp.inspect.diff import diff
 from shardcomp.inspect.listing import sources
@@ -22,7 +23,6 @@ from shardcomp.policy import Policy
 from shardcomp.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
 from shardcomp.runtime.model import Call
-from shardcomp.schedules import SCHEDULES
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
@@ -74,8 +74,7 @@ class Lowered:
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that a rank runs."""
-        schedule = SCHEDULES[self.policy.options.schedule]
-        return schedule.stages_of(self.mesh.coordinates(rank)["pp"], self.mesh.pp, self.program.stages)
+        return stages_of(self.program, self.policy.options.schedule, self.mesh.coordinates(rank))
 
     def diff(self, after: str) -> str:
         """What a pass changed, as a unified diff of the listings before and after it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import sympy
@@ -12,6 +12,7 @@ from torch import fx
 from shardcomp.collectives import EXCHANGES
 from shardcomp.layout import Size
 from shardcomp.program import B, Program, S, Unit, Value, value
+from shardcomp.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,62 @@ class Message:
 
 
 def messages(
-    program: Program, master: torch.dtype, batch: int, length: int, micro_batches: int, rank: dict[str, int]
+    program: Program,
+    master: torch.dtype,
+    batch: int,
+    length: int,
+    micro_batches: int,
+    rank: dict[str, int],
+    schedule: str = "1f1b",
 ) -> list[Message]:
     """Every message that one rank sends in a step.
 
-    master: the dtype of gradients. batch, length: of one micro-batch. rank: its coordinates by axis. Axes of one rank
-    send nothing.
+    master: the dtype of gradients. batch, length: of one micro-batch. rank: its coordinates by axis. schedule: what says which
+    stages it runs. Axes of one rank send nothing.
     """
     sizes = {B: batch, S: length}
     found: list[Message] = []
-    for unit in program.units:
+    stages = stages_of(program, schedule, rank)
+    units = program.in_stages(stages)
+    for unit in units:
         for op, axis, phase, each in _unit_messages(program, unit, rank):
             found.append(
                 Message(op, axis, phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), unit.path)
             )
-    found += _data_parallel(program, master, rank)
-    found += _step(program, master, rank)
+    for op, phase, where, each in _sends(program, stages, rank):
+        found.append(Message(op, "pp", phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), where))
+    found += _data_parallel(program, units, master, rank)
+    found += _step(program, held_by(program, stages), master, rank)
     return _merged(message for message in found if program.mesh.size(message.axis) > 1)
+
+
+def stages_of(program: Program, schedule: str, rank: dict[str, int]) -> list[int]:
+    """The stages that the rank at these coordinates runs."""
+    if program.stages == 1:
+        return [0]
+    return SCHEDULES[schedule].stages_of(rank["pp"], program.mesh.pp, program.stages)
+
+
+def held_by(program: Program, stages: Collection[int]) -> list[str]:
+    """The parameters that a rank has which runs these stages."""
+    if len(stages) == program.stages:
+        return list(program.parameters)
+    used = {name for unit in program.in_stages(stages) for name in unit.parameters}
+    return [name for name in program.parameters if name in used]
+
+
+def _sends(program: Program, stages: list[int], rank: dict[str, int]) -> Iterator[tuple[str, str, str, Size]]:
+    """What these stages send in one micro-batch: values to the stage after, gradients to the one before. Nothing is sent
+    between two stages of one rank."""
+    for stage in stages:
+        for other, phase in ((stage + 1, "forward"), (stage - 1, "backward")):
+            if not 0 <= other < program.stages or other in stages:
+                continue
+            crossing = program.sent(stage) if phase == "forward" else program.received(stage)
+            for name in crossing:
+                held = program.values[name]
+                if phase == "forward" or held.requires_grad:
+                    yield "send", phase, f"stage {stage} → {other}", _bytes(program, held, rank)
 
 
 def _unit_messages(program: Program, unit: Unit, rank: dict[str, int]) -> Iterator[tuple[str, str, str, Size]]:
@@ -72,15 +112,15 @@ def local_numel(program: Program, name: str, rank: dict[str, int]) -> int:
     return int(sympy.prod(parameter.layout.local_shape(parameter.shape, program.mesh.as_dict(), rank)))
 
 
-def _data_parallel(program: Program, master: torch.dtype, rank: dict[str, int]) -> Iterator[Message]:
+def _data_parallel(program: Program, units: list[Unit], master: torch.dtype, rank: dict[str, int]) -> Iterator[Message]:
     """One sum over dp for the gradients of each unit, and one for those that several units share."""
     users: dict[str, int] = {}
-    for unit in program.units:
+    for unit in units:
         for module in {name.rpartition(".")[0] for name in unit.parameters}:
             users[module] = users.get(module, 0) + 1
     groups: list[tuple[str, list[str]]] = []
     shared: dict[str, None] = {}
-    for unit in program.units:
+    for unit in units:
         own = [name for name in unit.parameters if users[name.rpartition(".")[0]] == 1]
         shared.update(dict.fromkeys(name for name in unit.parameters if name not in own))
         groups.append((unit.path, own))
@@ -91,13 +131,13 @@ def _data_parallel(program: Program, master: torch.dtype, rank: dict[str, int]) 
             yield Message("all_reduce", "dp", "backward", 1, numel * master.itemsize, where)
 
 
-def _step(program: Program, master: torch.dtype, rank: dict[str, int]) -> Iterator[Message]:
+def _step(program: Program, held: list[str], master: torch.dtype, rank: dict[str, int]) -> Iterator[Message]:
     """Once per step: the count of labels, the loss, and the gradients that come out partial."""
     if "loss" in program.outputs:
         loss = program.values[program.outputs["loss"]]
         yield Message("all_reduce", "dp", "step", 1, torch.int64.itemsize, "count of labels")
         yield Message("all_reduce", "dp", "step", 1, loss.dtype.itemsize, "loss")
-    partial = [p for p in program.parameters.values() if p.requires_grad]
+    partial = [p for p in (program.parameters[name] for name in held) if p.requires_grad]
     for axis in dict.fromkeys(axis for p in partial for axis in p.partial_gradient):
         numel = sum(local_numel(program, p.name, rank) for p in partial if axis in p.partial_gradient)
         yield Message("all_reduce", axis, "step", 1, numel * master.itemsize, "partial gradients")

@@ -8,24 +8,33 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import sympy
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shardcomp.cost.communication import local_numel, messages
+from shardcomp.cost.communication import held_by, local_numel, messages, stages_of
+from shardcomp.cost.compute import Share, of_units
 from shardcomp.errors import PlanError
+from shardcomp.program import B, Program, S
 from shardcomp.runtime.blueprint import MASTER
 
 if TYPE_CHECKING:
     from shardcomp.lowering import Lowered
 
+_NUMBERS = ("count", "bytes", "parameters", "flops")
 WIDTH = 100
 """Columns of a rendered report, whatever the terminal: it is compared and pasted."""
 
 
 def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
-    """What `rank` holds and sends in one optimizer step of `lowered`; sizes in bytes. Raises PlanError for a rank there is not.
+    """What `rank` holds, computes and sends in one optimizer step of `lowered`; sizes in bytes. Raises PlanError for a rank
+    there is not.
 
+    stages, memory, split, replicated, collectives and flops are about the stages that this rank runs.
+    flops: those of products and attention, forward and backward. model: this rank's part of what the captured model asks;
+    hardware: what it runs, with what is computed on several ranks or computed again. split: the part of the parameters that
+    tensor-parallel ranks share.
     memory: what is held between steps: the parameters that the optimizer updates, their gradients, and two moments of each, all
     in the dtype of the masters. The copy that a forward computes with lives no longer than its backward and is not in it.
     """
@@ -34,33 +43,68 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
         raise PlanError(f"rank {rank}: the world has the ranks 0 to {mesh.world_size - 1}")
     coordinates = mesh.coordinates(rank)
     master = MASTER[options.precision]
-    held = {name: local_numel(program, name, coordinates) * master.itemsize for name in program.parameters}
-    trained = sum(size for name, size in held.items() if program.parameters[name].requires_grad)
+    schedule = options.schedule
+    stages = stages_of(program, schedule, coordinates)
+    held = held_by(program, stages)
+    kept = {name: local_numel(program, name, coordinates) * master.itemsize for name in held}
+    trained = sum(size for name, size in kept.items() if program.parameters[name].requires_grad)
     micro_batches = lowered.global_batch // (mesh.dp * lowered.micro_batch)
-    sent = messages(program, master, lowered.micro_batch, lowered.seq, micro_batches, coordinates)
+    sent = messages(program, master, lowered.micro_batch, lowered.seq, micro_batches, coordinates, schedule)
+    replicated = _replicated(lowered, held)
     return {
         "model": {
             "name": program.name,
-            "parameters": sum(math.prod(parameter.shape) for parameter in program.parameters.values()),
+            "parameters": _numel(program, program.parameters),
             "layers": sum(unit.kind == "layer" for unit in program.units),
         },
         "mesh": mesh.as_dict(),
         "policy": lowered.policy.replace(data=mesh.dp, micro_batch=lowered.micro_batch).as_dict(),
         "step": {"seq": lowered.seq, "micro_batch": lowered.micro_batch, "global_batch": lowered.global_batch},
         "collectives": [asdict(message) for message in sent],
-        "replicated": _replicated(lowered),
-        "memory": {"parameters": sum(held.values()), "gradients": trained, "optimizer": 2 * trained},
+        "split": 1 - sum(entry["parameters"] for entry in replicated) / _numel(program, held),
+        "replicated": replicated,
+        "stages": [_stage(lowered, stage, coordinates, micro_batches) for stage in stages],
+        "flops": _flops(lowered, stages, coordinates, micro_batches),
+        "memory": {"parameters": sum(kept.values()), "gradients": trained, "optimizer": 2 * trained},
         "degraded": [asdict(degraded) for degraded in program.degraded],
     }
 
 
-def _replicated(lowered: Lowered) -> list[dict[str, Any]]:
-    """The parameters of which a tensor-parallel rank holds more than its share, alike ones together: what, how many elements in
-    all, and why."""
+def _numel(program: Program, names: Iterable[str]) -> int:
+    return sum(math.prod(program.parameters[name].shape) for name in names)
+
+
+def _stage(lowered: Lowered, stage: int, rank: dict[str, int], micro_batches: int) -> dict[str, Any]:
+    """What a rank holds and computes for one of its stages."""
+    program, master = lowered.program, MASTER[lowered.policy.options.precision]
+    counts = {name: local_numel(program, name, rank) for name in held_by(program, (stage,))}
+    trained = sum(count for name, count in counts.items() if program.parameters[name].requires_grad)
+    return {
+        "units": [unit.path for unit in program.in_stages((stage,))],
+        "parameters": sum(counts.values()),
+        "flops": _flops(lowered, (stage,), rank, micro_batches)["hardware"],
+        "memory": (sum(counts.values()) + 3 * trained) * master.itemsize,
+    }
+
+
+def _flops(lowered: Lowered, stages: Iterable[int], rank: dict[str, int], micro_batches: int) -> dict[str, Any]:
+    """The operations of a step in these stages, see `report`."""
+    program, sizes = lowered.program, {B: lowered.micro_batch, S: lowered.seq}
+    units = program.in_stages(stages)
+    share = Share(program.mesh.as_dict(), rank)
+    again = of_units((unit for unit in units if unit.plan.recompute == "full"), share).forward.products
+    asked, run = of_units(units).total.products, of_units(units, share).total.products + again
+    model, hardware = (micro_batches * int(sympy.sympify(count).subs(sizes)) for count in (asked, run))
+    return {"model": model // program.mesh.tp, "hardware": hardware, "convention": "full_attention"}
+
+
+def _replicated(lowered: Lowered, held: Iterable[str]) -> list[dict[str, Any]]:
+    """Those of the parameters `held` of which a tensor-parallel rank holds more than its share, alike ones together: what, how
+    many elements in all, and why."""
     program, size = lowered.program, lowered.mesh.tp
     entries = lowered.policy.weight_entries(program.parameters, program.canonical_names())
     grouped: dict[tuple[str, str], int] = {}
-    for parameter in program.parameters.values() if size > 1 else ():
+    for parameter in (program.parameters[name] for name in held if size > 1):
         placement = parameter.layout.on("tp")
         if placement.is_split and placement.copies == 1:
             continue
@@ -79,13 +123,14 @@ def _replicated(lowered: Lowered) -> list[dict[str, Any]]:
 
 def render(found: dict[str, Any]) -> str:
     """A report as text: the plan, memory, and messages added up over the units."""
-    model, step, options = found["model"], found["step"], found["policy"]["options"]
+    model, step, flops, options = found["model"], found["step"], found["flops"], found["policy"]["options"]
     lines = [
         f"{model['name']}: {model['parameters']:,} parameters, {model['layers']} layers",
         "mesh      " + " · ".join(f"{axis} {size}" for axis, size in found["mesh"].items()),
         f"policy    {found['policy']['source']}: " + ", ".join(f"{key} = {_word(held)}" for key, held in options.items()),
         f"step      {step['global_batch']} samples of {step['seq']} tokens, {step['micro_batch']} in a micro-batch of a rank",
         *_shares(found),
+        f"flops     {scaled(flops['model'])} of the model in a rank's step, {scaled(flops['hardware'])} run",
         *(f"degraded  {entry['what']}: {entry['why']}" for entry in found["degraded"]),
     ]
     memory = _table("a rank holds between steps", "bytes")
@@ -95,7 +140,8 @@ def render(found: dict[str, Any]) -> str:
     memory.add_row("total", size_text(sum(found["memory"].values())))
     text = io.StringIO()
     console = Console(file=text, width=WIDTH, color_system=None)
-    for table in (memory, _traffic(found["collectives"])):
+    stages = [_stages(found["stages"])] if found["mesh"]["pp"] > 1 else []
+    for table in (*stages, memory, _traffic(found["collectives"])):
         console.print(table)
     return "\n".join([*lines, *(line.rstrip() for line in text.getvalue().splitlines())]) + "\n"
 
@@ -103,9 +149,18 @@ def render(found: dict[str, Any]) -> str:
 def _shares(found: dict[str, Any]) -> Iterable[str]:
     """How much of the model the tensor-parallel ranks share, and what they do not."""
     if found["mesh"]["tp"] > 1:
-        held = sum(entry["parameters"] for entry in found["replicated"])
-        yield f"split     {1 - held / found['model']['parameters']:.1%} of the parameters"
+        yield f"split     {found['split']:.1%} of the parameters"
         yield from (f"copied    {e['what']} ({e['parameters']:,}): {e['why']}" for e in found["replicated"])
+
+
+def _stages(stages: Iterable[dict[str, Any]]) -> Table:
+    """One line per stage of the rank."""
+    table = _table("a rank runs", "parameters", "flops", "bytes")
+    for stage in stages:
+        first, last = stage["units"][0], stage["units"][-1]
+        units = first if first == last else f"{first} … {last}"
+        table.add_row(units, f"{stage['parameters']:,}", scaled(stage["flops"]), size_text(stage["memory"]))
+    return table
 
 
 def _traffic(collectives: Iterable[dict[str, Any]]) -> Table:
@@ -128,7 +183,7 @@ def _traffic(collectives: Iterable[dict[str, Any]]) -> Table:
 def _table(first: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE, header_style="", min_width=44)
     for column in (first, *columns):
-        table.add_column(column, justify="right" if column in ("count", "bytes") else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
     return table
 
 
@@ -138,8 +193,13 @@ def _word(held: Any) -> str:
 
 def size_text(size: int) -> str:
     """Bytes with a decimal unit and three digits: 1.23 MB."""
-    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
-        if size >= 10**power:
-            scaled = size / 10**power
-            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
-    return f"{size} B"
+    return scaled(size) + "B" if size >= 1000 else f"{size} B"
+
+
+def scaled(number: int) -> str:
+    """A number with three digits and a decimal prefix: 1.23 M."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            short = number / 10**power
+            return f"{short:.{2 if short < 10 else 1 if short < 100 else 0}f} {prefix}"
+    return str(number)
