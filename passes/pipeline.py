@@ -96,12 +96,14 @@ def _check(layers: int, options: Any) -> None:
         product = f"pipeline × virtual_stages = {pipeline} × {virtual}" if virtual > 1 else f"pipeline = {pipeline}"
         few = f"{layers} layer{'' if layers == 1 else 's'}"
         schedule = SCHEDULES[options.schedule]
-        hints = [f"pipeline = {_listed(range(2, layers // virtual + 1))}"] if layers // virtual > 1 else []
-        if schedule.interleaves and virtual > 1 and layers >= pipeline:
+        chosen = schedule.interleaves and virtual > 1
+        least, most = 2 if chosen else 1, max(1, layers // virtual)
+        hints = [f"pipeline = {_listed(range(least, most + 1))}"] if most >= least else []
+        if chosen and layers >= pipeline:
             hints.append(f"virtual_stages = {_listed(range(1, layers // pipeline + 1))}")
         elif schedule.v_shaped and layers >= pipeline:
             hints.append(f"schedule = {next(name for name, each in SCHEDULES.items() if each.stages_per_rank == 1)}")
-        hints.append("pipeline = 1 without virtual_stages" if schedule.interleaves and virtual > 1 else "pipeline = 1")
+        hints += ["pipeline = 1 without virtual_stages"] if chosen else []
         raise PlanError(
             f"{product} makes {options.stages} stages, but the model has {few} and each stage needs one: "
             f"use {', or '.join(hints)}"

@@ -98,3 +98,20 @@ def test_a_pass_or_rank_that_does_not_exist_is_named() -> None:
         lowered.listing(after="fuse")
     with pytest.raises(PlanError, match="rank 7"):
         lowered.listing(rank=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pipeline": 4}, r"pipeline = 4 makes 4 stages, but the model has 3 layers .* use pipeline = 1, 2, 3$"),
+        (
+            {"pipeline": 2, "schedule": "interleaved"},
+            r"pipeline × virtual_stages = 2 × 2 .* use virtual_stages = 1, or pipeline = 1 without virtual_stages$",
+        ),
+        ({"pipeline": 2, "schedule": "zbv"}, r"2 × 2 makes 4 stages, but .* use pipeline = 1, or schedule = 1f1b$"),
+        ({"pipeline": 2, "stage_layers": (1, 3)}, r"stage_layers = 1,3 makes 4 layers, but the model has 3: .* add up to 3$"),
+    ],
+)
+def test_a_pipeline_that_the_layers_do_not_fill_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        lower(tiny(num_hidden_layers=3), **options)

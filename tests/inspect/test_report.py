@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import collections
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,7 @@ from shardcomp.lowering import lower
 from shardcomp.mesh import Mesh
 from shardcomp.patterns import Entry, parse
 from shardcomp.policy import Policy
-from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Program, S, Signature, Unit, Value
+from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Plan, Program, S, Signature, Unit, Value
 from shardcomp.ranks import run_ranks
 from shardcomp.sharding import allocate, weights_of
 
@@ -82,6 +84,94 @@ def by_hand(tensor: int = 2, data: int = 2) -> Any:
     return SimpleNamespace(
         program=program, mesh=mesh, policy=policy, seq=LENGTH, micro_batch=BATCH, global_batch=BATCH * data * 2
     )
+
+
+def pipelined(**options: Any) -> Any:
+    """Four layers over four stages or two."""
+    policy = Policy.load("llama", tensor=2, pipeline=2, **options)
+    return lower(tiny(num_hidden_layers=4, vocab_size=96), policy, 8, seq=16, micro_batch=2, global_batch=12)
+
+
+def sends(found: dict[str, Any]) -> set[tuple[str, str, int, int]]:
+    return {(e["where"], e["phase"], e["count"], e["bytes"]) for e in found["collectives"] if e["op"] == "send"}
+
+
+def test_a_rank_sends_its_residual_stream_on_and_the_gradient_back() -> None:
+    lowered = pipelined()
+    once = 3 * 2 * 16 // 2 * 32 * 2  # micro-batches · samples · length of a rank · hidden · bf16
+    assert sends(lowered.report(0)) == {("stage 0 → 1", "forward", 3, once)}
+    assert sends(lowered.report(4)) == {("stage 1 → 0", "backward", 3, once)}
+    assert all(entry["axis"] == "pp" for entry in lowered.report(0)["collectives"] if entry["op"] == "send")
+
+
+def test_two_stages_of_one_rank_send_each_other_nothing() -> None:
+    lowered = pipelined(schedule="zbv")
+    places = [{where for where, *_ in sends(lowered.report(rank))} for rank in (0, 4)]
+    assert places == [{"stage 0 → 1", "stage 3 → 2"}, {"stage 2 → 3", "stage 1 → 0"}]
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "zbv"}, {"schedule": "interleaved"}])
+def test_the_stages_of_all_ranks_are_the_model(options: dict[str, Any]) -> None:
+    lowered = pipelined(**options)
+    whole = lower(
+        tiny(num_hidden_layers=4, vocab_size=96), Policy.load("llama", tensor=2), 4, seq=16, micro_batch=2, global_batch=12
+    )
+    found, one = [lowered.report(rank) for rank in (0, 4)], whole.report()
+    for key in ("parameters", "gradients", "optimizer"):
+        assert sum(each["memory"][key] for each in found) == one["memory"][key]
+    for key in ("model", "hardware"):
+        assert sum(each["flops"][key] for each in found) == one["flops"][key]
+    assert sum(entry["parameters"] for each in found for entry in each["replicated"]) == sum(
+        entry["parameters"] for entry in one["replicated"]
+    )
+    for each in found:
+        assert sum(stage["flops"] for stage in each["stages"]) == each["flops"]["hardware"]
+        assert sum(stage["memory"] for stage in each["stages"]) == sum(each["memory"].values())
+        assert 4 * sum(stage["parameters"] for stage in each["stages"]) == each["memory"]["parameters"]
+    for key, (count, size) in traffic(one).items():
+        if key[1] == "tp" and key[2] != "step":
+            assert [sum(traffic(each).get(key, (0, 0))[i] for each in found) for i in (0, 1)] == [count, size]
+    paths = [path for each in found for stage in each["stages"] for path in stage["units"] if "rotary" not in path]
+    assert sorted(paths) == sorted(unit.path for unit in whole.program.units)
+
+
+def test_a_tied_weight_is_held_by_both_of_the_ranks_that_use_it() -> None:
+    config = tiny(num_hidden_layers=4, vocab_size=96, tie_word_embeddings=True)
+    held = [
+        sum(lower(config, Policy.load("llama", pipeline=n), seq=16).report(rank)["memory"]["parameters"] for rank in range(n))
+        for n in (1, 2)
+    ]
+    assert held[1] - held[0] == 96 * 32 * 4
+
+
+def test_what_a_unit_computes_again_counts_once_more_for_the_hardware_alone() -> None:
+    lowered = pipelined()
+    before = lowered.report()["flops"]
+    again = Plan(stage=0, recompute="full")
+    units = [replace(u, plan=again) if u.path == "model.layers.0" else u for u in lowered.program.units]
+    lowered.records[-1] = replace(lowered.records[-1], program=replace(lowered.program, units=units))
+    after = lowered.report()["flops"]
+    layer = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) * 2 * 16 + 2 * 2 * 4 * 16 * 16 * (8 + 8)
+    assert after["model"] == before["model"]
+    assert after["hardware"] - before["hardware"] == 3 * layer // 2
+
+
+def test_a_rendered_report_shows_the_stages_of_a_pipeline() -> None:
+    lowered = pipelined(schedule="zbv")
+    text = render(lowered.report())
+    assert "model.embed_tokens … model.layers.0" in text and "model.rotary_emb … lm_head" in text
+    assert "send" in text and "a rank runs" not in render(report(by_hand()))
+
+
+def test_a_listing_of_a_pipeline_is_that_of_the_ranks_stages() -> None:
+    lowered = pipelined(schedule="zbv")
+    assert [lowered.stages_of(rank) for rank in (0, 4)] == [[0, 3], [1, 2]]
+    text = lowered.listing(rank=4)
+    ast.parse(text)
+    assert text.count("class Model(Stage)") == 2 and text.index("# stage 1") < text.index("# stage 2")
+    assert lowered.listing(after="tensor", rank=4).count("class Model(Stage)") == 1
+    assert list(lowered.program.source) == [f"stage_{i}.py" for i in range(4)]
+    assert tuple(lowered.program.source.values()) == lowered.blueprint().sources
 
 
 def traffic(found: dict[str, Any]) -> dict[tuple[str, str, str], tuple[int, int]]:
