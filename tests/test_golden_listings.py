@@ -39,6 +39,12 @@ def test_the_listing_is_the_reviewed_one(plan: str, golden: Callable[[str, str],
     golden(f"{plan}.py.txt", lowered.listing())
 
 
+@pinned
+def test_the_listing_of_a_later_stage_is_the_reviewed_one(golden: Callable[[str, str], None]) -> None:
+    policy = shardcomp.Policy.load("llama", tensor=2, pipeline=2)
+    golden("pipeline_2_last_stage.py.txt", shardcomp.lower(tiny(num_hidden_layers=6), policy, seq=16).listing(rank=2))
+
+
 def test_the_listing_does_not_change_from_run_to_run() -> None:
     policy = shardcomp.Policy.load("llama", tensor=2)
     assert shardcomp.lower(tiny(), policy, seq=16).listing() == shardcomp.lower(tiny(), policy, seq=16).listing()
