@@ -59,11 +59,14 @@ class Mesh:
 
         return init_device_mesh(device_type, tuple(self.size(axis) for axis in AXES), mesh_dim_names=AXES)
 
-    def factored_mesh(self, mesh: DeviceMesh) -> DeviceMesh | None:
-        """`mesh` with the two factors in the place of tp; None where it has none."""
+    def engine_mesh(self, mesh: DeviceMesh, factored: bool = False) -> DeviceMesh:
+        """`mesh` with dp in its two factors where ZeRO shares over groups, and with tp in its two where `factored`; `mesh`
+        itself where neither has any."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        if self.copies == 1:
-            return None
-        names = (*AXES[:-1], *FACTORS)
+        data = SHARDING if self.replicas > 1 else ("dp",)
+        tensor = FACTORS if factored and self.copies > 1 else ("tp",)
+        names = ("pp", *data, "cp", *tensor)
+        if names == AXES:
+            return mesh
         return init_device_mesh(mesh.device_type, tuple(self.size(axis) for axis in names), mesh_dim_names=names)

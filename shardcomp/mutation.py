@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed.fsdp import FSDPModule
 
 from shardcomp.collectives import EXCHANGES, Axis
 from shardcomp.inspect.listing import sources
-from shardcomp.program import PARAMETER, Program
+from shardcomp.program import PARAMETER, Program, Unit
+from shardcomp.runtime.allocation import Chunk
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.model import ShardedModel
 
@@ -150,23 +152,44 @@ def _partial_gradients(program: Program, blueprint: Blueprint) -> Iterator[Mutan
 
 
 def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
-    for index in {id(u.body): i for i, u in enumerate(program.units) if u.parameters}.values():
+    for unit in {id(u.body): u for u in program.units if u.parameters}.values():
 
-        def unreduced(sharded: ShardedModel, index: int = index) -> None:
-            home: Any = sharded._homes[index]
-            module = home if isinstance(home, FSDPModule) else sharded._root
-            true = sharded._root.set_requires_gradient_sync
+        def unreduced(sharded: ShardedModel, unit: Unit = unit) -> None:
+            for chunk in sharded._chunks:
+                for plan, home in zip(chunk.units, chunk.homes, strict=True):
+                    if (plan.stage, plan.path) == (unit.plan.stage, unit.path):
+                        _leave_unreduced(chunk, home)
 
-            def without(sync: bool) -> None:
-                true(sync)
-                module.set_requires_all_reduce(False, recurse=False)
-
-            object.__setattr__(sharded._root, "set_requires_gradient_sync", without)
-
-        yield Mutant(f"{program.units[index].path}: gradients not summed over dp", blueprint, unreduced)
+        yield Mutant(f"{unit.path}: gradients not summed over dp", blueprint, unreduced)
 
     def silent(sharded: ShardedModel) -> None:
         dp = sharded._axes["dp"]
         sharded._axes["dp"] = FaultyAxis(dp.name, dp.size, dp.rank, dp.group, "forward", SILENT)
 
     yield Mutant("the loss and the count of labels are not summed over dp", blueprint, silent)
+
+
+def _leave_unreduced(chunk: Chunk, home: Any) -> None:
+    """Have a group's gradients reduced without the other ranks' part."""
+    module = home if isinstance(home, FSDPModule) else chunk.root
+    if isinstance(module, ReplicateModule):
+        true = chunk.root.set_requires_gradient_sync
+
+        def without(sync: bool) -> None:
+            true(sync)  # type: ignore[operator]
+            module.set_requires_all_reduce(False, recurse=False)
+
+        object.__setattr__(chunk.root, "set_requires_gradient_sync", without)
+    else:
+        module.set_custom_reduce_scatter(_Unreduced())  # type: ignore[operator, union-attr]
+
+
+class _Unreduced:
+    """A reduce-scatter that adds nothing up: each rank keeps its own piece."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        pieces = input_tensor.view(group.size(), -1)
+        output_tensor.copy_(pieces[group.rank()].view_as(output_tensor))

@@ -13,10 +13,11 @@ from shardcomp.lowering import Lowered, lower
 from shardcomp.parts import packed
 from shardcomp.policy import Policy
 from shardcomp.runtime import world
+from shardcomp.runtime.allocation import Weights
 from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.huggingface import WeightFiles
 from shardcomp.runtime.initialisation import initialise
-from shardcomp.runtime.model import ShardedModel, Weights, build
+from shardcomp.runtime.model import ShardedModel, build
 
 DEFAULT_LENGTH = 2048
 """Only reports depend on the length that a plan is lowered for; this one's multiples always divide."""

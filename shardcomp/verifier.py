@@ -24,6 +24,7 @@ from shardcomp.ranks import run_ranks
 from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.whole import whole
 from shardcomp.sharding import allocate, weights_of
 from shardcomp.weights import module_of
 
@@ -85,7 +86,10 @@ def verify(
         )
     micro_batch = options.micro_batch or 1
     plan = policy.replace(micro_batch=micro_batch)
-    rows = mesh.dp * 2 * micro_batch  # two micro-batches on each rank
+    if not isinstance(model_or_config, nn.Module) and not (shrink or {}).get("none"):
+        plan = plan.replace(stage_layers=None)  # those are the layers of the full size
+    # On each rank two micro-batches, or as many as make a pipeline forward and backward in turn, and another.
+    rows = mesh.dp * micro_batch * (2 if mesh.pp == 1 else mesh.pp + 1)
     length = -(-24 // mesh.tp) * mesh.tp
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     made = batches(vocabulary, rows, length, options.seed)
@@ -123,7 +127,7 @@ def _small_model(
         progress("full size")
         lower(config, policy, world_size)
         keep = {key: held for key, held in shrink.items() if key != "none"}
-        config = presets.shrink(config, keep, tensor=policy.options.tensor)
+        config = presets.shrink(config, keep, tensor=policy.options.tensor, layers=policy.options.stages)
     return initialize(presets.build(config), policy.options.seed), name
 
 
@@ -150,8 +154,12 @@ def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mu
     for batch in given.values():  # lowered here, because tracing is not for threads
         lowered.for_call(_call(batch, ("loss",)), (lowered.policy.options.micro_batch or 1, batch["input_ids"].shape[1]))
     if mutant is None:
-        ids = given["causal"]["input_ids"]
-        lowered.for_call(_call({"input_ids": ids}, ("logits",)), (ids.shape[0] // lowered.mesh.dp, ids.shape[1]))
+        causal = given["causal"]
+        rows, length = causal["input_ids"].shape[0] // lowered.mesh.dp, causal["input_ids"].shape[1]
+        if lowered.mesh.pp == 1:
+            lowered.for_call(_call({"input_ids": causal["input_ids"]}, ("logits",)), (rows, length))
+        else:
+            lowered.for_call(_call(causal, ("loss", "logits")), (lowered.policy.options.micro_batch or rows, length))
 
     def work(rank: int) -> Outcome:
         torch.set_num_threads(1)
@@ -168,8 +176,24 @@ def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mu
                     f"the ranks disagree about the loss of the {kind} batch: {[float(o.loss[kind]) for o in outcomes]}"
                 )
     logits = {o.rows: o.logits for o in outcomes if o.logits is not None}  # type: ignore[attr-defined]
-    outcomes[0].logits = torch.cat([logits[key] for key in sorted(logits)]) if logits else None
-    return outcomes[0]
+    found = outcomes[0]
+    found.logits = torch.cat([logits[key] for key in sorted(logits)]) if logits else None
+    names = lowered.program.canonical_names()
+    for other in outcomes[1:]:  # the stages of other pipeline ranks; a tied weight's second copy has the same gradient
+        for kind, gradients in other.gradients.items():
+            _add_stages(found.gradients[kind], gradients, names)
+        _add_stages(found.weights, other.weights, names)
+    return found
+
+
+def _add_stages(known: dict[str, Tensor], more: dict[str, Tensor], names: Mapping[str, str]) -> None:
+    """Add what other pipeline ranks hold. Raises VerifyError where two ranks hold the same and do not agree."""
+    for name, held in more.items():
+        first = names.get(name, name)
+        if not torch.equal(known.setdefault(first, held), held):
+            raise VerifyError(f"the ranks disagree about {first}: its copies on two ranks differ")
+    for alias in names.keys() & known.keys():
+        known.setdefault(names[alias], known.pop(alias))
 
 
 def _call(batch: Batch, outputs: tuple[str, ...]) -> Any:
@@ -196,8 +220,11 @@ def _run(
         found.norm[kind] = sharded.clip_grad_norm_(math.inf)
         sharded.zero_grad()
     if with_logits:
-        with torch.no_grad():
-            logits = sharded(input_ids=mine(given["causal"])["input_ids"])["logits"]
+        if sharded.mesh["pp"].size() == 1:
+            with torch.no_grad():
+                logits = sharded(input_ids=mine(given["causal"])["input_ids"])["logits"]
+        else:
+            logits = sharded.eval_step(**mine(given["causal"]), return_logits=True).logits
         found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     if updates:
         optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], foreach=True, **OPTIMIZER)
@@ -217,8 +244,7 @@ def _joined(held: dict[str, Tensor], parts: Mapping[str, Part | None]) -> dict[s
 
 def _full(held: Tensor | None) -> Tensor:
     assert held is not None
-    whole = held.detach()
-    return (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone()
+    return whole(held.detach()).clone()
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 import shardcomp
 from shardcomp import presets
-from shardcomp.runtime.model import local_index
+from shardcomp.runtime.allocation import local_index
 from shardcomp.sharding import weights_of
 
 TENSOR = 4

@@ -31,19 +31,20 @@ LIKE_HIDDEN = ("word_embed_proj_dim",)
 ROTARY = ("rope_parameters", "rope_scaling")
 
 
-def shrink(config: Any, keep: dict[str, Any] | None = None, tensor: int = 1) -> Any:
+def shrink(config: Any, keep: dict[str, Any] | None = None, tensor: int = 1, layers: int = 1) -> Any:
     """A small configuration of the same class and structure.
 
-    What `tensor` ranks split evenly at full size they split evenly here; the vocabulary never divides. keep: values by key that
+    What `tensor` ranks split evenly at full size they split evenly here; the vocabulary never divides. layers: how many there
+    are at least. keep: values by key that
     are taken as they are, the other sizes following where they depend on them. Raises ShardError for an unknown key, or where
     the configuration's class refuses the result.
     """
-    return _Shrinking(config, dict(keep or {}), tensor).run()
+    return _Shrinking(config, dict(keep or {}), tensor, layers).run()
 
 
 class _Shrinking:
-    def __init__(self, config: Any, keep: dict[str, Any], tensor: int) -> None:
-        self.config, self.tensor = config, tensor
+    def __init__(self, config: Any, keep: dict[str, Any], tensor: int, layers: int) -> None:
+        self.config, self.tensor, self.layers = config, tensor, layers
         self.names: dict[str, str] = dict(getattr(config, "attribute_map", None) or {})
         self.full: dict[str, Any] = config.to_dict()
         unknown = [key for key in keep if self.names.get(key, key) not in self.full]
@@ -142,7 +143,7 @@ class _Shrinking:
     def _layers(self) -> None:
         full = self._full("num_hidden_layers")
         lists = {key: held for key, held in self.full.items() if isinstance(held, list) and len(held) == full}
-        count = min(LAYERS, full)
+        count = min(max(LAYERS, self.layers), full)
         kinds = {key: len(set(map(str, held))) for key, held in lists.items()}
         while count < min(full, MAX_LAYERS) and any(len(set(map(str, h[:count]))) < kinds[key] for key, h in lists.items()):
             count += 1

@@ -72,7 +72,7 @@ class Blueprint:
     `inputs` are the caller's; `token_inputs` those that counting the labels needs. The sequence length must be a multiple of
     `sequence_multiple`. `output_split`: output name -> (dimension that tp cuts, global size). `output_type`: "module:class" of
     what the model returns. `seed`: what dropout starts from. `sources`: the Python of each stage, in the order of the model.
-    `offload`: whether the host keeps what the optimizer needs.
+    `offload`: whether the host keeps what the optimizer needs. `ignored_label`: the label of a token that does not count.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Blueprint:
     schedule: str = "1f1b"
     zero: int = 0
     offload: bool = False
+    ignored_label: int = -100
 
     def module(self, stage: int = 0) -> ModuleType:
         """The emitted source of a stage, imported from a real file, so that tracebacks and debuggers show its lines."""

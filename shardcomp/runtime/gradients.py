@@ -1,8 +1,10 @@
-"""Gradients over the axes of the mesh: the once-per-step sum of those that come out partial, and the global norm."""
+"""Gradients over the axes of the mesh: the once-per-step sum of those that come out partial, the global norm, and whether they
+are finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,25 +14,32 @@ from torch.distributed.tensor import DTensor
 from shardcomp.collectives import Axis
 
 
-class PartialGradients:
-    """Parameters on whose gradient each rank of an axis holds one summand, such as a norm's weight under sequence parallelism.
+@dataclass(frozen=True)
+class Partial:
+    """A parameter of whose gradient each rank of some axes holds one summand, and so does each of its copies on this rank."""
 
-    What a backward adds is summed over the axis once, when all of the step's gradients are there. Only that increment:
-    gradients that stood before were summed already, and summing them again would count them once per rank.
+    copies: tuple[nn.Parameter, ...]
+    axes: tuple[Axis, ...]
+
+
+class PartialGradients:
+    """Parameters whose gradient is to be summed once per step, such as a norm's weight under sequence parallelism, or a tied
+    weight that two stages of a pipeline use.
+
+    Only what a backward adds is summed, when all of the step's gradients are there: gradients that stood before were summed
+    already, and summing them again would count them once per rank.
     """
 
-    def __init__(self, parameters: Iterable[tuple[nn.Parameter, tuple[str, ...]]], axes: Mapping[str, Axis]) -> None:
-        self._parameters = [(p, names) for p, names in parameters if any(axes[name].size > 1 for name in names)]
-        self._axes = axes
-        self._before: list[Tensor | None] | None = None
+    def __init__(self, partial: Iterable[Partial]) -> None:
+        self._partial = [p for p in partial if len(p.copies) > 1 or any(axis.size > 1 for axis in p.axes)]
+        self._before: dict[nn.Parameter, Tensor | None] | None = None
 
     def set_aside(self) -> None:
         """Called before a backward: take the gradients that stand away."""
-        if self._before is not None:
-            return
-        self._before = [p.grad for p, _ in self._parameters]
-        for p, _ in self._parameters:
-            p.grad = None
+        if self._before is None:
+            self._before = {p: p.grad for each in self._partial for p in each.copies}
+            for p in self._before:
+                p.grad = None
 
     def forget(self) -> None:
         """Called when a step failed half way: what was set aside is not to be added to a later one."""
@@ -42,71 +51,113 @@ class PartialGradients:
         if self._before is None:
             return
         before, self._before = self._before, None
-        for name, axis in self._axes.items():
-            new = [_local(p.grad) for p, names in self._parameters if name in names and p.grad is not None]
-            if not new or axis.size == 1:
-                continue
-            total = axis.all_reduce(torch.cat([gradient.flatten() for gradient in new]))
-            for gradient, piece in zip(new, total.split([g.numel() for g in new]), strict=True):
-                gradient.copy_(piece.view_as(gradient))
-        for (p, _), old in zip(self._parameters, before, strict=True):
+        sums = {id(each): total for each in self._partial if (total := _sum([p.grad for p in each.copies])) is not None}
+        # In one order on all ranks of an axis: by name, axes of one name by their size.
+        axes = {id(axis): axis for each in self._partial for axis in each.axes if axis.size > 1}
+        for axis in sorted(axes.values(), key=lambda axis: (axis.name != "tp", axis.name, axis.size)):
+            over = [each for each in self._partial if id(each) in sums and any(a is axis for a in each.axes)]
+            if over:
+                flat = [sums[id(each)].flatten() for each in over]
+                total = axis.all_reduce(torch.cat(flat))
+                for each, piece in zip(over, total.split([f.numel() for f in flat]), strict=True):
+                    sums[id(each)] = piece.view_as(sums[id(each)])
+        for each in self._partial:
+            for p in each.copies:
+                if id(each) in sums and p.grad is not None:
+                    local(p.grad).copy_(sums[id(each)])
+        for p, old in before.items():
             if old is not None:
                 p.grad = old if p.grad is None else p.grad + old
 
 
+def _sum(gradients: list[Tensor | None]) -> Tensor | None:
+    held = [local(gradient) for gradient in gradients if gradient is not None]
+    return sum(held[1:], held[0]) if held else None
+
+
 class _Began(torch.autograd.Function):
-    """The first step of a backward: the identity, which calls `began`."""
+    """The first step of a backward: `began` gives the gradient that it starts from."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, began: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, began: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.began = began
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.began()
-        return gradients[0], None
+        return ctx.began(gradients[0]), None
 
 
-def around_backward(x: Tensor, before: Callable[[], None], after: Callable[[], None]) -> Tensor:
-    """`x`, such that its backward runs `before` first and `after` last, behind FSDP's own last callback."""
+def around_backward(x: Tensor, before: Callable[[], float], after: Callable[[], None]) -> Tensor:
+    """`x`, such that its backward runs `before` first, starts from a gradient times what that returns, and runs `after` last,
+    behind FSDP's own last callback."""
 
-    def began() -> None:
-        before()
+    def began(gradient: Tensor) -> Tensor:
+        scale = before()
         engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
         # FSDP queues its last callback after this point. A callback that queues another runs before it, the other after it.
         engine.queue_callback(lambda: engine.queue_callback(after))
+        return gradient if scale == 1.0 else gradient * scale
 
     return _Began.apply(x, began)
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, axes: Mapping[str, Axis]) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    axes: Mapping[str, Axis],
+    device: torch.device,
+    master: torch.dtype = torch.float32,
+    again: Collection[nn.Parameter] = (),
+) -> Tensor:
     """Scale the gradients so that their global 2-norm is at most `max_norm`; returns the norm before, the same on every rank.
 
-    Each element of each gradient counts once: pieces are added over the axes that cut them, copies are not.
+    Each element of each gradient counts once: pieces are added over the axes that cut them, copies are not. master: the dtype
+    of gradients. again: parameters that hold a gradient which another stage counts.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
+    held = [(p, p.grad) for p in parameters if p.grad is not None]
     squares: dict[frozenset[str], list[Tensor]] = {}
-    for gradient in gradients:
-        norm = torch.linalg.vector_norm(_local(gradient), dtype=_wide(gradient.dtype))
-        squares.setdefault(_cut_axes(gradient), []).append(norm.square())
+    skipped = {id(p) for p in again}
+    for parameter, gradient in held:
+        if id(parameter) not in skipped:
+            norm = torch.linalg.vector_norm(local(gradient), dtype=master)
+            squares.setdefault(_cut_axes(gradient), []).append(norm.square().to(device))
     sums = {cut: torch.stack(each).sum() for cut, each in sorted(squares.items(), key=lambda entry: sorted(entry[0]))}
     for name, axis in axes.items():
         over = [cut for cut in sums if name in cut]
         if axis.size > 1 and over:
             totals = axis.all_reduce(torch.stack([sums[cut] for cut in over]))
             sums.update(zip(over, totals, strict=True))
-    norm = torch.stack(list(sums.values())).sum().sqrt()
+    square = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), dtype=master, device=device)
+    norm = axes["pp"].all_reduce(square).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([_local(gradient) for gradient in gradients], scale.to(gradients[0].dtype))
+    if held:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for _, gradient in held:
+            by_device.setdefault(gradient.device, []).append(local(gradient))
+        for place, gradients in by_device.items():
+            torch._foreach_mul_(gradients, scale.to(place, gradients[0].dtype))
     return norm
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply every gradient that stands."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
+
+
+@torch.no_grad()
+def not_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """1 where a gradient on this rank holds an infinity or something that is no number, else 0: float32 []."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return torch.zeros((), device=device)
+    largest = torch._foreach_norm(gradients, float("inf"))
+    return (~torch.stack([each.to(device) for each in largest]).isfinite()).any().float()
 
 
 def _cut_axes(gradient: Tensor) -> frozenset[str]:
@@ -116,6 +167,6 @@ def _cut_axes(gradient: Tensor) -> frozenset[str]:
     return frozenset(name for name, placement in zip(names, gradient.placements, strict=True) if not placement.is_replicate())
 
 
-def _local(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
+def local(gradient: Tensor) -> Tensor:
+    """This rank's piece."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,33 +1,40 @@
-"""The sharded model that a user holds: HuggingFace's names, DTensor parameters, `train_step`, and the pieces of it that are
-built from a blueprint."""
+"""The sharded model that a user holds: HuggingFace's names, DTensor parameters, `train_step`, `eval_step` and
+`optimizer_step`."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
-from shardcomp.collectives import allreduce_identity
+from shardcomp.collectives import Axis, allreduce_identity
 from shardcomp.errors import PlanError
-from shardcomp.mesh import FACTORS, Mesh
 from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
-from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan
-from shardcomp.runtime.gradients import PartialGradients, around_backward, clip_grad_norm
+from shardcomp.runtime.allocation import Chunk, Weights, allocate, tied_axes, users
+from shardcomp.runtime.blueprint import MASTER, Blueprint
+from shardcomp.runtime.gradients import (
+    Partial,
+    PartialGradients,
+    around_backward,
+    clip_grad_norm,
+    not_finite,
+    scale_gradients,
+)
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.unit import Home, Root, Stage
+from shardcomp.runtime.scaling import LossScale
+from shardcomp.runtime.stage import ModelStage, Pipeline, prepare
+from shardcomp.runtime.unit import Stage
+from shardcomp.runtime.whole import whole as together
+from shardcomp.schedules import SCHEDULES
 
-Weights = Callable[[str, tuple[slice, ...]], Tensor]
-"""(parameter name, which part) -> that part, in any dtype, on any device."""
 Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool]
 """A call signature: the inputs given as (name, dimensions), the outputs wanted, training or not."""
 Lower = Callable[[Call, tuple[int, int]], Blueprint]
@@ -36,68 +43,84 @@ Lower = Callable[[Call, tuple[int, int]], Blueprint]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step tells: the mean loss over the labels that count in the global batch, and how many those are.
+    """What a step tells.
 
-    Both are the same on every rank: a 0-d tensor each.
+    loss: the mean loss over the labels that count in the global batch; tokens: how many those are; skipped: whether a gradient
+    of the step is not finite, so that `optimizer_step` will skip. All are 0-d tensors, the same on every rank. logits: those of
+    this data-parallel rank's samples, a DTensor that is split on the vocabulary, where they were asked for and this pipeline
+    rank has the last stage.
     """
 
     loss: Tensor
     tokens: Tensor
+    skipped: Tensor
+    logits: Any = None
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The code of one call signature, and the parameters whose gradient it leaves partial."""
+    """The code of one call signature on this rank: its stages, and the parameters whose gradient it leaves partial."""
 
     blueprint: Blueprint
-    stage: Stage
+    stages: list[Stage]
     partial: PartialGradients
+    pipeline: Pipeline | None
 
 
 class ShardedModel(nn.Module):
     """One rank's part of a model.
 
-    Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. A batch
-    is this data-parallel rank's samples, the same on every rank of one tensor-parallel group. `random` is what dropout draws
-    from: the same seed, mesh and sequence of calls give the same numbers, and torch's own generators are left alone.
+    Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. Under a
+    pipeline they are those of this rank's stages. A batch is this data-parallel rank's samples, the same on every rank of one
+    pp and tp group. `random` is what dropout draws from: the same seed, mesh and sequence of calls give the same numbers, and
+    torch's own generators are left alone. `loss_scale` is that of fp16. `skipped_steps` counts the optimizer steps that were
+    skipped because gradients were not finite.
     """
 
     def __init__(
         self,
         blueprint: Blueprint,
         tree: nn.Module,
-        homes: list[Home],
-        root: Root,
+        chunks: list[Chunk],
         mesh: DeviceMesh,
         device: torch.device,
+        axes: dict[str, Axis],
+        tied: dict[tuple[int, ...], Axis],
         config: Any = None,
         lower: Lower | None = None,
-        factored: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
-        # Not children: their parameters are those of the tree, under other names.
-        object.__setattr__(self, "_homes", homes)
-        object.__setattr__(self, "_root", root)
+        # Not a child: its parameters are those of the tree, under other names.
+        object.__setattr__(self, "_chunks", chunks)
         for name, child in tree.named_children():
             self.add_module(name, child)
         for name, parameter in tree.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        for name, buffer in tree.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name in blueprint.persistent_buffers)
         self.config = config
         self.mesh = mesh
         self.device = device
-        self._axes = world.axes_of(mesh, factored or mesh)
-        self._unit_axes = dict(self._axes)
-        coordinates = {name: axis.rank for name, axis in self._axes.items()}
+        self._axes = axes
+        self._unit_axes = dict(axes)
+        self._tied = tied
+        coordinates = {name: axis.rank for name, axis in axes.items()}
         self.random = Streams(blueprint.seed, blueprint.mesh, coordinates, device)
+        self.loss_scale = LossScale(enabled=blueprint.precision == "fp16")
+        self.skipped_steps = 0
+        self._bad_steps: list[Tensor] = []
         self._lower = lower
         self._blueprint = blueprint
-        self._stages: dict[tuple[Call, tuple[int, int] | None], _Loaded] = {}
+        self._users = users(blueprint)
+        self._codes: dict[tuple[Call, tuple[int, int] | None], _Loaded] = {}
         self._partials: dict[tuple[tuple[str, tuple[str, ...]], ...], PartialGradients] = {}
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
         """The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
         batch, or over `num_items_in_batch`; `logits`, where no labels are given or `return_logits`, is a DTensor that is split
-        on the vocabulary."""
+        on the vocabulary. Raises PlanError under a pipeline, whose micro-batches `train_step` and `eval_step` run."""
+        if self._blueprint.mesh.pp > 1:
+            raise PlanError("a pipeline runs whole steps: call train_step(...) to train, eval_step(...) to evaluate")
         self._check(batch)
         labelled = "labels" in batch
         outputs = (("loss",) if labelled else ()) + (("logits",) if return_logits or not labelled else ())
@@ -106,11 +129,17 @@ class ShardedModel(nn.Module):
         if labelled:
             count = self._tokens(code, batch) if num_items_in_batch is None else num_items_in_batch
             inputs["num_items_in_batch"] = torch.as_tensor(count, device=self.device)
-        found = self._root(code.stage.forward, **inputs)
+        [chunk] = self._chunks
+        prepare(chunk, reduce=True, last=True)
+        found = chunk.root(code.stages[0].forward, **inputs)
         if not torch.is_grad_enabled():
             self._lay_down()
         if "loss" in found:
-            found["loss"] = around_backward(found["loss"], code.partial.set_aside, code.partial.add_up)
+
+            def end() -> None:
+                self._bad_steps.append(self._agree([], self._end_backward(code))[1])
+
+            found["loss"] = around_backward(found["loss"], lambda: self._begin_backward(code), end)
             found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
         for name, (dim, size) in code.blueprint.output_split.items():
             found[name] = _as_dtensor(found[name], self.mesh, dim, size)
@@ -128,9 +157,8 @@ class ShardedModel(nn.Module):
 
     def _lay_down(self) -> None:
         """Put the parameters themselves back where a forward without a backward left its copies. FSDP takes them up again."""
-        for module in (*self._homes, self._root):
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for chunk in self._chunks:
+            chunk.lay_down()
 
     def train_step(self, **batch: Tensor) -> StepResult:
         """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over data-parallel
@@ -141,33 +169,110 @@ class ShardedModel(nn.Module):
         pieces = self._micro_batches(batch)
         code = self._code(pieces[0], ("loss",))
         tokens = self._tokens(code, *pieces)
-        code.partial.set_aside()
+        pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
+        scale = self._begin_backward(code)
         try:
-            losses = [self._backward(code, piece, tokens, last=piece is pieces[-1]) for piece in pieces]
-            code.partial.add_up()
+            if code.pipeline is None:
+                losses = [self._backward(code, piece, scale, last=piece is pieces[-1]) for piece in pieces]
+            else:
+                losses = [found["loss"] for found in code.pipeline.train(pieces, scale)]
+            self._lay_down()
+            loss, bad = self._agree(losses, self._end_backward(code))
         except BaseException:
             code.partial.forget()
             raise
-        return StepResult(self._axes["dp"].all_reduce(torch.stack(losses).sum()), tokens)
+        self._bad_steps.append(bad)
+        return StepResult(loss, tokens, bad > 0)
 
-    def _backward(self, code: _Loaded, piece: Mapping[str, Tensor], tokens: Tensor, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; the last also sums the gradients over dp. Returns its part of the loss."""
-        self._root.set_requires_gradient_sync(last)
-        loss = self._root(code.stage.forward, **piece, num_items_in_batch=tokens)["loss"]
-        loss.backward()
+    def eval_step(self, return_logits: bool = False, **batch: Tensor) -> StepResult:
+        """Forward of all micro-batches without gradients, through the same stages. The loss is that of `train_step`, in the
+        mode that the model is in."""
+        self._check(batch)
+        if "labels" not in batch:
+            raise PlanError("eval_step: no labels; give labels=, with -100 where a token does not count")
+        pieces = self._micro_batches(batch)
+        code = self._code(pieces[0], ("loss", "logits") if return_logits else ("loss",))
+        tokens = self._tokens(code, *pieces)
+        pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
+        if code.pipeline is None:
+            with torch.no_grad():
+                found = [self._chunks[0].root(code.stages[0].forward, **piece) for piece in pieces]
+        else:
+            found = code.pipeline.evaluate(pieces)
+        self._lay_down()
+        loss, bad = self._agree([each["loss"] for each in found], torch.zeros((), device=self.device))
+        logits = None
+        if return_logits and found:
+            logits = torch.cat([each["logits"] for each in found])[: next(iter(batch.values())).shape[0]]
+            if "logits" in code.blueprint.output_split:
+                logits = _as_dtensor(logits, self.mesh, *code.blueprint.output_split["logits"])
+        return StepResult(loss, tokens, bad > 0, logits)
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """`optimizer.step()`, unless a backward since the last call left gradients that are not finite: then nothing changes,
+        on any rank, and `skipped_steps` counts one more. Returns whether the step was made. Adapts the loss scale of fp16."""
+        bad, self._bad_steps = self._bad_steps, []
+        skipped = bool(bad) and bool(torch.stack(bad).sum() > 0)
+        self.loss_scale.update(skipped)
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            optimizer.step()
+        return not skipped
+
+    def _begin_backward(self, code: _Loaded) -> float:
+        """Called before a backward; returns what its loss is to be multiplied by."""
+        scale = self.loss_scale.scale
+        scale_gradients(self.parameters(), scale)  # those that stand are divided by it with the new ones
+        code.partial.set_aside()
+        return scale
+
+    def _end_backward(self, code: _Loaded) -> Tensor:
+        """Called when every gradient of a backward is there; returns whether one on this rank is not finite: 0 or 1, []."""
+        code.partial.add_up()
+        scale_gradients(self.parameters(), 1 / self.loss_scale.scale)
+        return not_finite(self.parameters(), self.device)
+
+    def _agree(self, losses: list[Tensor], bad: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of all micro-batches and samples, and the number of ranks with bad gradients, the same on every rank."""
+        dtype = MASTER[self._blueprint.precision]
+        loss = torch.stack(losses).sum().to(dtype) if losses else torch.zeros((), dtype=dtype, device=self.device)
+        both = torch.stack([loss, bad.to(dtype)])
+        for axis in ("dp", "pp"):
+            both = self._axes[axis].all_reduce(both)
+        return both[0], self._axes["tp"].all_reduce(both[1])
+
+    def _backward(self, code: _Loaded, piece: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch. Returns its part of the loss."""
+        [chunk] = self._chunks
+        prepare(chunk, reduce=last or self._blueprint.zero >= 2, last=last)
+        loss = chunk.root(code.stages[0].forward, **piece)["loss"]
+        loss.backward(torch.full_like(loss, scale))
         return loss.detach()
 
     def _micro_batches(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The batch in pieces. The last may be smaller; under a pipeline, whose pieces are of one size, it is filled up with
+        samples that do not count."""
         rows = next(iter(batch.values())).shape[0]
-        size = self._blueprint.micro_batch or rows
-        if rows % size:
-            legal = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-            raise PlanError(f"train_step: a batch of {rows} does not split into micro-batches of {size}: use {legal}")
-        return [{name: held[at : at + size] for name, held in batch.items()} for at in range(0, rows, size)]
+        size = min(self._blueprint.micro_batch or rows, rows)
+        missing = -rows % size if self._blueprint.mesh.pp > 1 else 0
+        if missing:
+            batch = {name: torch.cat([held, held[:1].expand(missing, *held.shape[1:])]) for name, held in batch.items()}
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][rows:] = self._blueprint.ignored_label
+        return [{name: held[at : at + size] for name, held in batch.items()} for at in range(0, rows + missing, size)]
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients to a global 2-norm of at most `max_norm`, over every axis; returns the norm before."""
-        return clip_grad_norm(self.parameters(), max_norm, self._axes)
+        self._lay_down()
+        again = [
+            self.get_parameter(chunk.names[name])
+            for chunk in self._chunks
+            for name in chunk.names
+            if self._users[name][0] != chunk.index
+        ]
+        master = MASTER[self._blueprint.precision]
+        return clip_grad_norm(self.parameters(), max_norm, self._axes, self.device, master, again)
 
     def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3) -> None:
         """Write a HuggingFace directory (config.json, safetensors) from all ranks together; no rank holds the whole model."""
@@ -181,15 +286,10 @@ class ShardedModel(nn.Module):
             names |= {alias: [alias] for plan in self._blueprint.parameters.values() for alias in plan.aliases}
         entries = []
         for name, pieces in names.items():
-            part, held = parts.get(pieces[0]), self._get(pieces[0])
-            entries.append(
-                (
-                    name,
-                    part.shape if part else tuple(held.shape),
-                    held.dtype,
-                    self._fetcher(name, {piece: parts.get(piece) for piece in pieces}),
-                )
-            )
+            shape, dtype = self._shape(pieces[0])
+            part = parts.get(pieces[0])
+            fetch = self._fetcher(name, {piece: parts.get(piece) for piece in pieces})
+            entries.append((name, part.shape if part else shape, dtype, fetch))
         writer = torch.distributed.get_rank() == 0
         save_pretrained(path, entries, self.config, is_writer=writer, max_shard_size=max_shard_size)
         torch.distributed.barrier()  # the directory is there for whoever goes on
@@ -198,23 +298,60 @@ class ShardedModel(nn.Module):
         """The collective call that returns a tensor whole, a packed one of its pieces."""
 
         def whole(piece: str) -> Tensor:
-            held = self._get(piece).detach()
-            return (held.full_tensor() if isinstance(held, DTensor) else held).cpu()
+            held = self._get(piece)
+            return self._from_its_stage(piece, held if held is None else together(held.detach())).cpu()
 
         if name in parts:
             return lambda: whole(name)
         return lambda: join(name, parts, {piece: whole(piece) for piece in parts})
 
-    def _get(self, name: str) -> Any:
-        """A parameter or buffer, also by another name of a tied one."""
-        first = {alias: known for known, plan in self._blueprint.parameters.items() for alias in plan.aliases}
-        path, _, leaf = first.get(name, name).rpartition(".")
-        return getattr(self.get_submodule(path), leaf)
+    def _get(self, name: str) -> Tensor | None:
+        """A parameter or buffer by its name, or by another name of a tied one; None where only other pipeline ranks have it."""
+        first = self._first_name(name)
+        held = next((chunk.names[first] for chunk in self._chunks if first in chunk.names), first)
+        path, _, leaf = held.rpartition(".")
+        try:
+            found: Tensor = getattr(self.get_submodule(path), leaf)
+        except AttributeError:
+            return None
+        return found
+
+    def _first_name(self, name: str) -> str:
+        aliases = {alias: known for known, plan in self._blueprint.parameters.items() for alias in plan.aliases}
+        return aliases.get(name, name)
+
+    def _shape(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """The whole shape and the dtype of a parameter or buffer of the model."""
+        plan = self._blueprint.parameters.get(self._first_name(name))
+        if plan is not None:
+            return plan.shape, MASTER[self._blueprint.precision]
+        buffer = self._blueprint.buffers[name]
+        return tuple(buffer.shape), buffer.dtype
+
+    def _from_its_stage(self, name: str, held: Tensor | None) -> Tensor:
+        """A whole tensor, from the first pipeline rank that has it to all that share its place on the other axes."""
+        axis = self._axes["pp"]
+        if axis.size == 1:
+            assert held is not None
+            return held
+        stages = self._users.get(self._first_name(name)) or [
+            unit.stage for unit in self._blueprint.units if name in unit.buffers.values()
+        ]
+        if not stages:  # a buffer that no unit uses, which every rank has
+            assert held is not None
+            return held
+        source = SCHEDULES[self._blueprint.schedule].rank_of(stages[0], axis.size)
+        if held is None or axis.rank != source:
+            shape, dtype = self._shape(name)
+            held = torch.empty(shape, dtype=dtype, device=self.device)
+        held = held.to(self.device).contiguous()
+        torch.distributed.broadcast(held, group=axis.group, group_src=source)
+        return held
 
     def _tokens(self, code: _Loaded, *pieces: Mapping[str, Tensor]) -> Tensor:
         """The labels of the global batch that the loss is a mean over."""
         with torch.no_grad():
-            mine = [code.stage.tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces]
+            mine = [code.stages[0].tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces]
             return self._axes["dp"].all_reduce(torch.stack(mine).sum())
 
     def _check(self, batch: Mapping[str, Tensor]) -> None:
@@ -241,20 +378,47 @@ class ShardedModel(nn.Module):
         call: Call = (tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, self.training)
         rows, length = next(iter(batch.values())).shape[:2]
         for shape in (None, (rows, length)):
-            if (call, shape) in self._stages:
-                return self._stages[call, shape]
+            if (call, shape) in self._codes:
+                return self._codes[call, shape]
         blueprint = self._blueprint_for(call, (rows, length))
-        stage = blueprint.module().Model(self._homes, self._unit_axes, self.device, self.random)
-        self._stages[call, blueprint.static_shape] = loaded = _Loaded(blueprint, stage, self._partial_gradients(blueprint))
+        stages = [
+            blueprint.module(chunk.index).Model(chunk.homes, self._unit_axes, self.device, self.random)
+            for chunk in self._chunks
+        ]
+        pipeline = self._pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
+        self._codes[call, blueprint.static_shape] = loaded = _Loaded(
+            blueprint, stages, self._partial_gradients(blueprint), pipeline
+        )
         return loaded
+
+    def _pipeline(self, blueprint: Blueprint, stages: list[Stage]) -> Pipeline:
+        axis, count, schedule = self._axes["pp"], len(blueprint.sources), SCHEDULES[blueprint.schedule]
+        placement = {stage: schedule.rank_of(stage, axis.size) for stage in range(count)}
+        made = [
+            ModelStage(chunk, code, count, placement, blueprint.zero, axis.group, self.device)
+            for chunk, code in zip(self._chunks, stages, strict=True)
+        ]
+        return Pipeline(made, schedule.name, axis.size)
 
     def _partial_gradients(self, blueprint: Blueprint) -> PartialGradients:
         """One for all calls that leave the same gradients partial, so that a backward through two of them adds up once."""
         left = tuple((name, plan.partial_gradient) for name, plan in blueprint.parameters.items() if plan.partial_gradient)
         if left not in self._partials:
             self._lay_down()
-            self._partials[left] = PartialGradients([(self._get(name), axes) for name, axes in left], self._axes)
+            axes = dict(left)
+            self._partials[left] = PartialGradients(
+                Partial(copies, (*(self._axes[axis] for axis in axes.get(name, ())), *self._tie(name)))
+                for name, plan in blueprint.parameters.items()
+                if plan.requires_grad
+                and (copies := tuple(self.get_parameter(c.names[name]) for c in self._chunks if name in c.names))
+            )
         return self._partials[left]
+
+    def _tie(self, name: str) -> list[Axis]:
+        """The axis of the pipeline ranks that hold a parameter, where there are several."""
+        schedule, pipeline = SCHEDULES[self._blueprint.schedule], self._axes["pp"].size
+        ranks = tuple(sorted({schedule.rank_of(stage, pipeline) for stage in self._users.get(name, [])}))
+        return [self._tied[ranks]] if ranks in self._tied else []
 
     def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
         inputs, outputs, training = call
@@ -286,97 +450,11 @@ def build(
     config: Any = None,
     lower: Lower | None = None,
 ) -> ShardedModel:
-    """Allocate this rank's part of a lowered model and hand it over. `weights` is asked for the local part of each
+    """Allocate this rank's part of a lowered model and hand it over. `weights` is asked for this rank's part of each
     parameter."""
-    mesh, device = world.start(blueprint.mesh)
-    factored = blueprint.mesh.factored_mesh(mesh)
-    beside_copies = _beside_copies(blueprint)
-    coordinates = {name: axis.rank for name, axis in world.axes_of(mesh).items()}
-    tree = nn.Module()
-    for name, plan in blueprint.parameters.items():
-        index = local_index(plan, blueprint.mesh, coordinates)
-        held = weights(name, index).to(device=device, dtype=MASTER[blueprint.precision], copy=True)
-        path, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(
-            _distribute(held, plan, factored if name in beside_copies else mesh), requires_grad=plan.requires_grad
-        )
-        _descend(tree, path).register_parameter(leaf, parameter)
-    for name, buffer in blueprint.buffers.items():
-        path, _, leaf = name.rpartition(".")
-        _descend(tree, path).register_buffer(leaf, buffer.to(device), persistent=name in blueprint.persistent_buffers)
-    homes, root = _homes(blueprint, tree)
-    _replicate(blueprint, homes, root, mesh, factored)
-    return ShardedModel(blueprint, tree, homes, root, mesh, device, config, lower, factored)
-
-
-def local_index(plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int]) -> tuple[slice, ...]:
-    """Which part of a parameter the rank at `coordinates` holds."""
-    index = [slice(0, size) for size in plan.shape]
-    for axis, dim in plan.split.items():
-        size = plan.shape[dim]
-        placement = plan.layout.on(axis)
-        step, at = -(-size // (mesh.size(axis) // placement.copies)), coordinates[axis] // placement.copies
-        index[dim] = slice(min(size, at * step), min(size, (at + 1) * step))
-    return tuple(index)
-
-
-def _distribute(held: Tensor, plan: ParameterPlan, mesh: DeviceMesh) -> DTensor:
-    """A parameter on tp, or on its two factors: then a piece lies along the first and is copied along the second."""
-    cut = Shard(plan.split["tp"]) if "tp" in plan.split else Replicate()
-    names = mesh.mesh_dim_names or ()
-    if "tp" in names:
-        axes, placements = mesh["tp"], [cut]
-    else:
-        axes, placements = mesh[FACTORS], [cut, cut if plan.copies == 1 else Replicate()]
-    stride = torch.empty(plan.shape, device="meta").stride()
-    return DTensor.from_local(held.contiguous(), axes, placements, run_check=False, shape=torch.Size(plan.shape), stride=stride)
-
-
-def _descend(tree: nn.Module, path: str) -> nn.Module:
-    """The module at `path`, made on the way where it is not there."""
-    for part in path.split(".") if path else []:
-        if part not in tree._modules:
-            tree.add_module(part, nn.Module())
-        tree = tree.get_submodule(part)
-    return tree
-
-
-def _homes(blueprint: Blueprint, tree: nn.Module) -> tuple[list[Home], Root]:
-    """A home for each unit. A module whose parameters several units use, such as a tied embedding, belongs to the root."""
-    users: dict[str, set[int]] = {}
-    for index, unit in enumerate(blueprint.units):
-        for name in unit.parameters.values():
-            users.setdefault(name.rpartition(".")[0], set()).add(index)
-    homes = []
-    for unit in blueprint.units:
-        names = {**unit.parameters, **unit.buffers}
-        places = {short: (tree.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in names.items()}
-        owned = dict.fromkeys(n.rpartition(".")[0] for n in unit.parameters.values())
-        homes.append(Home(places, [tree.get_submodule(path) for path in owned if len(users[path]) == 1]))
-    shared = [tree.get_submodule(path) for path, indices in users.items() if len(indices) > 1]
-    return homes, Root(homes, shared)
-
-
-def _beside_copies(blueprint: Blueprint) -> set[str]:
-    """The parameters of the units that hold some in copies: one unit's parameters lie on one mesh."""
-    users: dict[str, set[int]] = {}
-    for index, unit in enumerate(blueprint.units):
-        for name in unit.parameters.values():
-            users.setdefault(name.rpartition(".")[0], set()).add(index)
-    own = [[n for n in unit.parameters.values() if len(users[n.rpartition(".")[0]]) == 1] for unit in blueprint.units]
-    return {name for names in own if any(blueprint.parameters[n].copies > 1 for n in names) for name in names}
-
-
-def _replicate(blueprint: Blueprint, homes: Iterable[Home], root: Root, mesh: DeviceMesh, factored: DeviceMesh | None) -> None:
-    """Data parallelism: parameters copied over dp, cast to the compute dtype for each forward, gradients summed over dp in the
-    masters' dtype."""
-    compute, master = COMPUTE[blueprint.precision], MASTER[blueprint.precision]
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
-    modules: list[nn.Module] = [home for home in homes if any(True for _ in home.parameters())]
-    for module in (*modules, root):
-        own = [] if module is root else [p for p in module.parameters() if isinstance(p, DTensor)]
-        in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
-        replicate(module, mesh=(factored if in_factors and factored else mesh)["dp"], mp_policy=policy)
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    public, device = world.start(blueprint.mesh)
+    mesh = blueprint.mesh.engine_mesh(public)
+    factored = blueprint.mesh.engine_mesh(public, factored=True) if blueprint.mesh.copies > 1 else mesh
+    axes = world.axes_of(public, mesh, factored)
+    tree, chunks = allocate(blueprint, weights, mesh, factored, {name: axis.rank for name, axis in axes.items()}, device)
+    return ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), config, lower)

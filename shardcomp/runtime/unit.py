@@ -28,8 +28,11 @@ class Home(nn.Module):
         super().__init__()
         self.owned = nn.ModuleList(owned)
         self.places = {name: place for name, place in places.items()}
+        self.gathered: list[Tensor] = []
+        """The parameters and buffers as the last forward used them."""
 
     def forward(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
+        self.gathered = [getattr(module, attribute) for module, attribute in self.places.values()]
         return body(*inputs)
 
 
@@ -84,8 +87,18 @@ class Stage:
         self.random = random
         self.each = [code(home, axes, device, random) for (_, code), home in zip(self.units, homes, strict=True)]
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
+        """The model's results by name, or where another stage follows, what that one takes."""
         raise TypeError(f"{type(self).__name__} has no emitted forward")
+
+    def received(self, b: int, s: int) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
+        """What comes from the stage before, for a micro-batch of [b, s]: local shape, dtype, and whether its gradient goes
+        back."""
+        return []
+
+    def sent(self, b: int, s: int) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
+        """What goes to the stage behind, in the words of `received`."""
+        return []
 
     def tokens(self, **inputs: Tensor) -> Tensor:
         """The number of labels of these inputs that the loss is a mean over."""
@@ -100,5 +113,5 @@ class Root(nn.Module):
         self.homes = nn.ModuleList(homes)
         self.shared = nn.ModuleList(shared)
 
-    def forward(self, body: Callable[..., Any], **inputs: Tensor) -> Any:
-        return body(**inputs)
+    def forward(self, body: Callable[..., Any], *received: Tensor, **inputs: Tensor) -> Any:
+        return body(*received, **inputs)

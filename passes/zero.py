@@ -1,0 +1,44 @@
+"""Decide for each unit what data-parallel ranks do with its parameters: what is put back in pieces between its forward and its
+backward, and what the host keeps.
+
+Needs: stages. Changes the plans of units, no code: the runtime gathers and frees parameters around a unit as its plan says.
+Legality: FSDP gathers a unit's parameters before every use, wherever and in however many pieces they are kept.
+
+zero = 3 puts every unit's parameters back in pieces. The host keeps what `offload` names: of all units, or of those that match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shardcomp.errors import PolicyError
+from shardcomp.options import OFFLOAD
+from shardcomp.patterns import nearest, parse
+from shardcomp.program import Context, Contract, Program
+
+CONTRACT = Contract(requires=frozenset({"units", "layouts", "stages"}), provides=frozenset({"zero"}))
+
+
+def run(program: Program, context: Context) -> Program:
+    options = context.policy.options
+    reshard = options.zero == 3
+    offloaded = _offloaded(program, options.offload)
+    units = [
+        replace(unit, plan=replace(unit.plan, reshard=reshard, offload=unit.path in offloaded)) if unit.parameters else unit
+        for unit in program.units
+    ]
+    return replace(program, units=units)
+
+
+def _offloaded(program: Program, offload: str | tuple[str, ...]) -> set[str]:
+    """The paths of the units whose parameters the host keeps. Raises PolicyError where a pattern matches none."""
+    paths = [unit.path for unit in program.units if unit.parameters]
+    if offload in OFFLOAD:
+        return set() if offload == "none" else set(paths)
+    patterns = [parse(text) for text in ((offload,) if isinstance(offload, str) else offload)]
+    idle = [pattern.text for pattern in patterns if not any(pattern.matches(path) for path in paths)]
+    if idle:
+        close = nearest(idle[0], paths)
+        hint = f"the nearest is {close}" if close else f"the units are {', '.join(paths[:8])}"
+        raise PolicyError(f"offload: {', '.join(idle)} matches no unit of the model; {hint}; or use {', '.join(OFFLOAD)}")
+    return {path for path in paths if any(pattern.matches(path) for pattern in patterns)}

@@ -1,0 +1,265 @@
+"""One rank's part of a lowered model: its parameters as DTensors, and FSDP around the units of its stages.
+
+Parameters are made on meta, shared out by FSDP, and only then given memory and numbers, so that no rank ever holds more than
+its own piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from shardcomp.collectives import Axis
+from shardcomp.mesh import FACTORS, SHARDING, Mesh
+from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan, UnitPlan
+from shardcomp.runtime.unit import Home, Root
+from shardcomp.schedules import SCHEDULES
+
+Weights = Callable[[str, tuple[slice, ...]], Tensor]
+"""(parameter name, which part) -> that part, in any dtype, on any device."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a rank holds of one stage: the homes of its units and the module that FSDP takes for their root.
+
+    names: a parameter's name in the model -> its name on this rank, which is another one for the second copy of a tied weight.
+    """
+
+    index: int
+    units: tuple[UnitPlan, ...]
+    homes: list[Home]
+    root: Root
+    names: dict[str, str]
+
+    @property
+    def groups(self) -> list[FSDPModule]:
+        """The modules whose parameters FSDP gathers together, in the order of the forward, the root's last."""
+        return [module for module in (*self.homes, self.root) if isinstance(module, FSDPModule)]
+
+    def reshards(self, module: nn.Module) -> bool:
+        """Whether a group's parameters are put back in pieces between its forward and its backward."""
+        plan = next((unit for unit, home in zip(self.units, self.homes, strict=True) if home is module), None)
+        return plan.reshard if plan else all(unit.reshard for unit in self.units if unit.parameters)
+
+    def lay_down(self) -> None:
+        """Put the parameters in pieces, which an optimizer updates, in the place of gathered copies."""
+        for module in self.groups:
+            module.reshard()
+
+
+def users(blueprint: Blueprint) -> dict[str, list[int]]:
+    """The stages that use each parameter, in order."""
+    found: dict[str, dict[int, None]] = {}
+    for unit in blueprint.units:
+        for name in unit.parameters.values():
+            found.setdefault(name, {})[unit.stage] = None
+    return {name: list(stages) for name, stages in found.items()}
+
+
+def stages_of(blueprint: Blueprint, rank: int) -> list[int]:
+    """The stages of a pipeline rank, in the order of the model."""
+    return SCHEDULES[blueprint.schedule].stages_of(rank, blueprint.mesh.pp, len(blueprint.sources))
+
+
+def allocate(
+    blueprint: Blueprint,
+    weights: Weights,
+    mesh: DeviceMesh,
+    factored: DeviceMesh,
+    coordinates: Mapping[str, int],
+    device: torch.device,
+) -> tuple[nn.Module, list[Chunk]]:
+    """The tree of modules that has this rank's parameters and buffers under their names, and its chunks.
+
+    mesh, factored: the meshes of parameters, the second for units that hold some in copies.
+    """
+    tree = nn.Module()
+    chunks: list[Chunk] = []
+    homes_of: dict[str, str] = {}  # a parameter on this rank -> its name in the model
+    taken: set[str] = set()
+    for stage in stages_of(blueprint, coordinates["pp"]):
+        units = tuple(unit for unit in blueprint.units if unit.stage == stage)
+        needed = dict.fromkeys(name for unit in units for name in unit.parameters.values())
+        names = {name: _free_name(name, blueprint.parameters[name], taken) for name in needed}
+        taken |= {name.rpartition(".")[0] for name in names.values()}
+        beside_copies = _beside_copies(blueprint, units)
+        for name, held in names.items():
+            plan = blueprint.parameters[name]
+            place = factored if name in beside_copies else mesh
+            path, _, leaf = held.rpartition(".")
+            parameter = _distribute(plan, blueprint.mesh, coordinates, place, MASTER[blueprint.precision])
+            _descend(tree, path).register_parameter(leaf, nn.Parameter(parameter, requires_grad=plan.requires_grad))
+            homes_of[held] = name
+        for buffer in {name for unit in units for name in unit.buffers.values()}:
+            path, _, leaf = buffer.rpartition(".")
+            _descend(tree, path).register_buffer(leaf, None, persistent=buffer in blueprint.persistent_buffers)
+        homes, shared = _homes(tree, units, names)
+        chunks.append(Chunk(stage, units, homes, Root(homes, shared), names))
+    for chunk in chunks:
+        _share(blueprint, chunk, mesh, factored, device)
+    _fill(blueprint, weights, tree, homes_of, coordinates)
+    used = {name for unit in blueprint.units for name in unit.buffers.values()}
+    mine = {name for chunk in chunks for unit in chunk.units for name in unit.buffers.values()}
+    for name, buffer in blueprint.buffers.items():
+        if name in mine or name not in used:
+            path, _, leaf = name.rpartition(".")
+            _descend(tree, path).register_buffer(leaf, buffer.to(device), persistent=name in blueprint.persistent_buffers)
+    return tree, chunks
+
+
+def _free_name(name: str, plan: ParameterPlan, taken: set[str]) -> str:
+    """What a stage calls a parameter on this rank: its name, or one of its others where an earlier stage has the module."""
+    path, _, leaf = name.rpartition(".")
+    for known in (name, *plan.aliases):
+        if known.rpartition(".")[0] not in taken:
+            return known
+    return f"{path}_again.{leaf}"
+
+
+def _distribute(
+    plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int], place: DeviceMesh, dtype: torch.dtype
+) -> DTensor:
+    """A parameter on meta, lying on tp, or on its two factors: then a piece lies along the first and is copied along the
+    second."""
+    cut = Shard(plan.split["tp"]) if "tp" in plan.split else Replicate()
+    if "tp" in (place.mesh_dim_names or ()):
+        axes, placements = place["tp"], [cut]
+    else:
+        axes, placements = place[FACTORS], [cut, cut if plan.copies == 1 else Replicate()]
+    shape = [part.stop - part.start for part in local_index(plan, mesh, coordinates)]
+    stride = torch.empty(plan.shape, device="meta").stride()
+    held = torch.empty(shape, dtype=dtype, device="meta")
+    return DTensor.from_local(held, axes, placements, run_check=False, shape=torch.Size(plan.shape), stride=stride)
+
+
+def local_index(plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int]) -> tuple[slice, ...]:
+    """Which part of a parameter the tensor-parallel rank at `coordinates` has, before it is shared out over dp."""
+    index = [slice(0, size) for size in plan.shape]
+    for axis, dim in plan.split.items():
+        placement = plan.layout.on(axis)
+        pieces, at = mesh.size(axis) // placement.copies, coordinates[axis] // placement.copies
+        index[dim] = _piece(index[dim], pieces, at)
+    return tuple(index)
+
+
+def _piece(whole: slice, pieces: int, at: int) -> slice:
+    """One piece of a range, as `torch.chunk` cuts it."""
+    step = -(-(whole.stop - whole.start) // pieces)
+    return slice(min(whole.stop, whole.start + at * step), min(whole.stop, whole.start + (at + 1) * step))
+
+
+def _descend(tree: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, made on the way where it is not there."""
+    for part in path.split(".") if path else []:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    return tree
+
+
+def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> tuple[list[Home], list[nn.Module]]:
+    """A home for each unit of a stage, and the modules whose parameters several of them use, such as a tied embedding: those
+    belong to the root."""
+    readers: dict[str, set[int]] = {}
+    for index, unit in enumerate(units):
+        for name in unit.parameters.values():
+            readers.setdefault(names[name].rpartition(".")[0], set()).add(index)
+    homes = []
+    for unit in units:
+        held = {**{short: names[name] for short, name in unit.parameters.items()}, **unit.buffers}
+        places = {short: (_descend(tree, n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in held.items()}
+        owned = dict.fromkeys(names[n].rpartition(".")[0] for n in unit.parameters.values())
+        homes.append(Home(places, [tree.get_submodule(path) for path in owned if len(readers[path]) == 1]))
+    return homes, [tree.get_submodule(path) for path, indices in readers.items() if len(indices) > 1]
+
+
+def _beside_copies(blueprint: Blueprint, units: tuple[UnitPlan, ...]) -> set[str]:
+    """The parameters of the units that hold some in copies: one unit's parameters lie on one mesh."""
+    readers: dict[str, set[int]] = {}
+    for index, unit in enumerate(units):
+        for name in unit.parameters.values():
+            readers.setdefault(name.rpartition(".")[0], set()).add(index)
+    own = [[n for n in unit.parameters.values() if len(readers[n.rpartition(".")[0]]) == 1] for unit in units]
+    return {name for names in own if any(blueprint.parameters[n].copies > 1 for n in names) for name in names}
+
+
+def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: DeviceMesh, device: torch.device) -> None:
+    """Data parallelism: parameters cut over dp as ZeRO says, or copied; cast to the compute dtype when they are gathered, and
+    gradients summed over dp in the masters' dtype. The pieces get memory here."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE[blueprint.precision], reduce_dtype=MASTER[blueprint.precision], cast_forward_inputs=False
+    )
+    owners = [(home, unit) for home, unit in zip(chunk.homes, chunk.units, strict=True) if any(True for _ in home.parameters())]
+    whole = UnitPlan(
+        "",
+        {},
+        {},
+        reshard=chunk.reshards(chunk.root),
+        offload=all(unit.offload for unit in chunk.units if unit.parameters) and blueprint.offload,
+    )
+    groups: list[tuple[nn.Module, UnitPlan]] = [*owners, (chunk.root, whole)]
+    for module, unit in groups:
+        own = [] if module is chunk.root else [p for p in module.parameters() if isinstance(p, DTensor)]
+        in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
+        data = (factored if in_factors else mesh)[SHARDING if blueprint.mesh.replicas > 1 else ("dp",)]
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if unit.offload else OffloadPolicy()
+        if blueprint.zero == 0:
+            replicate(module, mesh=data, mp_policy=policy, offload_policy=offload)
+        else:
+            fully_shard(module, mesh=data, reshard_after_forward=unit.reshard, mp_policy=policy, offload_policy=offload)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        for part in chunk.root.shared if module is chunk.root else [module]:
+            part.to_empty(device="cpu" if unit.offload else device)
+    # The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions.
+    chain = [home for home, unit in owners if unit.reshard and isinstance(home, FSDPModule)]
+    for before, after in zip(chain, chain[1:], strict=False):
+        before.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([before])
+
+
+def _fill(
+    blueprint: Blueprint, weights: Weights, tree: nn.Module, names: Mapping[str, str], coordinates: Mapping[str, int]
+) -> None:
+    """Give this rank's pieces their numbers."""
+    shards = blueprint.mesh.size(SHARDING[1]) if blueprint.zero else 1
+    with torch.no_grad():
+        for held, name in names.items():
+            index = list(local_index(blueprint.parameters[name], blueprint.mesh, coordinates))
+            if index:
+                index[0] = _piece(index[0], shards, coordinates["dp"] % shards)
+            parameter = tree.get_parameter(held)
+            assert isinstance(parameter, DTensor)
+            into = parameter.to_local()
+            if into.numel():
+                into.copy_(weights(name, tuple(index)))
+
+
+def tied_axes(blueprint: Blueprint, mesh: DeviceMesh) -> dict[tuple[int, ...], Axis]:
+    """For every set of pipeline ranks that hold the same parameter, the axis that its gradients are summed over. Called by all
+    ranks together; sets that this one is not in are left out."""
+    schedule, pipeline = SCHEDULES[blueprint.schedule], blueprint.mesh.pp
+    sets = {
+        tuple(sorted({schedule.rank_of(stage, pipeline) for stage in stages}))
+        for stages in users(blueprint).values()
+        if len(stages) > 1
+    }
+    found: dict[tuple[int, ...], Axis] = {}
+    here = dist.get_rank()
+    for ranks in sorted(members for members in sets if len(members) > 1):
+        columns = mesh.mesh[list(ranks)].flatten(1).T  # the world ranks of each place on the other axes
+        for column in columns.tolist():
+            group = dist.new_group(column)
+            if here in column:
+                found[ranks] = Axis("pp", len(ranks), column.index(here), group)
+    return found
