@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import sys
 import threading
 import traceback
@@ -80,6 +79,26 @@ def _first(failures: dict[int, tuple[BaseException, str]]) -> tuple[int, tuple[B
     return min((causes or failures).items())
 
 
+class _Box:
+    """Messages from one rank to another: the n-th that is sent is the n-th that is asked for, whatever is waited for first."""
+
+    def __init__(self) -> None:
+        self.filled = threading.Condition()
+        self.held: dict[int, Tensor] = {}
+        self.sent = self.asked = 0
+
+    def put(self, tensor: Tensor) -> None:
+        with self.filled:
+            self.held[self.sent] = tensor
+            self.sent += 1
+            self.filled.notify_all()
+
+    def ask(self) -> int:
+        with self.filled:
+            self.asked += 1
+            return self.asked - 1
+
+
 class _Sent:
     """A message that was put into its box: there is nothing to wait for."""
 
@@ -90,17 +109,16 @@ class _Sent:
 class _Awaited:
     """A message that will arrive in `into`."""
 
-    def __init__(self, box: queue.SimpleQueue[Tensor], into: Tensor, ended: threading.Event) -> None:
-        self.box, self.into, self.ended = box, into, ended
+    def __init__(self, box: _Box, into: Tensor, ended: threading.Event) -> None:
+        self.box, self.into, self.ended, self.place = box, into, ended, box.ask()
 
     def wait(self, timeout: Any = None) -> bool:
-        while True:
-            try:
-                arrived = self.box.get(timeout=0.05)
-                break
-            except queue.Empty:
+        with self.box.filled:
+            while self.place not in self.box.held:
+                self.box.filled.wait(0.05)
                 if self.ended.is_set():
                     sys.exit("another rank failed")
+            arrived = self.box.held.pop(self.place)
         with torch.no_grad():
             self.into.copy_(arrived)
         return True
@@ -108,10 +126,10 @@ class _Awaited:
 
 def _add_mail(group_class: Any) -> None:
     """Give torch's threaded process group messages from one rank to another, which it lacks."""
-    boxes: defaultdict[tuple[str, int, int, int], queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
+    boxes: defaultdict[tuple[str, int, int, int], _Box] = defaultdict(_Box)
     lock = threading.Lock()
 
-    def box(group: Any, source: int, destination: int, tag: int) -> queue.SimpleQueue[Tensor]:
+    def box(group: Any, source: int, destination: int, tag: int) -> _Box:
         with lock:
             return boxes[group.pg_name, source, destination, tag]
 
