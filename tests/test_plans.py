@@ -1,0 +1,123 @@
+"""Pipelines, data and tensor parallelism, ZeRO, schedules, recompute and micro-batches together: every pair of their values in
+some plan, each plan against the dense model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+from models import tiny
+from torch import Tensor, nn
+
+import shardcomp
+from shardcomp import presets
+from shardcomp.ranks import run_ranks
+from shardcomp.reference import Outcome, batches, dense
+from shardcomp.runtime.initialisation import initialize
+from shardcomp.runtime.whole import whole
+from shardcomp.schedules import SCHEDULES
+from shardcomp.sharding import allocate, weights_of
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "pipeline": (1, 2, 3, 4),
+    "tensor": (1, 2),
+    "data": (1, 2, 3),
+    "zero": (0, 1, 2, 3),
+    "schedule": tuple(SCHEDULES),
+    "recompute": ("none", "full", "selective", "every:2"),
+    "micro_batches": (1, 2, 4, 5),
+    "tied": (False, True),
+}
+MOST_RANKS = 8
+LAYERS = 8
+LENGTH = 6
+
+
+def legal(plan: dict[str, Any]) -> bool:
+    return int(plan["pipeline"] * plan["tensor"] * plan["data"]) <= MOST_RANKS
+
+
+def covering() -> list[dict[str, Any]]:
+    """Plans that have every pair of values which some legal plan has; each of many drawn, the one with the most new pairs."""
+    draw = random.Random(0)
+    wanted = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(CHOICES, 2)
+        for x in CHOICES[a]
+        for y in CHOICES[b]
+        if legal({"pipeline": 1, "tensor": 1, "data": 1} | {a: x, b: y})
+    }
+    found = []
+    while wanted:
+        drawn = [{name: draw.choice(values) for name, values in CHOICES.items()} for _ in range(300)]
+        ((a, x), (b, y)) = min(wanted, key=str)
+        drawn = [plan for each in drawn if legal(plan := {**each, a: x, b: y})]
+        best = max(drawn, key=lambda plan: len(pairs(plan) & wanted))
+        wanted -= pairs(best)
+        found.append(best)
+    return found
+
+
+def pairs(plan: dict[str, Any]) -> set[Any]:
+    return {((a, plan[a]), (b, plan[b])) for a, b in itertools.combinations(CHOICES, 2)}
+
+
+def rows(micro_batches: int, data: int) -> int:
+    """Samples of all ranks, so that each has that many micro-batches of two, the last a smaller one where there are several."""
+    return data * (2 * micro_batches - (micro_batches > 1))
+
+
+@cache
+def model(tied: bool) -> nn.Module:
+    return initialize(presets.build(tiny(num_hidden_layers=LAYERS, tie_word_embeddings=tied)), seed=0)
+
+
+@cache
+def reference(tied: bool, samples: int) -> Outcome:
+    return dense(model(tied), "fp64", {"causal": batches(97, samples, LENGTH, 0)["causal"]}, [])
+
+
+def run(plan: dict[str, Any], policy: shardcomp.Policy) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """(loss, norm, gradients) of every rank."""
+    samples = rows(plan["micro_batches"], plan["data"])
+    world = plan["pipeline"] * plan["tensor"] * plan["data"]
+    lowered = shardcomp.lower(model(plan["tied"]), policy, world, seq=LENGTH)
+    weights, batch = weights_of(lowered), batches(97, samples, LENGTH, 0)["causal"]
+
+    def work(rank: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        sharded = allocate(lowered, weights)
+        place = sharded.mesh.get_local_rank("dp")
+        step = sharded.train_step(**{name: held.chunk(plan["data"])[place] for name, held in batch.items()})
+        assert not step.skipped
+        gradients = {name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+        return step.loss, sharded.clip_grad_norm_(float("inf")), gradients
+
+    return run_ranks(world, work)
+
+
+@pytest.mark.parametrize("plan", covering(), ids=lambda plan: "-".join(str(value) for value in plan.values()))
+def test_a_plan_gives_the_loss_and_the_gradients_of_the_dense_model(plan: dict[str, Any]) -> None:
+    options = {name: value for name, value in plan.items() if name not in ("micro_batches", "tied")}
+    policy = shardcomp.Policy.load("llama", **options, micro_batch=2, precision="fp64")
+    exact = reference(plan["tied"], rows(plan["micro_batches"], plan["data"]))
+    every = float(exact.norm["causal"])
+    seen: set[str] = set()
+    for loss, norm, gradients in run(plan, policy):
+        assert abs(float(loss - exact.loss["causal"])) <= 1e-9 * float(exact.loss["causal"])
+        assert abs(float(norm) - every) <= 1e-9 * every
+        for name, gradient in gradients.items():
+            known = exact.gradients["causal"].get(name, exact.gradients["causal"]["model.embed_tokens.weight"])
+            assert float((gradient - known).norm()) <= 1e-9 * max(float(known.norm()), 1e-6 * every), name
+        seen |= gradients.keys()
+    assert seen >= exact.gradients["causal"].keys()
+
+
+def test_every_pair_of_choices_is_covered() -> None:
+    plans = covering()
+    assert all(legal(plan) for plan in plans) and len(plans) < 60
+    both = set().union(*(pairs(plan) for plan in plans))
+    assert (("pipeline", 4), ("tensor", 2)) in both and (("schedule", "dualpipev"), ("recompute", "selective")) in both
+    assert not any((("pipeline", 4), ("data", 3)) in pairs(plan) for plan in plans)  # twelve ranks
