@@ -15,7 +15,7 @@ BIN := .venv/bin
 READY := .venv/installed
 
 # One process for each rank of the plan: the product of its degrees.
-RANKS = $(shell echo "$(PLAN)" | awk -F '[ =]+' '{n = 1; for (i = 1; i < NF; i++) if ($$i ~ /^--(tensor|data)$$/) n *= $$(i + 1); print n}')
+RANKS = $(shell echo "$(PLAN)" | awk -F '[ =]+' '{n = 1; for (i = 1; i < NF; i++) if ($$i ~ /^--(tensor|data|pipeline)$$/) n *= $$(i + 1); print n}')
 THREADS = $(shell echo "$$(getconf _NPROCESSORS_ONLN) $(RANKS)" | awk '{n = int($$1 / $$2); print (n > 1 ? n : 1)}')
 
 # What `make matrix` is asked for, as options.

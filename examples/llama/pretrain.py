@@ -109,9 +109,7 @@ def problems_with_files(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def problems_with_sizes(
-    args: argparse.Namespace, config: Any, corpus: data.Corpus, policy: shardcomp.Policy, batch: int
-) -> list[str]:
+def problems_with_sizes(args: argparse.Namespace, config: Any, corpus: data.Corpus, batch: int) -> list[str]:
     """What does not fit together: vocabulary, lengths, batches and text. `batch` samples make a step."""
     found = []
     if config.vocab_size < data.VOCABULARY:
@@ -119,9 +117,6 @@ def problems_with_sizes(
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and args.max_length > longest:
         found.append(f"--max-length {args.max_length}: the model's max_position_embeddings is {longest}")
-    micro_batch = policy.options.micro_batch
-    if micro_batch and args.batch_size % micro_batch:
-        found.append(f"--batch-size {args.batch_size} is no multiple of --micro-batch {micro_batch}")
     for name, part, least in (("held-out", corpus.held_out, 1), ("training", corpus.train, batch)):
         if len(part) < least:
             found.append(
@@ -167,13 +162,12 @@ def held_out_loss(sharded: nn.Module, sequences: Tensor, batch_size: int) -> flo
     count = min(len(sequences), HELD_OUT_SEQUENCES)
     sharded.eval()
     total = 0.0
-    with torch.no_grad():
-        for first in range(0, count, batch_size * ranks):
-            places = torch.arange(batch_size) + first + rank * batch_size
-            tokens = sequences[places.clamp(max=count - 1)].long()
-            labels = tokens.masked_fill(places[:, None] >= count, -100)  # rows past the end only fill the last batch
-            loss = sharded(input_ids=tokens.to(sharded.device), labels=labels.to(sharded.device)).loss
-            total += float(loss) * min(batch_size * ranks, count - first)
+    for first in range(0, count, batch_size * ranks):
+        places = torch.arange(batch_size) + first + rank * batch_size
+        tokens = sequences[places.clamp(max=count - 1)].long()
+        labels = tokens.masked_fill(places[:, None] >= count, -100)  # rows past the end only fill the last batch
+        loss = sharded.eval_step(input_ids=tokens.to(sharded.device), labels=labels.to(sharded.device)).loss
+        total += float(loss) * min(batch_size * ranks, count - first)
     return total / count
 
 
@@ -191,10 +185,15 @@ def train(sharded: nn.Module, corpus: data.Corpus, args: argparse.Namespace, see
         step = sharded.train_step(input_ids=tokens, labels=tokens)
         norm = float(sharded.clip_grad_norm_(args.grad_clip))
         loss = float(step.loss)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may mend what overflows
+        if not math.isfinite(loss) or (bool(step.skipped) and not scaled):
             raise FloatingPointError(f"step {done}: loss {loss}, gradient norm {norm}; try a lower --lr or a longer --warmup")
-        optimizer.step()
-        schedule.step()
+        if sharded.optimizer_step(optimizer):
+            schedule.step()
+        else:
+            say(
+                f"step {done}: gradients overflowed and nothing was changed; the loss scale is now {sharded.loss_scale.scale:g}"
+            )
         optimizer.zero_grad()
         now = time.perf_counter()
         rate, left = batch * args.max_length / (now - last), (now - began) / done * (args.steps - done)
@@ -219,13 +218,13 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
         policy = shardcomp.Policy.for_model(model.config.model_type, **options)
     batch = args.batch_size * policy.mesh(int(os.environ.get("WORLD_SIZE", "1"))).dp
     corpus = data.build(data.read(args.dataset) if args.dataset else data.standard_library(), args.max_length)
-    if found := problems_with_sizes(args, model.config, corpus, policy, batch):
+    if found := problems_with_sizes(args, model.config, corpus, batch):
         raise InputError("; ".join(found))
 
     sharded = shardcomp.shard(model, policy, checkpoint=args.load)
     agree_on_text(corpus.fingerprint)
     degrees = " · ".join(f"{axis} {sharded.mesh[axis].size()}" for axis in sharded.mesh.mesh_dim_names)
-    parameters = sum(parameter.numel() for parameter in sharded.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     say(
         f"{model.config.model_type}: {parameters:,} parameters on {degrees}; {len(corpus.train):,} training sequences, "
         f"{len(corpus.held_out):,} held out"
