@@ -10,6 +10,7 @@ from models import tiny
 
 import shardcomp
 from shardcomp.cost.communication import local_numel, messages
+from shardcomp.options import Options
 from shardcomp.program import Program
 
 
@@ -40,7 +41,7 @@ def test_a_rank_holds_one_head_and_sends_no_more_than_where_heads_divide() -> No
     assert copied.parameters[name].partial_gradient == ("tp_rep",)
 
     def sent(program: Program) -> list[tuple[object, ...]]:
-        found = messages(program, torch.float64, 1, 8, 1, coordinates)
+        found = messages(program, Options(precision="fp64"), 1, 8, 1, coordinates)
         return [(m.op, m.axis, m.phase, m.count, m.bytes, m.where) for m in found if m.phase != "step"]
 
     assert sent(copied) == sent(plain)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import tiny
 from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
 
 import shardcomp
 from shardcomp.cost.communication import messages
+from shardcomp.lowering import Lowered
+from shardcomp.options import Options
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import batches
+from shardcomp.runtime.stage import ModelStage
+from shardcomp.runtime.unit import Root
 from shardcomp.sharding import allocate, weights_of
 
 # method of the process group -> (operation, position of the tensors that are passed in)
@@ -26,89 +32,116 @@ METHODS = {
     "broadcast": ("broadcast", 0),
 }
 
+Sent = dict[tuple[str, str, str], tuple[int, int]]
+"""(operation, axis, phase) -> (count, bytes)."""
+
 
 class Counted:
-    """What each rank's process groups were asked to send."""
+    """What each rank's process groups were asked to send, and in which phase: forward inside a stage's call, backward while
+    autograd runs or a pipeline's stage sums gradients itself, else the step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rank = threading.local()
-        self.found: dict[int, Counter[tuple[str, str, str]]] = {}
-        self.bytes: dict[int, Counter[tuple[str, str, str]]] = {}
+        self.found: dict[int, Sent] = {}
         for method, (op, position) in METHODS.items():
-            monkeypatch.setattr(ProcessLocalGroup, method, self._wrap(getattr(ProcessLocalGroup, method), op, position))
+            monkeypatch.setattr(ProcessLocalGroup, method, self._collective(getattr(ProcessLocalGroup, method), op, position))
+        monkeypatch.setattr(Root, "__call__", self._during("forward", Root.__call__))
+        monkeypatch.setattr(ModelStage, "_reduce", self._during("backward", ModelStage._reduce))
+        monkeypatch.setattr(ModelStage, "get_fwd_send_ops", self._sends("forward", ModelStage.get_fwd_send_ops))
+        monkeypatch.setattr(ModelStage, "get_bwd_send_ops", self._sends("backward", ModelStage.get_bwd_send_ops))
 
-    def start(self, rank: int, groups: dict[str, str]) -> None:
-        self.rank.value, self.rank.groups, self.rank.phase = rank, groups, "step"
-        self.found[rank], self.bytes[rank] = Counter(), Counter()
+    def start(self, rank: int, coordinates: Callable[[int], dict[str, int]]) -> None:
+        """Count what this thread sends from now on. coordinates: where a rank stands on the axes."""
+        self.found[rank] = {}
+        self.rank.axes = {}
+        for group, name in dist.distributed_c10d._world.pg_names.items():
+            places = [coordinates(each) for each in dist.get_process_group_ranks(group)]
+            across = [axis for axis in places[0] if len({place[axis] for place in places}) > 1]
+            self.rank.axes[name] = across[0] if len(across) == 1 else "several"
+        self.rank.value, self.rank.phase = rank, "step"
 
     def stop(self) -> None:
         self.rank.value = None
 
-    def _wrap(self, true: Any, op: str, position: int) -> Any:
+    def _add(self, op: str, axis: str, phase: str, tensors: Any) -> None:
+        passed = [held for held in torch.utils._pytree.tree_leaves(tensors) if isinstance(held, torch.Tensor)]
+        count, size = self.found[self.rank.value].get((op, axis, phase), (0, 0))
+        size += sum(held.numel() * held.itemsize for held in passed)
+        self.found[self.rank.value][op, axis, phase] = count + 1, size
+
+    def _collective(self, true: Any, op: str, position: int) -> Any:
         def method(group: Any, *args: Any, **kwargs: Any) -> Any:
-            rank = getattr(self.rank, "value", None)
-            if rank is not None and group.size() > 1:
-                passed = torch.utils._pytree.tree_leaves(args[position])
+            if getattr(self.rank, "value", None) is not None and group.size() > 1:
                 phase = "backward" if torch._C._current_graph_task_id() != -1 else self.rank.phase
-                key = (op, self.rank.groups[group.pg_name], phase)
-                self.found[rank][key] += 1
-                self.bytes[rank][key] += sum(t.numel() * t.itemsize for t in passed if isinstance(t, torch.Tensor))
+                self._add(op, self.rank.axes[group.pg_name], phase, args[position])
             return true(group, *args, **kwargs)
 
         return method
 
+    def _sends(self, phase: str, true: Any) -> Any:
+        def method(*args: Any) -> Any:
+            operations = true(*args)
+            if getattr(self.rank, "value", None) is not None:
+                for operation in operations:
+                    self._add("send", "pp", phase, operation.tensor)
+            return operations
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-@pytest.mark.parametrize(("tensor", "data"), [(1, 2), (2, 1), (2, 2), (4, 2)])
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize(("tied", "precision"), [(True, "fp32"), (False, "bf16")])
-def test_a_step_sends_what_was_predicted(
-    monkeypatch: pytest.MonkeyPatch,
-    tensor: int,
-    data: int,
-    sequence_parallel: bool,
-    tied: bool,
-    micro_batch: int,
-    precision: str,
-) -> None:
-    options = {"tensor": tensor, "sequence_parallel": sequence_parallel, "micro_batch": micro_batch, "precision": precision}
-    policy = shardcomp.Policy.load("llama", **options)
-    config = tiny(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=tied)
-    lowered = shardcomp.lower(config, policy, tensor * data, seq=16, micro_batch=micro_batch, global_batch=2 * data)
-    weights, batch = weights_of(lowered), batches(97, 2 * data, 16, 0)["causal"]
+        return method
+
+    def _during(self, phase: str, true: Any) -> Any:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            before, self.rank.phase = getattr(self.rank, "phase", "step"), phase
+            try:
+                return true(*args, **kwargs)
+            finally:
+                self.rank.phase = before
+
+        return method
+
+
+def sent(monkeypatch: pytest.MonkeyPatch, lowered: Lowered, rows: int) -> dict[int, Sent]:
+    """What every rank sends in a step on so many samples of each data-parallel rank."""
+    mesh = lowered.mesh
+    weights, batch = weights_of(lowered), batches(97, rows * mesh.dp, lowered.seq, 0)["causal"]
     counted = Counted(monkeypatch)
 
     def work(rank: int) -> None:
         sharded = allocate(lowered, weights)
-        axes = {axis.group.pg_name: name for name, axis in sharded._axes.items() if axis.group is not None}
-        part = {name: held.chunk(data)[sharded.mesh.get_local_rank("dp")] for name, held in batch.items()}
-        sharded.train_step(**part)  # FSDP sets itself up on the first step
+        part = {name: held.chunk(mesh.dp)[mesh.coordinates(rank)["dp"]] for name, held in batch.items()}
+        for _ in range(2):
+            counted.start(rank, mesh.coordinates)
+            sharded.train_step(**part)
+            counted.stop()
 
-        def phase(name: str) -> Any:
-            return lambda *_: setattr(counted.rank, "phase", name)
+    run_ranks(mesh.world_size, work)
+    return counted.found
 
-        sharded._root.register_forward_pre_hook(phase("forward"), prepend=True)
-        sharded._root.register_forward_hook(phase("step"))
-        counted.start(rank, axes)
-        sharded.train_step(**part)
-        counted.stop()
 
-    run_ranks(tensor * data, work)
-    for rank in range(tensor * data):
-        count: Counter[tuple[str, str, str]] = Counter()
-        size: Counter[tuple[str, str, str]] = Counter()
-        master = torch.float32
-        for m in messages(lowered.program, master, micro_batch, 16, 2 // micro_batch, lowered.mesh.coordinates(rank)):
-            count[m.op, m.axis, m.phase] += m.count
-            size[m.op, m.axis, m.phase] += m.bytes
-        assert counted.found[rank] == count
-        assert counted.bytes[rank] == size
+def predicted(lowered: Lowered, rank: int) -> Sent:
+    found: Sent = {}
+    for entry in lowered.report(rank)["collectives"]:
+        key = entry["op"], entry["axis"], entry["phase"]
+        count, size = found.get(key, (0, 0))
+        found[key] = count + entry["count"], size + entry["bytes"]
+    return found
+
+
+def compare(monkeypatch: pytest.MonkeyPatch, config: Any, rows: int = 3, **options: Any) -> None:
+    """A step of `rows` micro-batches of one sample sends, on every rank, what the report says."""
+    policy = shardcomp.Policy.load("llama", **{"micro_batch": 1, "data": 2, **options})
+    degrees = policy.options
+    world, data = degrees.ranks, degrees.data or 1
+    size = degrees.micro_batch or 1
+    lowered = shardcomp.lower(config, policy, world, seq=8, micro_batch=size, global_batch=rows * data)
+    found = sent(monkeypatch, lowered, rows)
+    for rank in range(world):
+        assert found[rank] == predicted(lowered, rank), f"rank {rank}"
 
 
 def per_layer(config: Any, **options: Any) -> Counter[tuple[str, str]]:
     lowered = shardcomp.lower(config, shardcomp.Policy.load("llama", **options), seq=16)
     where = "model.layers.0"
-    every = messages(lowered.program, torch.float32, 1, 16, 1, lowered.mesh.coordinates(0))
+    every = messages(lowered.program, Options(), 1, 16, 1, lowered.mesh.coordinates(0))
     return Counter({(m.op, m.phase): m.count for m in every if m.where == where})
 
 
@@ -126,6 +159,6 @@ def test_the_loss_exchanges_three_numbers_per_token() -> None:
     lowered = shardcomp.lower(
         tiny(), shardcomp.Policy.load("llama", tensor=2, sequence_parallel=False, precision="fp32"), seq=16
     )
-    every = messages(lowered.program, torch.float32, 1, 16, 1, lowered.mesh.coordinates(0))
+    every = messages(lowered.program, Options(), 1, 16, 1, lowered.mesh.coordinates(0))
     [loss] = [m for m in every if m.where == "lm_head" and m.axis == "tp" and m.phase == "forward"]
     assert (loss.op, loss.bytes) == ("all_gather", 3 * 16 * 4)

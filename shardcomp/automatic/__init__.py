@@ -21,7 +21,6 @@ from shardcomp.passes import canonicalize, tensor, unflatten, units, unpack
 from shardcomp.patterns import Entry, parse
 from shardcomp.policy import Policy
 from shardcomp.program import Context, Program
-from shardcomp.runtime.blueprint import MASTER
 
 _SAMPLE = (1, 2048)
 """The (batch, length) at which the messages of two policies are compared; the length is a multiple of it for every degree."""
@@ -113,5 +112,5 @@ def _sent(program: Program, policy: Policy) -> float:
     """The bytes that a rank passes in along tp in one step."""
     batch, length = program.static_shape or (_SAMPLE[0], _SAMPLE[1] * program.mesh.tp)
     rank: dict[str, int] = program.mesh.coordinates(0)
-    sent: Any = messages(program, MASTER[policy.options.precision], batch, length, 1, rank)
+    sent: Any = messages(program, policy.options, batch, length, 1, rank)
     return sum(m.bytes for m in sent if m.axis != "dp")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import sympy
@@ -11,7 +12,10 @@ from torch import fx
 
 from shardcomp.collectives import EXCHANGES
 from shardcomp.layout import Size
+from shardcomp.mesh import SHARDING
+from shardcomp.options import Options
 from shardcomp.program import B, Program, S, Unit, Value, value
+from shardcomp.runtime.blueprint import COMPUTE, MASTER
 from shardcomp.schedules import SCHEDULES
 
 
@@ -27,33 +31,42 @@ class Message:
     where: str
 
 
+@dataclass(frozen=True)
+class Group:
+    """Parameters that data-parallel ranks gather together and whose gradients they sum together.
+
+    reshard: whether they are put back in pieces between a forward and its backward. passes_back: whether a backward goes
+    through the code that uses them.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    reshard: bool
+    passes_back: bool
+    offload: bool
+
+
 def messages(
-    program: Program,
-    master: torch.dtype,
-    batch: int,
-    length: int,
-    micro_batches: int,
-    rank: dict[str, int],
-    schedule: str = "1f1b",
+    program: Program, options: Options, batch: int, length: int, micro_batches: int, rank: dict[str, int]
 ) -> list[Message]:
     """Every message that one rank sends in a step.
 
-    master: the dtype of gradients. batch, length: of one micro-batch. rank: its coordinates by axis. schedule: what says which
-    stages it runs. Axes of one rank send nothing.
+    batch, length: of one micro-batch. rank: its coordinates by axis. Axes of one rank send nothing.
     """
     sizes = {B: batch, S: length}
     found: list[Message] = []
-    stages = stages_of(program, schedule, rank)
-    units = program.in_stages(stages)
-    for unit in units:
+    stages = stages_of(program, options.schedule, rank)
+    for unit in program.in_stages(stages):
         for op, axis, phase, each in _unit_messages(program, unit, rank):
             found.append(
                 Message(op, axis, phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), unit.path)
             )
     for op, phase, where, each in _sends(program, stages, rank):
         found.append(Message(op, "pp", phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), where))
-    found += _data_parallel(program, units, master, rank)
-    found += _step(program, held_by(program, stages), master, rank)
+    for stage in stages:
+        for group in groups_of(program, stage):
+            found += _data_parallel(program, group, options, micro_batches, rank)
+    found += _step(program, held_by(program, stages), options, rank)
     return _merged(message for message in found if program.mesh.size(message.axis) > 1)
 
 
@@ -107,43 +120,113 @@ def _bytes(program: Program, held: Value, rank: dict[str, int]) -> Size:
 
 
 def local_numel(program: Program, name: str, rank: dict[str, int]) -> int:
-    """The number of elements of a parameter that the rank at these coordinates holds."""
+    """The number of elements of a parameter that the tensor-parallel rank at these coordinates has."""
+    return math.prod(_local_shape(program, name, rank))
+
+
+def _local_shape(program: Program, name: str, rank: dict[str, int]) -> list[int]:
     parameter = program.parameters[name]
-    return int(sympy.prod(parameter.layout.local_shape(parameter.shape, program.mesh.as_dict(), rank)))
+    return [int(size) for size in parameter.layout.local_shape(parameter.shape, program.mesh.as_dict(), rank)]
 
 
-def _data_parallel(program: Program, units: list[Unit], master: torch.dtype, rank: dict[str, int]) -> Iterator[Message]:
-    """One sum over dp for the gradients of each unit, and one for those that several units share."""
+def groups_of(program: Program, stage: int) -> list[Group]:
+    """The groups of a stage: the parameters of each unit, and those of modules that several units share."""
+    units = [unit for unit in program.in_stages((stage,)) if unit.parameters]
     users: dict[str, int] = {}
     for unit in units:
         for module in {name.rpartition(".")[0] for name in unit.parameters}:
             users[module] = users.get(module, 0) + 1
-    groups: list[tuple[str, list[str]]] = []
+    found: list[Group] = []
     shared: dict[str, None] = {}
     for unit in units:
-        own = [name for name in unit.parameters if users[name.rpartition(".")[0]] == 1]
+        own = tuple(name for name in unit.parameters if users[name.rpartition(".")[0]] == 1)
         shared.update(dict.fromkeys(name for name in unit.parameters if name not in own))
-        groups.append((unit.path, own))
-    groups.append(("shared by several units", list(shared)))
-    for where, names in groups:
-        numel = sum(local_numel(program, name, rank) for name in names if program.parameters[name].requires_grad)
-        if numel:
-            yield Message("all_reduce", "dp", "backward", 1, numel * master.itemsize, where)
+        passes_back = any(program.values[name].requires_grad for name in unit.outputs)
+        found.append(Group(unit.path, own, unit.plan.reshard, passes_back, unit.plan.offload))
+    reshard, offload = (all(getattr(unit.plan, what) for unit in units) for what in ("reshard", "offload"))
+    passes_back = any(group.passes_back for group in found)
+    found.append(Group("shared by several units", tuple(shared), reshard, passes_back, offload))
+    return [group for group in found if group.names]
 
 
-def _step(program: Program, held: list[str], master: torch.dtype, rank: dict[str, int]) -> Iterator[Message]:
-    """Once per step: the count of labels, the loss, and the gradients that come out partial."""
+def shards(program: Program, options: Options) -> int:
+    """The number of pieces that data-parallel ranks cut a parameter into."""
+    return program.mesh.size(SHARDING[1]) if options.zero else 1
+
+
+def padded_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
+    """The elements of a rank's part of a parameter, filled up to rows that divide into so many pieces."""
+    rows, *others = _local_shape(program, name, rank)
+    return -(-rows // pieces) * pieces * math.prod(others)
+
+
+def piece_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
+    """The elements that a rank keeps of a parameter which is cut into so many pieces, without what fills them up."""
+    rows, *others = _local_shape(program, name, rank)
+    step = -(-rows // pieces)
+    return max(0, min(step, rows - rank["dp"] % pieces * step)) * math.prod(others)
+
+
+def _data_parallel(
+    program: Program, group: Group, options: Options, micro_batches: int, rank: dict[str, int]
+) -> Iterator[Message]:
+    """Parameters are gathered once a step, or for every forward and again for its backward where they are put back in pieces.
+    Gradients are summed once a step, or from zero = 2 for every micro-batch."""
+    pieces, compute, master = shards(program, options), COMPUTE[options.precision], MASTER[options.precision]
+    if pieces > 1:
+        each = sum(padded_numel(program, name, pieces, rank) for name in group.names) // pieces * compute.itemsize
+        times = micro_batches if group.reshard else 1
+        yield Message("all_gather", "dp", "forward", times, times * each, group.where)
+        if group.reshard and group.passes_back:
+            yield Message("all_gather", "dp", "backward", times, times * each, group.where)
+    trained = [name for name in group.names if program.parameters[name].requires_grad]
+    if not trained:
+        return
+    each = sum(padded_numel(program, name, pieces, rank) for name in trained) * master.itemsize
+    times = micro_batches if options.zero >= 2 else 1
+    if pieces > 1:
+        yield Message("reduce_scatter", "dp", "backward", times, times * each, group.where)
+    if pieces < program.mesh.dp:
+        yield Message("all_reduce", "dp", "backward", times, times * each // pieces, group.where)
+
+
+def _step(program: Program, held: list[str], options: Options, rank: dict[str, int]) -> Iterator[Message]:
+    """Once per step: the count of labels, the loss and whether gradients are finite, the gradients that come out partial, and
+    those of tied weights that several pipeline ranks hold."""
+    master, pieces = MASTER[options.precision].itemsize, shards(program, options)
     if "loss" in program.outputs:
-        loss = program.values[program.outputs["loss"]]
         yield Message("all_reduce", "dp", "step", 1, torch.int64.itemsize, "count of labels")
-        yield Message("all_reduce", "dp", "step", 1, loss.dtype.itemsize, "loss")
-    partial = [p for p in (program.parameters[name] for name in held) if p.requires_grad]
-    for axis in dict.fromkeys(axis for p in partial for axis in p.partial_gradient):
-        numel = sum(local_numel(program, p.name, rank) for p in partial if axis in p.partial_gradient)
-        yield Message("all_reduce", axis, "step", 1, numel * master.itemsize, "partial gradients")
+        for axis in ("dp", "pp"):
+            yield Message("all_reduce", axis, "step", 1, 2 * master, "loss and ranks whose gradients are not finite")
+        yield Message("all_reduce", "tp", "step", 1, master, "ranks whose gradients are not finite")
+    holders = pipeline_ranks(program, options)
+    partial: dict[str, int] = {}
+    tied: dict[tuple[int, ...], int] = {}
+    for name in held:
+        parameter = program.parameters[name]
+        if parameter.requires_grad:
+            size = piece_numel(program, name, pieces, rank) * master
+            for axis in parameter.partial_gradient:
+                partial[axis] = partial.get(axis, 0) + size
+            if len(holders.get(name, ())) > 1:
+                tied[holders[name]] = tied.get(holders[name], 0) + size
+    for axis, size in partial.items():
+        yield Message("all_reduce", axis, "step", 1, size, "partial gradients")
+    for ranks, size in tied.items():
+        yield Message("all_reduce", "pp", "step", 1, size, f"weights of pipeline ranks {', '.join(map(str, ranks))}")
 
 
-def _merged(found: Iterator[Message]) -> list[Message]:
+def pipeline_ranks(program: Program, options: Options) -> dict[str, tuple[int, ...]]:
+    """The pipeline ranks that hold each parameter that a unit uses."""
+    found: dict[str, set[int]] = {}
+    for unit in program.units:
+        place = SCHEDULES[options.schedule].rank_of(unit.plan.stage, program.mesh.pp)
+        for name in unit.parameters:
+            found.setdefault(name, set()).add(place)
+    return {name: tuple(sorted(ranks)) for name, ranks in found.items()}
+
+
+def _merged(found: Iterable[Message]) -> list[Message]:
     """Messages of the same kind in the same place as one entry."""
     merged: dict[tuple[str, str, str, str], Message] = {}
     for m in found:

@@ -43,13 +43,12 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
         raise PlanError(f"rank {rank}: the world has the ranks 0 to {mesh.world_size - 1}")
     coordinates = mesh.coordinates(rank)
     master = MASTER[options.precision]
-    schedule = options.schedule
-    stages = stages_of(program, schedule, coordinates)
+    stages = stages_of(program, options.schedule, coordinates)
     held = held_by(program, stages)
     kept = {name: local_numel(program, name, coordinates) * master.itemsize for name in held}
     trained = sum(size for name, size in kept.items() if program.parameters[name].requires_grad)
     micro_batches = lowered.global_batch // (mesh.dp * lowered.micro_batch)
-    sent = messages(program, master, lowered.micro_batch, lowered.seq, micro_batches, coordinates, schedule)
+    sent = messages(program, options, lowered.micro_batch, lowered.seq, micro_batches, coordinates)
     replicated = _replicated(lowered, held)
     return {
         "model": {
