@@ -12,7 +12,7 @@ from torch import fx
 
 from shardcomp.collectives import EXCHANGES
 from shardcomp.layout import Size
-from shardcomp.mesh import SHARDING
+from shardcomp.mesh import FACTORS, SHARDING
 from shardcomp.options import Options
 from shardcomp.program import B, Program, S, Unit, Value, value
 from shardcomp.runtime.blueprint import COMPUTE, MASTER
@@ -207,11 +207,12 @@ def _step(program: Program, held: list[str], options: Options, rank: dict[str, i
         if parameter.requires_grad:
             size = piece_numel(program, name, pieces, rank) * master
             for axis in parameter.partial_gradient:
-                partial[axis] = partial.get(axis, 0) + size
+                if program.mesh.size(axis) > 1:
+                    partial[axis] = partial.get(axis, 0) + size
             if len(holders.get(name, ())) > 1:
                 tied[holders[name]] = tied.get(holders[name], 0) + size
     for axis, size in partial.items():
-        yield Message("all_reduce", axis, "step", 1, size, "partial gradients")
+        yield Message("all_reduce", "tp" if axis in FACTORS else axis, "step", 1, size, "partial gradients")
     for ranks, size in tied.items():
         yield Message("all_reduce", "pp", "step", 1, size, f"weights of pipeline ranks {', '.join(map(str, ranks))}")
 

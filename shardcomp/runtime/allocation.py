@@ -6,6 +6,7 @@ its own piece.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -221,11 +222,21 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
         module.set_force_sum_reduction_for_comms(True)
         for part in chunk.root.shared if module is chunk.root else [module]:
             part.to_empty(device="cpu" if unit.offload else device)
-    # The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions.
-    chain = [home for home, unit in owners if unit.reshard and isinstance(home, FSDPModule)]
-    for before, after in zip(chain, chain[1:], strict=False):
+    # The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions. Where nothing is named
+    # FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group names itself then.
+    for module, _ in groups:
+        module.set_modules_to_backward_prefetch([module])  # type: ignore[operator, union-attr]
+    chain = [(home, unit) for home, unit in owners if unit.reshard and isinstance(home, FSDPModule)]
+    for (before, plan), (after, _) in itertools.pairwise(chain):
         before.set_modules_to_forward_prefetch([after])
-        after.set_modules_to_backward_prefetch([before])
+        if _passes_back(blueprint, plan):
+            after.set_modules_to_backward_prefetch([before])
+
+
+def _passes_back(blueprint: Blueprint, unit: UnitPlan) -> bool:
+    """Whether a backward goes through a unit: whether it or one before it has a parameter that is trained."""
+    before = blueprint.units[: blueprint.units.index(unit) + 1]
+    return any(blueprint.parameters[name].requires_grad for each in before for name in each.parameters.values())
 
 
 def _fill(

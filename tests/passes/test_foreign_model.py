@@ -95,7 +95,8 @@ def test_every_planted_fault_is_noticed(tmp_path: Path) -> None:
 
 def test_two_branches_beside_each_other_pay_one_reduction(tmp_path: Path) -> None:
     lowered = shardcomp.lower(Toy(), policy(tmp_path, tensor=2, sequence_parallel=False), 2, seq=8)
-    sent = [m for m in messages(lowered.program, Options(precision="fp64"), 1, 8, 1, lowered.mesh.coordinates(0)) if m.where == "stack.0"]
+    every = messages(lowered.program, Options(precision="fp64"), 1, 8, 1, lowered.mesh.coordinates(0))
+    sent = [m for m in every if m.where == "stack.0"]
     forward = [m for m in sent if m.phase == "forward"]
     assert [(m.op, m.count) for m in forward] == [("all_reduce", 1)]  # the branches' biases are added behind it
 
