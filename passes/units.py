@@ -221,9 +221,10 @@ def _value_names(pieces: list[_Piece], whole: Unit, program: Program) -> dict[fx
 
 
 def _base_name(node: fx.Node, piece: _Piece) -> str:
-    if node.meta["value"].requires_grad:
+    module = node.meta["path"].rpartition(".")[2]
+    if node.meta["value"].requires_grad or module.isdigit():  # a layer, which may be frozen
         return "hidden"
-    return node.meta["path"].rpartition(".")[2] or node.name
+    return module or node.name
 
 
 def _class_name(piece: _Piece, bodies: dict[Hashable, Body]) -> str:
