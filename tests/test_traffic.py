@@ -14,6 +14,7 @@ from models import tiny
 from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
 
 import shardcomp
+from shardcomp import presets
 from shardcomp.cost.communication import messages
 from shardcomp.lowering import Lowered
 from shardcomp.options import Options
@@ -126,16 +127,114 @@ def predicted(lowered: Lowered, rank: int) -> Sent:
     return found
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, config: Any, rows: int = 3, **options: Any) -> None:
-    """A step of `rows` micro-batches of one sample sends, on every rank, what the report says."""
+def compare(monkeypatch: pytest.MonkeyPatch, model: Any, rows: int = 3, **options: Any) -> None:
+    """A step on `rows` samples of each data-parallel rank sends, from every rank, what the report says."""
     policy = shardcomp.Policy.load("llama", **{"micro_batch": 1, "data": 2, **options})
-    degrees = policy.options
-    world, data = degrees.ranks, degrees.data or 1
-    size = degrees.micro_batch or 1
-    lowered = shardcomp.lower(config, policy, world, seq=8, micro_batch=size, global_batch=rows * data)
+    chosen = policy.options
+    assert chosen.data and chosen.micro_batch
+    lowered = shardcomp.lower(
+        model, policy, chosen.ranks, seq=8, micro_batch=chosen.micro_batch, global_batch=rows * chosen.data
+    )
     found = sent(monkeypatch, lowered, rows)
-    for rank in range(world):
+    for rank in range(chosen.ranks):
         assert found[rank] == predicted(lowered, rank), f"rank {rank}"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize(("tensor", "data"), [(1, 2), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("tied", "precision", "sequence_parallel"), [(True, "fp32", False), (False, "bf16", True)])
+def test_a_step_sends_what_was_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+    tensor: int,
+    data: int,
+    sequence_parallel: bool,
+    tied: bool,
+    micro_batch: int,
+    precision: str,
+) -> None:
+    config = tiny(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=tied)
+    options = {"sequence_parallel": sequence_parallel, "micro_batch": micro_batch, "precision": precision}
+    compare(monkeypatch, config, 2, tensor=tensor, data=data, **options)
+
+
+# zero, pipeline, schedule, tensor, data, copies of what ZeRO shares, samples of a rank, tied
+PLANS = [
+    (1, 1, "1f1b", 1, 2, 1, 3, False),
+    (2, 1, "1f1b", 2, 2, 1, 3, True),
+    (3, 1, "1f1b", 2, 2, 1, 1, False),
+    (3, 1, "1f1b", 1, 2, 1, 3, True),
+    (1, 1, "1f1b", 1, 4, 2, 3, True),
+    (2, 1, "1f1b", 2, 4, 2, 1, False),
+    (3, 1, "1f1b", 1, 4, 2, 3, True),
+    (3, 1, "1f1b", 1, 4, 4, 3, False),
+    (0, 2, "1f1b", 2, 2, 1, 3, True),
+    (0, 2, "interleaved", 1, 2, 1, 1, False),
+    (0, 2, "zero_bubble", 1, 2, 1, 3, True),
+    (0, 2, "zbv", 2, 2, 1, 3, False),
+    (1, 2, "1f1b", 1, 2, 1, 1, True),
+    (1, 2, "interleaved", 2, 2, 1, 3, True),
+    (1, 2, "zero_bubble", 1, 4, 2, 3, False),
+    (1, 2, "zbv", 1, 2, 1, 3, True),
+    (2, 2, "1f1b", 2, 2, 1, 3, False),
+    (2, 2, "interleaved", 1, 2, 1, 3, True),
+    (2, 2, "zero_bubble", 2, 2, 1, 1, True),
+    (2, 2, "zbv", 1, 4, 2, 3, True),
+    (3, 2, "1f1b", 1, 4, 2, 3, True),
+    (3, 2, "gpipe", 1, 2, 1, 3, False),
+    (3, 2, "interleaved", 2, 2, 1, 3, False),
+    (3, 2, "zero_bubble", 1, 2, 1, 3, True),
+    (3, 2, "zbv", 2, 2, 1, 3, True),
+    (3, 2, "zbv", 1, 2, 1, 1, False),
+    (3, 2, "dualpipev", 1, 2, 1, 3, True),
+    (3, 4, "1f1b", 1, 2, 1, 3, True),
+    (3, 2, "zero_bubble", 2, 1, 1, 3, True),
+]
+
+
+@pytest.mark.parametrize(("zero", "pipeline", "schedule", "tensor", "data", "replicate", "rows", "tied"), PLANS)
+def test_a_step_sends_what_was_predicted_under_every_zero_stage_and_schedule(
+    monkeypatch: pytest.MonkeyPatch,
+    zero: int,
+    pipeline: int,
+    schedule: str,
+    tensor: int,
+    data: int,
+    replicate: int,
+    rows: int,
+    tied: bool,
+) -> None:
+    config = tiny(num_hidden_layers=4 if pipeline > 1 else 2, tie_word_embeddings=tied)
+    degrees = {"zero": zero, "pipeline": pipeline, "tensor": tensor, "data": data, "replicate": replicate}
+    compare(monkeypatch, config, rows, schedule=schedule, **degrees)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_heads_in_copies_add_up_their_gradients_as_was_predicted(monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    compare(monkeypatch, tiny(num_attention_heads=8), 1, tensor=4, zero=zero)
+
+
+FIRST = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2")
+"""More than the first stage of two."""
+
+
+@pytest.mark.parametrize(
+    ("frozen", "options"),
+    [
+        (FIRST[:2], {"zero": 3}),
+        (FIRST[:2], {"zero": 1}),
+        (("model.layers.0.mlp", "model.layers.2", "lm_head"), {"zero": 3, "pipeline": 2, "schedule": "zero_bubble"}),
+        (FIRST, {"zero": 3, "pipeline": 2, "schedule": "zbv"}),
+        (FIRST, {"zero": 0, "pipeline": 2, "schedule": "zero_bubble"}),
+        (("model.layers.3", "model.norm", "lm_head"), {"zero": 2, "pipeline": 2}),
+    ],
+)
+def test_what_is_frozen_is_gathered_where_a_gradient_passes_and_never_summed(
+    monkeypatch: pytest.MonkeyPatch, frozen: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    model = shardcomp.initialize(presets.build(tiny(num_hidden_layers=4)), 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    compare(monkeypatch, model, **options)
 
 
 def per_layer(config: Any, **options: Any) -> Counter[tuple[str, str]]:

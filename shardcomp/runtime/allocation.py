@@ -222,7 +222,7 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
         module.set_force_sum_reduction_for_comms(True)
         for part in chunk.root.shared if module is chunk.root else [module]:
             part.to_empty(device="cpu" if unit.offload else device)
-    # The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions. Where nothing is named
+    # The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions. Where none is named
     # FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group names itself then.
     for module, _ in groups:
         module.set_modules_to_backward_prefetch([module])  # type: ignore[operator, union-attr]
