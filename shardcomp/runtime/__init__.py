@@ -23,6 +23,7 @@ from shardcomp.kernels import (
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.model import ShardedModel, build
 from shardcomp.runtime.random import Streams
+from shardcomp.runtime.recompute import keep, once
 from shardcomp.runtime.unit import Home, Stage, Unit, local
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
     "dropout",
     "dropped_attention",
     "identity_allreduce",
+    "keep",
     "local",
     "narrow",
+    "once",
     "reducescatter_allgather",
     "split_allgather",
     "split_mean",

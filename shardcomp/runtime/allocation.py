@@ -179,7 +179,8 @@ def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str
         held = {**{short: names[name] for short, name in unit.parameters.items()}, **unit.buffers}
         places = {short: (_descend(tree, n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in held.items()}
         owned = dict.fromkeys(names[n].rpartition(".")[0] for n in unit.parameters.values())
-        homes.append(Home(places, [tree.get_submodule(path) for path in owned if len(readers[path]) == 1]))
+        alone = [tree.get_submodule(path) for path in owned if len(readers[path]) == 1]
+        homes.append(Home(places, alone, unit.path, unit.recompute))
     return homes, [tree.get_submodule(path) for path, indices in readers.items() if len(indices) > 1]
 
 

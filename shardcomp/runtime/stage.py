@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 
 from shardcomp.runtime.allocation import Chunk
+from shardcomp.runtime.recompute import split_backward
 from shardcomp.runtime.unit import Stage
 from shardcomp.schedules import SCHEDULES
 
@@ -159,7 +160,8 @@ class ModelStage(PipelineStage):
             weights = self._gathered()
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
             given = [held for held in inputs if held.requires_grad]
-            found, groups = stage_backward_input([o for o, _ in pairs], [g for _, g in pairs], given, iter(weights))
+            with split_backward():
+                found, groups = stage_backward_input([o for o, _ in pairs], [g for _, g in pairs], given, iter(weights))
             returned = iter(found)
             self._returned[bwd_chunk_id] = _or_zeros([next(returned) if i.requires_grad else None for i in inputs], inputs)
             self._weights[bwd_chunk_id] = lambda: self._weights_only(weights, groups)

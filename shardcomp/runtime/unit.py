@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shardcomp.collectives import Axis
 from shardcomp.runtime.random import Streams
+from shardcomp.runtime.recompute import recompute
 
 
 class Home(nn.Module):
@@ -22,10 +23,14 @@ class Home(nn.Module):
 
     places: the name in the emitted code -> (module, attribute).
     owned: the modules whose parameters belong to this unit alone.
+    path, recompute: the unit's, see `UnitPlan`.
     """
 
-    def __init__(self, places: Mapping[str, tuple[nn.Module, str]], owned: list[nn.Module]) -> None:
+    def __init__(
+        self, places: Mapping[str, tuple[nn.Module, str]], owned: list[nn.Module], path: str = "", recompute: str = "none"
+    ) -> None:
         super().__init__()
+        self.path, self.recompute = path, recompute
         self.owned = nn.ModuleList(owned)
         self.places = {name: place for name, place in places.items()}
         self.gathered: list[Tensor] = []
@@ -74,7 +79,13 @@ class Unit:
         raise TypeError(f"{type(self).__name__} has no emitted forward")
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self.home(self.forward, *inputs)
+        return self.home(self._run, *inputs)
+
+    def _run(self, *inputs: Tensor) -> Any:
+        if self.home.recompute == "none":
+            return self.forward(*inputs)
+        draws = "random" in type(self).forward.__code__.co_names  # it reads self.random
+        return recompute(self.forward, inputs, self.home.path, self.random if draws else None)
 
 
 class Stage:
