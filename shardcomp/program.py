@@ -26,6 +26,10 @@ B, S = sympy.symbols("b s", integer=True, positive=True)
 """The batch size and the sequence length of one call."""
 
 INPUT, PARAMETER, BUFFER = "input", "parameter", "buffer"
+MARK = "again"
+"""The key of a node's `meta` under which a call is marked that is not run again when its unit is computed again."""
+KEEP, ONCE = "keep", "once"
+"""The marks: its result is kept, or nothing that is computed again needs it."""
 LAYER, PRELUDE = "layer", "prelude"
 """Kinds of units that passes ask for: of which there are many, and one that computes values of an earlier stage again."""
 
@@ -110,7 +114,7 @@ class Plan:
     """What was decided for a unit.
 
     stage: which of the model's stages runs it, counted over all pipeline ranks. recompute: what its backward computes again:
-    none, full, or selective (all but what `keep` marks in its body). reshard: whether its parameters are put back in pieces
+    none, full, or selective (all but what is marked in its body). reshard: whether its parameters are put back in pieces
     between its forward and its backward. offload: whether the host keeps them, what the optimizer needs of them included.
     """
 

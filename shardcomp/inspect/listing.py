@@ -19,7 +19,7 @@ from torch import fx
 from shardcomp.collectives import EXCHANGES
 from shardcomp.errors import InternalError
 from shardcomp.layout import Size, divides
-from shardcomp.program import INPUT, PRELUDE, Body, Program, Unit, Value, stage_program, tensor_arguments
+from shardcomp.program import INPUT, MARK, PRELUDE, Body, Program, Unit, Value, stage_program, tensor_arguments
 
 aten = torch.ops.aten
 INDENT = "        "
@@ -101,6 +101,7 @@ class Writer:
         self.taken: set[str] = {
             *RESERVED,
             *(n.target.__name__ for n in body.calls() if not hasattr(n.target, "overloadpacket")),
+            *(n.meta[MARK] for n in body.calls() if MARK in n.meta),
         }
         for node, name in zip(body.placeholders(INPUT), unit.inputs, strict=True):
             self.names[node] = self._unique(re.sub(r"_\d+$", "", name))
@@ -138,6 +139,10 @@ class Writer:
     def _statement(self, node: fx.Node) -> tuple[str, set[sympy.Symbol]]:
         symbols: set[sympy.Symbol] = set()
         expression = self._expression(node, symbols)
+        if MARK in node.meta:
+            function, _, arguments = expression.partition("(")
+            expression = f"{node.meta[MARK]}({function}, {arguments}"
+            self.used.add(node.meta[MARK])
         self.names[node] = name = self._unique(self._base_name(node))
         held = node.meta["value"]
         note = f": {annotation(held, self.sizes)}" if isinstance(held, Value) else ""
