@@ -34,14 +34,14 @@ class Axis:
         """The sum of `x` over the axis."""
         total = x.clone(memory_format=torch.contiguous_format)
         if self.size > 1:
-            dist.all_reduce(total, group=self.group)
+            self.send("all_reduce", total, total)
         return total
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """The pieces of all ranks joined along `dim`: [.., D, ..] -> [.., n D, ..]."""
         pieces = x.new_empty((self.size, *x.shape))
         if self.size > 1:
-            _all_gather(pieces.view(-1), x.contiguous().view(-1), group=self.group)
+            self.send("all_gather", x.contiguous().view(-1), pieces.view(-1))
         else:
             pieces[0] = x
         return pieces.movedim(0, dim).flatten(dim, dim + 1)
@@ -52,7 +52,7 @@ class Axis:
         if self.size == 1:
             return pieces[0].clone()
         piece = torch.empty_like(pieces[0])
-        _reduce_scatter(piece.view(-1), pieces.view(-1), group=self.group)
+        self.send("reduce_scatter", pieces.view(-1), piece.view(-1))
         return piece
 
     def all_to_all(self, x: Tensor, gather: int, scatter: int) -> Tensor:
@@ -60,10 +60,21 @@ class Axis:
         sent = x.unflatten(scatter, (self.size, -1)).movedim(scatter, 0).contiguous()
         received = torch.empty_like(sent)
         if self.size > 1:
-            dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group)
+            self.send("all_to_all", sent.view(-1), received.view(-1))
         else:
             received.copy_(sent)
         return received.movedim(0, gather).flatten(gather, gather + 1)
+
+    def send(self, op: str, given: Tensor, received: Tensor) -> None:
+        """One message, which fills `received`: every message of the axis goes through here."""
+        if op == "all_reduce":
+            dist.all_reduce(received, group=self.group)
+        elif op == "all_gather":
+            _all_gather(received, given, group=self.group)
+        elif op == "reduce_scatter":
+            _reduce_scatter(received, given, group=self.group)
+        else:
+            dist.all_to_all_single(received, given, group=self.group)
 
     def piece(self, x: Tensor, dim: int) -> Tensor:
         """This rank's piece of a whole tensor: [.., D, ..] -> [.., D / n, ..], without a message."""

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from shardcomp.collectives import EXCHANGES
+from shardcomp.cost.activations import repeated_messages
 from shardcomp.layout import Size
 from shardcomp.mesh import FACTORS, SHARDING
 from shardcomp.options import Options
@@ -57,7 +58,8 @@ def messages(
     found: list[Message] = []
     stages = stages_of(program, options.schedule, rank)
     for unit in program.in_stages(stages):
-        for op, axis, phase, each in _unit_messages(program, unit, rank):
+        repeated = repeated_messages(program, unit, batch, length, rank)
+        for op, axis, phase, each in (*_unit_messages(program, unit, rank), *repeated):
             found.append(
                 Message(op, axis, phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), unit.path)
             )

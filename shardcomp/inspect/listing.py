@@ -45,14 +45,7 @@ def source(program: Program) -> str:
     used: set[str] = set()
     classes = [_unit_class(body, program, used) for body in program.bodies()]
     top = _top_class(program, used)
-    imports = ["import torch"]
-    functional = sorted(used & set(_FUNCTIONAL.values()))
-    if functional:
-        imports.append(f"from torch.nn.functional import {', '.join(functional)}")
-    runtime = sorted({"Stage", "Unit", "local", *(used - set(functional) - {"aten"})}, key=lambda n: (n.lower(), n))
-    imports += ["", *_import_lines("shardcomp.runtime", runtime)]
-    if "aten" in used:
-        imports += ["", "aten = torch.ops.aten"]
+    imports = _imports(used | {"Stage", "Unit", "local"})
     stage = f", stage {program.stage.index} of 0 … {program.stage.count - 1}" if program.stage else ""
     header = f'"""{program.name} {program.signature}{stage}, for {_mesh_text(program)}. Written by shardcomp."""'
     return "\n".join([header, "", *imports, "", "", "\n\n\n".join([*classes, top])]) + "\n"
@@ -63,6 +56,23 @@ def sources(program: Program) -> list[str]:
     if program.stages == 1:
         return [source(program)]
     return [source(stage_program(program, stage)) for stage in range(program.stages)]
+
+
+def unit_source(body: Body, program: Program) -> str:
+    """The class of one body as a Python file of its own."""
+    used: set[str] = set()
+    text = _unit_class(body, program, used)
+    return "\n".join([*_imports(used | {"Unit", "local"}), "", "", text]) + "\n"
+
+
+def _imports(used: set[str]) -> list[str]:
+    lines = ["import torch"]
+    functional = sorted(used & set(_FUNCTIONAL.values()))
+    if functional:
+        lines.append(f"from torch.nn.functional import {', '.join(functional)}")
+    runtime = sorted(used - set(functional) - {"aten"}, key=lambda n: (n.lower(), n))
+    lines += ["", *_import_lines("shardcomp.runtime", runtime)]
+    return [*lines, "", "aten = torch.ops.aten"] if "aten" in used else lines
 
 
 def _import_lines(module: str, names: list[str]) -> list[str]:

@@ -151,6 +151,12 @@ class Frame:
         """The slots that some backward may still ask for."""
         return [(i, slot) for i, ref in enumerate(self.slots) if (slot := ref()) is not None]
 
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that the call keeps for its backward, as long as nothing has been computed again."""
+        yield from (held for held in self.inputs if isinstance(held, Tensor))
+        yield from (kept.result for kept in self.kept if kept.result is not None)
+        yield from (slot.tensor for _, slot in self.live() if slot.tensor is not None)
+
     def drop(self) -> None:
         """Forget what was computed again. It would be computed once more."""
         for _, slot in self.live():

@@ -1,0 +1,158 @@
+"""What a call of a unit saves for its backward, to the byte, and the messages that computing it again repeats.
+
+Nothing is estimated: the unit's emitted code runs once, on tensors without numbers, along axes that send nothing, and what
+autograd and the frames of recompute then hold is counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from shardcomp.collectives import Axis
+from shardcomp.inspect.listing import unit_source
+from shardcomp.layout import Size
+from shardcomp.mesh import AXES, FACTORS
+from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit, value
+from shardcomp.runtime.random import Streams
+from shardcomp.runtime.recompute import Frame, frames
+from shardcomp.runtime.unit import Home
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of the distinct storages that one call of a unit holds from its forward to its backward.
+
+    own: those made inside. inputs, results: those of each input and of each result of the unit that it holds, 0 for one that
+    it does not. Parameters and buffers do not count, nor where random numbers stood.
+    """
+
+    own: int
+    inputs: tuple[int, ...]
+    results: tuple[int, ...]
+    differentiable: tuple[bool, ...]
+    """Which inputs a gradient flows into. The others, such as rotary tables, are the same tensors for many units."""
+    repeated: tuple[tuple[str, str, int], ...] = ()
+    """The messages that computing the unit again sends: operation, axis, and the bytes that this rank passes in."""
+
+    @property
+    def bytes(self) -> int:
+        """All but the inputs that no gradient flows into."""
+        held = sum(size for size, graded in zip(self.inputs, self.differentiable, strict=True) if graded)
+        return self.own + held + sum(self.results)
+
+
+def unit_activations(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, int]) -> Saved:
+    """What one call of a unit on a micro-batch of [batch, length] saves, under its plan, on the rank at these coordinates."""
+    known = _known.setdefault(unit.body.graph, {})
+    key = unit.plan.recompute, batch, length, rank["tp"], program.mesh
+    if key not in known:
+        known[key] = _run(program, unit, batch, length, rank)
+    return known[key]
+
+
+def stage_activations(program: Program, units: Iterable[Unit], batch: int, length: int, rank: dict[str, int]) -> int:
+    """What one micro-batch leaves in these units until its backward; a value that several of them hold counts once."""
+    own, shared = 0, dict[str, int]()
+    for unit in units:
+        saved = unit_activations(program, unit, batch, length, rank)
+        own += saved.own
+        for name, size in zip((*unit.inputs, *unit.outputs), (*saved.inputs, *saved.results), strict=True):
+            shared[name] = max(shared.get(name, 0), size)
+    return own + sum(shared.values())
+
+
+def repeated_messages(
+    program: Program, unit: Unit, batch: int, length: int, rank: dict[str, int]
+) -> Iterator[tuple[str, str, str, Size]]:
+    """The messages of a unit's forward that its backward sends once more, as (operation, axis, phase, bytes passed in)."""
+    if unit.plan.recompute != "none":
+        for op, axis, size in unit_activations(program, unit, batch, length, rank).repeated:
+            yield op, axis, "backward", size
+
+
+_known: weakref.WeakKeyDictionary[fx.Graph, dict[Any, Saved]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Silent(Axis):
+    """An axis that notes what would be sent."""
+
+    sent: list[tuple[str, str, int]] = field(default_factory=list)
+
+    def send(self, op: str, given: Tensor, received: Tensor) -> None:
+        self.sent.append((op, self.name, given.numel() * given.itemsize))
+
+
+def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, int]) -> Saved:
+    mesh, body = program.mesh, unit.body
+    places = {**rank, FACTORS[0]: rank["tp"] // mesh.copies, FACTORS[1]: rank["tp"] % mesh.copies}
+    sent: list[tuple[str, str, int]] = []
+    axes = {name: _Silent(name, mesh.size(name), places[name], sent=sent) for name in (*AXES, *FACTORS)}
+    namespace: dict[str, Any] = {}
+    exec(compile(unit_source(body, program), f"<{body.name}>", "exec"), namespace)
+
+    def empty(node: fx.Node) -> Tensor:
+        held = value(node)
+        shape = held.layout.local_shape(held.shape, mesh.as_dict(), rank)
+        sizes = [int(sympy.sympify(size).subs({B: batch, S: length})) for size in shape]
+        return torch.empty(sizes, dtype=held.dtype, device=CPU, requires_grad=held.requires_grad)
+
+    streams = Streams(0, mesh, rank, CPU)
+    with FakeTensorMode(), torch.enable_grad():
+        stored = [node for role in (PARAMETER, BUFFER) for node in body.placeholders(role)]
+        weights = {node.meta["path"]: SimpleNamespace(held=empty(node)) for node in stored}
+        modules: Any = {name: (module, "held") for name, module in weights.items()}
+        call = namespace[body.name](Home(modules, [], unit.path, unit.plan.recompute), axes, CPU, streams)
+        inputs = [empty(node) for node in body.placeholders(INPUT)]
+        # A saved tensor lives as long as what autograd was given in its place.
+        holders: list[weakref.ref[_Holder]] = []
+
+        def pack(tensor: Tensor) -> _Holder:
+            holder = _Holder(tensor.detach())
+            holders.append(weakref.ref(holder))
+            return holder
+
+        with frames() as made, saved_tensors_hooks(pack, _Holder.get):
+            results = call(*inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        tensors = [holder.tensor for ref in holders if (holder := ref()) is not None]
+        tensors += [tensor for frame in made for tensor in frame.held()]
+        foreign = {_storage(module.held) for module in weights.values()}
+        sizes = {key: tensor.untyped_storage().nbytes() for tensor in tensors if (key := _storage(tensor)) not in foreign}
+        of_inputs = tuple(sizes.pop(_storage(held), 0) for held in inputs)
+        of_results = tuple(sizes.pop(_storage(held), 0) for held in results)
+        sent.clear()
+        for frame in made:
+            _again(frame)
+    repeated = tuple(message for message in sent if mesh.size(message[1]) > 1)
+    graded = tuple(value(node).requires_grad for node in body.placeholders(INPUT))
+    return Saved(sum(sizes.values()), of_inputs, of_results, graded, repeated)
+
+
+def _again(frame: Frame) -> None:
+    if any(slot.tensor is None for _, slot in frame.live()):
+        frame.again()
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Holder:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def get(self) -> Tensor:
+        return self.tensor

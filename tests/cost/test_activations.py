@@ -1,0 +1,164 @@
+"""What a unit saves for its backward, as predicted and as measured on real tensors, to the byte."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import families, tiny_config
+from models import tiny
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import shardcomp
+from shardcomp.cost.activations import repeated_messages, stage_activations, unit_activations
+from shardcomp.cost.communication import _unit_messages
+from shardcomp.lowering import Lowered
+from shardcomp.ranks import run_ranks
+from shardcomp.reference import batches
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.unit import Unit
+from shardcomp.sharding import allocate, weights_of
+
+LENGTH = 16
+
+
+class Made(TorchDispatchMode):
+    """Every storage that an operator makes, held weakly: those that are left are held by somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage(held) for held in tree_leaves((args, kwargs)) if isinstance(held, Tensor)}
+        for held in tree_leaves(result):
+            if isinstance(held, Tensor) and storage(held) not in given:
+                self.found[storage(held)] = StorageWeakRef(held.untyped_storage()), held.untyped_storage().nbytes()
+        return result
+
+    def left(self, without: list[Tensor]) -> int:
+        """The bytes of those that still live, but for some."""
+        torch.distributed.barrier()  # until then a slower thread may hold what was sent last
+        known = {storage(held) for held in without}
+        return sum(size for key, (ref, size) in self.found.items() if not ref.expired() and key not in known)
+
+
+def storage(held: Tensor) -> int:
+    return int(held.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, str], list[int]]]:
+    """(rank, unit) -> the bytes that each call made and left behind, its results apart."""
+    found: dict[tuple[int, str], list[int]] = {}
+    true = Unit._run
+
+    def run(self: Unit, *inputs: Tensor) -> Any:
+        with Made() as made:
+            results = true(self, *inputs)
+        found.setdefault((torch.distributed.get_rank(), self.home.path), []).append(made.left(tree_leaves(results)))
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unit, "_run", run)
+        yield found
+
+
+def lowered_for(config: Any, policy: str = "llama", world: int | None = None, **options: Any) -> Lowered:
+    chosen = shardcomp.Policy.load(policy, **options)
+    return shardcomp.lower(config, chosen, world or chosen.options.ranks, seq=LENGTH)
+
+
+def forward(lowered: Lowered, vocabulary: int) -> list[tuple[int, int]]:
+    """For every rank: the bytes that a whole forward leaves, and what it was predicted to leave."""
+    weights, batch = weights_of(lowered), batches(vocabulary, 1, LENGTH, 0)["causal"]
+
+    def work(rank: int) -> tuple[int, int]:
+        sharded: ShardedModel = allocate(lowered, weights)
+        sharded.train_step(**batch)  # FSDP sets itself up, and gathers
+        code = sharded._code(batch, ("loss",))
+        inputs = {**batch, "num_items_in_batch": torch.tensor(1)}
+        chunk = sharded._chunks[0]
+        chunk.root(code.stages[0].forward, **inputs)  # the copies to compute with are there
+        with Made() as made:
+            found = chunk.root(code.stages[0].forward, **inputs)
+        program = lowered.program
+        predicted = stage_activations(program, program.units, 1, LENGTH, lowered.mesh.coordinates(rank))
+        copies = [p for home in chunk.homes for p in home.gathered]
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in copies]
+        return made.left([found["loss"], *local]), predicted - sum(_callers(lowered, rank).values())
+
+    return run_ranks(lowered.mesh.world_size, work)
+
+
+def _callers(lowered: Lowered, rank: int) -> dict[str, int]:
+    """The bytes of the caller's own tensors that are held."""
+    program, found = lowered.program, dict[str, int]()
+    for unit in program.units:
+        saved = unit_activations(program, unit, 1, LENGTH, lowered.mesh.coordinates(rank))
+        for name, size in zip(unit.inputs, saved.inputs, strict=True):
+            if name in program.inputs:
+                found[name] = max(found.get(name, 0), size)
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", "every:2"])
+@pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_a_unit_saves_what_was_predicted(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, tensor: int, sequence_parallel: bool, precision: str
+) -> None:
+    tied = tensor == 2
+    config = tiny(num_hidden_layers=3, tie_word_embeddings=tied)
+    options = {"tensor": tensor, "sequence_parallel": sequence_parallel, "precision": precision, "recompute": recompute}
+    lowered = lowered_for(config, **options)
+    check(monkeypatch, lowered, 97)
+    for left, predicted in forward(lowered, 97):
+        assert left == predicted
+
+
+def check(monkeypatch: pytest.MonkeyPatch, lowered: Lowered, vocabulary: int) -> None:
+    weights, batch = weights_of(lowered), batches(vocabulary, 1, LENGTH, 0)["causal"]
+    with measured(monkeypatch) as found:
+        run_ranks(lowered.mesh.world_size, lambda rank: allocate(lowered, weights).train_step(**batch))
+    program = lowered.program
+    for rank in range(lowered.mesh.world_size):
+        for unit in program.units:
+            saved = unit_activations(program, unit, 1, LENGTH, lowered.mesh.coordinates(rank))
+            assert found[rank, unit.path] == [saved.own], (unit.path, saved)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("family", [name for name in families() if name not in ("llama",)])
+def test_a_unit_of_every_family_saves_what_was_predicted(monkeypatch: pytest.MonkeyPatch, family: str, recompute: str) -> None:
+    lowered = lowered_for(tiny_config(family), "auto", tensor=2, precision="bf16", recompute=recompute)
+    check(monkeypatch, lowered, 131)
+
+
+def test_repeated_messages_are_those_before_the_last_value_that_is_needed() -> None:
+    full = lowered_for(tiny(), tensor=2, recompute="full")
+    selective = lowered_for(tiny(), tensor=2, recompute="selective")
+    rank = full.mesh.coordinates(0)
+    [layer, kept] = [next(u for u in each.program.units if u.kind == "layer") for each in (full, selective)]
+    sent = [m for m in _unit_messages(full.program, layer, rank) if m[2] == "forward"]
+    again = [op for op, *_ in repeated_messages(full.program, layer, 1, LENGTH, rank)]
+    assert again == [op for op, *_ in sent][:-1] == ["all_gather", "reduce_scatter", "all_gather"]
+    assert [op for op, *_ in repeated_messages(selective.program, kept, 1, LENGTH, rank)] == ["all_gather", "all_gather"]
+    assert not list(repeated_messages(full.program, full.program.units[0], 1, LENGTH, rank))
+
+
+def test_full_keeps_the_input_alone_and_selective_less_than_all() -> None:
+    size = {}
+    for recompute in ("none", "selective", "full"):
+        lowered = lowered_for(tiny(), recompute=recompute, precision="bf16")
+        unit = next(u for u in lowered.program.units if u.kind == "layer")
+        size[recompute] = unit_activations(lowered.program, unit, 2, LENGTH, lowered.mesh.coordinates(0)).bytes
+    assert size["full"] == 2 * LENGTH * 32 * 2
+    assert size["full"] < size["selective"] < size["none"]
