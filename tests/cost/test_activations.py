@@ -46,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, str], 
 
 def lowered_for(config: Any, policy: str = "llama", world: int | None = None, **options: Any) -> Lowered:
     chosen = shardcomp.Policy.load(policy, **options)
-    return shardcomp.lower(config, chosen, world or chosen.options.ranks, seq=LENGTH)
+    return shardcomp.lower(config, chosen, world or chosen.options.ranks, seq=LENGTH, sample=(1, LENGTH))
 
 
 def forward(lowered: Lowered, vocabulary: int) -> list[tuple[int, int]]:
