@@ -261,3 +261,19 @@ def test_the_loss_exchanges_three_numbers_per_token() -> None:
     every = messages(lowered.program, Options(), 1, 16, 1, lowered.mesh.coordinates(0))
     [loss] = [m for m in every if m.where == "lm_head" and m.axis == "tp" and m.phase == "forward"]
     assert (loss.op, loss.bytes) == ("all_gather", 3 * 16 * 4)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "every:2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": False, "precision": "fp32"},
+        {"tensor": 2, "pipeline": 2, "zero": 3, "schedule": "zero_bubble"},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_computing_again_sends_what_was_predicted(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], recompute: str
+) -> None:
+    compare(monkeypatch, tiny(num_hidden_layers=4), recompute=recompute, **options)
