@@ -16,14 +16,17 @@ _CASTS = ("float", "half", "bfloat16")
 _FLOATING = {torch.ones, torch.zeros, torch.empty, torch.eye, torch.linspace, torch.rand, torch.randn}
 _FROM_NUMBERS = {torch.tensor, torch.full, torch.arange}
 """What makes a tensor of the default dtype unless its arguments name one: always, or where a number among them is a float."""
-_COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
+"""The dtype that a forward computes in, by precision."""
+MASTER = {"bf16": torch.float32, "fp32": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
+"""The dtype that parameters, gradients and reductions have, by precision."""
 
 
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype that a forward computes in. Raises PolicyError for a precision that does not exist."""
-    if precision not in _COMPUTE:
-        raise PolicyError(f"precision = {precision!r}: use one of {', '.join(_COMPUTE)}")
-    return _COMPUTE[precision]
+    if precision not in COMPUTE:
+        raise PolicyError(f"precision = {precision!r}: use one of {', '.join(COMPUTE)}")
+    return COMPUTE[precision]
 
 
 class Widened(TorchFunctionMode):

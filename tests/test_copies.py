@@ -8,7 +8,8 @@ import pytest
 from models import tiny
 
 import shardcomp
-from shardcomp.cost.communication import local_numel, messages
+from shardcomp.cost.communication import messages
+from shardcomp.cost.sharing import local_numel
 from shardcomp.options import Options
 from shardcomp.program import Program
 

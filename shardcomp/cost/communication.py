@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,11 +11,12 @@ from torch import fx
 
 from shardcomp.collectives import EXCHANGES
 from shardcomp.cost.activations import repeated_messages
+from shardcomp.cost.sharing import Group, groups_of, padded_numel, piece_numel, shards
 from shardcomp.layout import Size
-from shardcomp.mesh import FACTORS, SHARDING
+from shardcomp.mesh import FACTORS
 from shardcomp.options import Options
+from shardcomp.precision import COMPUTE, MASTER
 from shardcomp.program import B, Program, S, Unit, Value, value
-from shardcomp.runtime.blueprint import COMPUTE, MASTER
 from shardcomp.schedules import SCHEDULES
 
 
@@ -30,21 +30,6 @@ class Message:
     count: int
     bytes: int
     where: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that data-parallel ranks gather together and whose gradients they sum together.
-
-    reshard: whether they are put back in pieces between a forward and its backward. passes_back: whether a backward goes
-    through the code that uses them.
-    """
-
-    where: str
-    names: tuple[str, ...]
-    reshard: bool
-    passes_back: bool
-    offload: bool
 
 
 def messages(
@@ -119,54 +104,6 @@ def _unit_messages(program: Program, unit: Unit, rank: dict[str, int]) -> Iterat
 def _bytes(program: Program, held: Value, rank: dict[str, int]) -> Size:
     shape = held.layout.local_shape(held.shape, program.mesh.as_dict(), rank)
     return sympy.prod(shape) * held.dtype.itemsize
-
-
-def local_numel(program: Program, name: str, rank: dict[str, int]) -> int:
-    """The number of elements of a parameter that the tensor-parallel rank at these coordinates has."""
-    return math.prod(_local_shape(program, name, rank))
-
-
-def _local_shape(program: Program, name: str, rank: dict[str, int]) -> list[int]:
-    parameter = program.parameters[name]
-    return [int(size) for size in parameter.layout.local_shape(parameter.shape, program.mesh.as_dict(), rank)]
-
-
-def groups_of(program: Program, stage: int) -> list[Group]:
-    """The groups of a stage: the parameters of each unit, and those of modules that several units share."""
-    units = [unit for unit in program.in_stages((stage,)) if unit.parameters]
-    users: dict[str, int] = {}
-    for unit in units:
-        for module in {name.rpartition(".")[0] for name in unit.parameters}:
-            users[module] = users.get(module, 0) + 1
-    found: list[Group] = []
-    shared: dict[str, None] = {}
-    for unit in units:
-        own = tuple(name for name in unit.parameters if users[name.rpartition(".")[0]] == 1)
-        shared.update(dict.fromkeys(name for name in unit.parameters if name not in own))
-        passes_back = any(program.values[name].requires_grad for name in unit.outputs)
-        found.append(Group(unit.path, own, unit.plan.reshard, passes_back, unit.plan.offload))
-    reshard, offload = (all(getattr(unit.plan, what) for unit in units) for what in ("reshard", "offload"))
-    passes_back = any(group.passes_back for group in found)
-    found.append(Group("shared by several units", tuple(shared), reshard, passes_back, offload))
-    return [group for group in found if group.names]
-
-
-def shards(program: Program, options: Options) -> int:
-    """The number of pieces that data-parallel ranks cut a parameter into."""
-    return program.mesh.size(SHARDING[1]) if options.zero else 1
-
-
-def padded_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
-    """The elements of a rank's part of a parameter, filled up to rows that divide into so many pieces."""
-    rows, *others = _local_shape(program, name, rank)
-    return -(-rows // pieces) * pieces * math.prod(others)
-
-
-def piece_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
-    """The elements that a rank keeps of a parameter which is cut into so many pieces, without what fills them up."""
-    rows, *others = _local_shape(program, name, rank)
-    step = -(-rows // pieces)
-    return max(0, min(step, rows - rank["dp"] % pieces * step)) * math.prod(others)
 
 
 def _data_parallel(

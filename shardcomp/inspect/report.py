@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shardcomp.cost.communication import held_by, local_numel, messages, stages_of
+from shardcomp.cost.communication import held_by, messages, stages_of
 from shardcomp.cost.compute import Share, of_units
+from shardcomp.cost.sharing import Held, held_in, local_numel
 from shardcomp.errors import PlanError
 from shardcomp.program import B, Program, S
-from shardcomp.runtime.blueprint import MASTER
 
 if TYPE_CHECKING:
     from shardcomp.lowering import Lowered
@@ -35,18 +35,15 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
     flops: those of products and attention, forward and backward. model: this rank's part of what the captured model asks;
     hardware: what it runs, with what is computed on several ranks or computed again. split: the part of the parameters that
     tensor-parallel ranks share.
-    memory: what is held between steps: the parameters that the optimizer updates, their gradients, and two moments of each, all
-    in the dtype of the masters. The copy that a forward computes with lives no longer than its backward and is not in it.
+    memory: what is held between two micro-batches: the parameters that the optimizer updates, with the copy that a forward
+    computes with where it stays, their gradients, and two moments of each; in `host` what the host holds instead of the device.
     """
     program, mesh, options = lowered.program, lowered.mesh, lowered.policy.options
     if not 0 <= rank < mesh.world_size:
         raise PlanError(f"rank {rank}: the world has the ranks 0 to {mesh.world_size - 1}")
     coordinates = mesh.coordinates(rank)
-    master = MASTER[options.precision]
     stages = stages_of(program, options.schedule, coordinates)
     held = held_by(program, stages)
-    kept = {name: local_numel(program, name, coordinates) * master.itemsize for name in held}
-    trained = sum(size for name, size in kept.items() if program.parameters[name].requires_grad)
     micro_batches = lowered.global_batch // (mesh.dp * lowered.micro_batch)
     sent = messages(program, options, lowered.micro_batch, lowered.seq, micro_batches, coordinates)
     replicated = _replicated(lowered, held)
@@ -64,7 +61,7 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
         "replicated": replicated,
         "stages": [_stage(lowered, stage, coordinates, micro_batches) for stage in stages],
         "flops": _flops(lowered, stages, coordinates, micro_batches),
-        "memory": {"parameters": sum(kept.values()), "gradients": trained, "optimizer": 2 * trained},
+        "memory": asdict(sum((held_in(program, stage, options, coordinates) for stage in stages), Held())),
         "degraded": [asdict(degraded) for degraded in program.degraded],
     }
 
@@ -75,14 +72,13 @@ def _numel(program: Program, names: Iterable[str]) -> int:
 
 def _stage(lowered: Lowered, stage: int, rank: dict[str, int], micro_batches: int) -> dict[str, Any]:
     """What a rank holds and computes for one of its stages."""
-    program, master = lowered.program, MASTER[lowered.policy.options.precision]
-    counts = {name: local_numel(program, name, rank) for name in held_by(program, (stage,))}
-    trained = sum(count for name, count in counts.items() if program.parameters[name].requires_grad)
+    program = lowered.program
+    memory = held_in(program, stage, lowered.policy.options, rank)
     return {
         "units": [unit.path for unit in program.in_stages((stage,))],
-        "parameters": sum(counts.values()),
+        "parameters": sum(local_numel(program, name, rank) for name in held_by(program, (stage,))),
         "flops": _flops(lowered, (stage,), rank, micro_batches)["hardware"],
-        "memory": (sum(counts.values()) + 3 * trained) * master.itemsize,
+        "memory": memory.parameters + memory.gradients + memory.optimizer,
     }
 
 
@@ -132,11 +128,14 @@ def render(found: dict[str, Any]) -> str:
         f"flops     {scaled(flops['model'])} of the model in a rank's step, {scaled(flops['hardware'])} run",
         *(f"degraded  {entry['what']}: {entry['why']}" for entry in found["degraded"]),
     ]
-    memory = _table("a rank holds between steps", "bytes")
-    for name, size in found["memory"].items():
+    memory = _table("a rank holds between micro-batches", "bytes")
+    host, *others = (found["memory"][name] for name in ("host", "parameters", "gradients", "optimizer"))
+    for name, size in zip(("parameters", "gradients", "optimizer"), others, strict=True):
         memory.add_row(name, size_text(size))
     memory.add_section()
-    memory.add_row("total", size_text(sum(found["memory"].values())))
+    memory.add_row("total", size_text(sum(others)))
+    if host:
+        memory.add_row("on the host", size_text(host))
     text = io.StringIO()
     console = Console(file=text, width=WIDTH, color_system=None)
     stages = [_stages(found["stages"])] if found["mesh"]["pp"] > 1 else []

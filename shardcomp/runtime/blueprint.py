@@ -16,13 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardcomp.errors import PlanError
 from shardcomp.layout import Layout, split
 from shardcomp.mesh import Mesh
 from shardcomp.parts import Part
+from shardcomp.precision import COMPUTE as COMPUTE
+from shardcomp.precision import MASTER as MASTER
 from shardcomp.program import source_files as source_files
 
 _loading = threading.Lock()
@@ -189,9 +190,3 @@ def _load(path: Path, name: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-MASTER = {"bf16": torch.float32, "fp32": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
-"""The dtype that parameters, gradients and reductions have, by precision."""
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
-"""The dtype that a forward computes in, by precision."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import collections
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ from shardcomp.patterns import Entry, parse
 from shardcomp.policy import Policy
 from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Plan, Program, S, Signature, Unit, Value
 from shardcomp.ranks import run_ranks
+from shardcomp.runtime.gradients import local
 from shardcomp.sharding import allocate, weights_of
 
 H, F, LAYERS, BATCH, LENGTH = 6, 10, 3, 2, 8
@@ -127,7 +127,7 @@ def test_the_stages_of_all_ranks_are_the_model(options: dict[str, Any]) -> None:
     for each in found:
         assert sum(stage["flops"] for stage in each["stages"]) == each["flops"]["hardware"]
         assert sum(stage["memory"] for stage in each["stages"]) == sum(each["memory"].values())
-        assert 4 * sum(stage["parameters"] for stage in each["stages"]) == each["memory"]["parameters"]
+        assert (4 + 2) * sum(stage["parameters"] for stage in each["stages"]) == each["memory"]["parameters"]
     for key, (count, size) in traffic(one).items():
         if key[1] == "tp" and key[2] != "step":
             assert [sum(traffic(each).get(key, (0, 0))[i] for each in found) for i in (0, 1)] == [count, size]
@@ -141,7 +141,7 @@ def test_a_tied_weight_is_held_by_both_of_the_ranks_that_use_it() -> None:
         sum(lower(config, Policy.load("llama", pipeline=n), seq=16).report(rank)["memory"]["parameters"] for rank in range(n))
         for n in (1, 2)
     ]
-    assert held[1] - held[0] == 96 * 32 * 4
+    assert held[1] - held[0] == 96 * 32 * (4 + 2)
 
 
 def test_what_a_unit_computes_again_counts_once_more_for_the_hardware_alone() -> None:
@@ -198,7 +198,8 @@ def test_model_mesh_and_policy_are_what_was_lowered() -> None:
 def test_memory_counts_this_ranks_share_of_what_is_cut_and_no_gradient_of_what_is_frozen() -> None:
     share = H + F // 2 * H
     trained = LAYERS * share - F // 2 * H
-    assert report(by_hand())["memory"] == {"parameters": 4 * LAYERS * share, "gradients": 4 * trained, "optimizer": 8 * trained}
+    expected = {"parameters": (4 + 2) * LAYERS * share, "gradients": 4 * trained, "optimizer": 8 * trained, "host": 0}
+    assert report(by_hand())["memory"] == expected
 
 
 def test_messages_are_counted_once_per_micro_batch_and_gradients_once_per_step() -> None:
@@ -254,30 +255,62 @@ def test_a_diff_shows_what_differs_and_nothing_where_nothing_does() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{"tensor": 2, "data": 2}, {"tensor": 2, "precision": "fp64"}, {"data": 2}])
-def test_a_run_holds_between_steps_what_the_report_says(options: dict[str, Any], tied: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor": 2, "data": 2},
+        {"tensor": 2, "precision": "fp64"},
+        {"data": 3, "zero": 1},
+        {"data": 2, "tensor": 2, "zero": 2},
+        {"data": 4, "zero": 3, "replicate": 2},
+        {"data": 3, "tensor": 2, "zero": 3, "precision": "fp32"},
+        {"data": 2, "zero": 0, "offload": "optimizer"},
+        {"data": 3, "zero": 2, "offload": "optimizer"},
+        {"data": 2, "zero": 3, "offload": "model.layers.1"},
+        {"zero": 3, "offload": "all"},
+    ],
+    ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
+)
+def test_a_run_holds_between_micro_batches_what_the_report_says(options: dict[str, Any], tied: bool) -> None:
     config = tiny(vocab_size=67, tie_word_embeddings=tied)
-    lowered = lower(config, Policy.load("llama", **options), seq=16)
+    lowered = lower(config, Policy.load("llama", **options, micro_batch=1), seq=8, micro_batch=1)
     weights = weights_of(lowered)
-    ids = torch.arange(32).view(2, 16)
+    ids = torch.arange(16).view(2, 8)
 
     def work(rank: int) -> dict[str, int]:
         sharded = allocate(lowered, weights)
         optimizer = torch.optim.AdamW(sharded.parameters(), foreach=True)
         sharded.train_step(input_ids=ids, labels=ids)
         optimizer.step()
-        moments = [moment for state in optimizer.state.values() for moment in state.values() if moment.dim()]
-        return {
-            "parameters": held(sharded.parameters()),
-            "gradients": held(parameter.grad for parameter in sharded.parameters()),
-            "optimizer": held(moments),
-        }
+        optimizer.zero_grad()
+        [chunk] = sharded._chunks
+        found: list[dict[str, int]] = []
+        chunk.root.register_forward_pre_hook(lambda *_: found.append(held(chunk, optimizer)), prepend=True)
+        sharded.train_step(input_ids=ids, labels=ids)
+        return found[1]
 
     found = run_ranks(lowered.mesh.world_size, work)
     assert [lowered.report(rank)["memory"] for rank in range(lowered.mesh.world_size)] == found
 
 
-def held(tensors: Iterable[Any]) -> int:
-    """The bytes that a rank's pieces of these DTensors occupy; several may be views of one storage."""
-    storages = [tensor.to_local().untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+def held(chunk: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """The bytes that FSDP and an optimizer hold on the device, and on the host; several tensors may be views of one storage."""
+    kept: dict[str, list[Any]] = {"parameters": [], "gradients": [], "optimizer": [], "host": []}
+    for module in chunk.groups:
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            for each in group.fsdp_params:
+                moments = [moment for moment in optimizer.state[each.sharded_param].values() if moment.dim()]
+                pieces = {
+                    "parameters": [each._sharded_param_data],
+                    "gradients": [each.sharded_param.grad],
+                    "optimizer": moments,
+                }
+                for name, tensors in pieces.items():
+                    kept["host" if each.offload_to_cpu else name] += tensors
+                kept["parameters"] += each.all_gather_outputs
+                kept["gradients"] += [each.unsharded_accumulated_grad, each.unsharded_param.grad]
+    sizes = {}
+    for name, tensors in kept.items():
+        storages = [local(tensor).untyped_storage() for tensor in tensors if tensor is not None]
+        sizes[name] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sizes
