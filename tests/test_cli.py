@@ -91,7 +91,20 @@ def test_inspect_json_is_one_object_with_the_keys_of_a_report(capsys: pytest.Cap
     status, out, _ = run(capsys, "inspect", *PLAN, "--data", "2", "--micro-batch", "2", "--global-batch", "8", "--json")
     found = json.loads(out)
     assert status == 0
-    keys = {"model", "mesh", "policy", "step", "stages", "flops", "collectives", "memory", "degraded", "split", "replicated"}
+    keys = {
+        "model",
+        "mesh",
+        "policy",
+        "step",
+        "stages",
+        "flops",
+        "collectives",
+        "memory",
+        "degraded",
+        "split",
+        "replicated",
+        "units",
+    }
     assert set(found) == keys
     assert found["mesh"] == {"pp": 1, "dp": 2, "cp": 1, "tp": 2}
     assert found["step"] == {"seq": 32, "micro_batch": 2, "global_batch": 8}

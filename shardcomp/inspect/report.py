@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from shardcomp.cost.activations import unit_activations
 from shardcomp.cost.communication import held_by, messages, stages_of
 from shardcomp.cost.compute import Share, of_units
 from shardcomp.cost.sharing import Held, held_in, local_numel
@@ -31,7 +32,9 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
     """What `rank` holds, computes and sends in one optimizer step of `lowered`; sizes in bytes. Raises PlanError for a rank
     there is not.
 
-    stages, memory, split, replicated, collectives and flops are about the stages that this rank runs.
+    stages, units, memory, split, replicated, collectives and flops are about the stages that this rank runs.
+    units: what was decided for each, and `saved`, the bytes that one micro-batch leaves in it until its backward; inputs that
+    carry no gradient, which many units share, are not among them.
     flops: those of products and attention, forward and backward. model: this rank's part of what the captured model asks;
     hardware: what it runs, with what is computed on several ranks or computed again. split: the part of the parameters that
     tensor-parallel ranks share.
@@ -60,6 +63,7 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
         "split": 1 - sum(entry["parameters"] for entry in replicated) / _numel(program, held),
         "replicated": replicated,
         "stages": [_stage(lowered, stage, coordinates, micro_batches) for stage in stages],
+        "units": _units(lowered, stages, coordinates),
         "flops": _flops(lowered, stages, coordinates, micro_batches),
         "memory": asdict(sum((held_in(program, stage, options, coordinates) for stage in stages), Held())),
         "degraded": [asdict(degraded) for degraded in program.degraded],
@@ -80,6 +84,19 @@ def _stage(lowered: Lowered, stage: int, rank: dict[str, int], micro_batches: in
         "flops": _flops(lowered, (stage,), rank, micro_batches)["hardware"],
         "memory": memory.parameters + memory.gradients + memory.optimizer,
     }
+
+
+def _units(lowered: Lowered, stages: Iterable[int], rank: dict[str, int]) -> list[dict[str, Any]]:
+    """What was decided for each unit of these stages, and the bytes that one micro-batch leaves in it until its backward."""
+    program = lowered.program
+    return [
+        {
+            "path": unit.path,
+            **asdict(unit.plan),
+            "saved": unit_activations(program, unit, lowered.micro_batch, lowered.seq, rank).bytes,
+        }
+        for unit in program.in_stages(stages)
+    ]
 
 
 def _flops(lowered: Lowered, stages: Iterable[int], rank: dict[str, int], micro_batches: int) -> dict[str, Any]:
