@@ -115,6 +115,14 @@ def test_a_unit_of_every_family_saves_what_was_predicted(monkeypatch: pytest.Mon
     check(monkeypatch, lowered, 131)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_a_unit_whose_weights_are_frozen_saves_what_was_predicted(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+    model = shardcomp.initialize(shardcomp.presets.build(tiny(num_hidden_layers=3)), 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name or "q_proj" in name or "lm_head" in name)
+    check(monkeypatch, lowered_for(model, tensor=2, precision="bf16", recompute=recompute), 97)
+
+
 def test_repeated_messages_are_those_before_the_last_value_that_is_needed() -> None:
     full = lowered_for(tiny(), tensor=2, recompute="full")
     selective = lowered_for(tiny(), tensor=2, recompute="selective")

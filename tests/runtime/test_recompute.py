@@ -222,6 +222,21 @@ def test_a_split_backward_computes_once(selective: bool, on: bool) -> None:
     assert not any(slot.tensor is not None for frame in made for _, slot in frame.live() if not slot.own)
 
 
+def test_a_backward_may_run_in_another_thread() -> None:
+    """As it does on a GPU: what is decided where it begins holds there, too."""
+    chain, given = blocks(3, selective=True), inputs(0)
+    with frames() as made:
+        loss = through(chain, given).square().sum()
+    with split_backward():
+        other = threading.Thread(target=lambda: loss.backward(retain_graph=True))
+        other.start()
+        other.join()
+    assert same(gradients(chain, [given]), expected(1))
+    assert all(any(s.tensor is not None and not s.own for _, s in frame.live()) for frame in made)
+    loss.backward()
+    assert [frame.runs for frame in made] == [1] * 3
+
+
 def test_without_gradients_it_is_the_call_itself() -> None:
     chain, given = blocks(1), inputs(0)
     with frames() as made:
