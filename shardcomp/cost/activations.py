@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from shardcomp.collectives import Axis
 from shardcomp.inspect.listing import unit_source
@@ -27,6 +29,7 @@ from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import Frame, frames
 from shardcomp.runtime.unit import Home
 
+aten = torch.ops.aten
 CPU = torch.device("cpu")
 
 
@@ -45,6 +48,8 @@ class Saved:
     """Which inputs a gradient flows into. The others, such as rotary tables, are the same tensors for many units."""
     repeated: tuple[tuple[str, str, int], ...] = ()
     """The messages that computing the unit again sends: operation, axis, and the bytes that this rank passes in."""
+    products: int = 0
+    """The operations in products and attention that computing it again takes."""
 
     @property
     def bytes(self) -> int:
@@ -134,11 +139,29 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
         of_inputs = tuple(sizes.pop(_storage(held), 0) for held in inputs)
         of_results = tuple(sizes.pop(_storage(held), 0) for held in results)
         sent.clear()
-        for frame in made:
-            _again(frame)
+        with _Products() as again:
+            for frame in made:
+                _again(frame)
     repeated = tuple(message for message in sent if mesh.size(message[1]) > 1)
     graded = tuple(value(node).requires_grad for node in body.placeholders(INPUT))
-    return Saved(sum(sizes.values()), of_inputs, of_results, graded, repeated)
+    return Saved(sum(sizes.values()), of_inputs, of_results, graded, repeated, again.total)
+
+
+class _Products(TorchDispatchMode):
+    """Counts the operations of products and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+            packet = aten._scaled_dot_product_flash_attention
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _again(frame: Frame) -> None:

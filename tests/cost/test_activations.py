@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sympy
 import torch
-from families import families, tiny_config
+from families import GATE, families, tiny_config
 from models import tiny
 from storages import Made
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch.utils._pytree import tree_leaves
 import shardcomp
 from shardcomp.cost.activations import repeated_messages, stage_activations, unit_activations
 from shardcomp.cost.communication import _unit_messages
+from shardcomp.cost.compute import Share, of_node
 from shardcomp.lowering import Lowered
+from shardcomp.program import B, S
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import batches
 from shardcomp.runtime.model import ShardedModel
@@ -108,8 +111,10 @@ def check(monkeypatch: pytest.MonkeyPatch, lowered: Lowered, vocabulary: int) ->
             assert found[rank, unit.path] == [saved.own], (unit.path, saved)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
-@pytest.mark.parametrize("family", [name for name in families() if name not in ("llama",)])
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [(name, "selective") for name in families()] + [(name, "none") for name in families() if name in GATE],
+)
 def test_a_unit_of_every_family_saves_what_was_predicted(monkeypatch: pytest.MonkeyPatch, family: str, recompute: str) -> None:
     lowered = lowered_for(tiny_config(family), "auto", tensor=2, precision="bf16", recompute=recompute)
     check(monkeypatch, lowered, 131)
@@ -133,6 +138,19 @@ def test_repeated_messages_are_those_before_the_last_value_that_is_needed() -> N
     assert again == [op for op, *_ in sent][:-1] == ["all_gather", "reduce_scatter", "all_gather"]
     assert [op for op, *_ in repeated_messages(selective.program, kept, 1, LENGTH, rank)] == ["all_gather", "all_gather"]
     assert not list(repeated_messages(full.program, full.program.units[0], 1, LENGTH, rank))
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_all_products_but_the_last_are_computed_again_and_none_under_selective(tensor: int) -> None:
+    for recompute in ("full", "selective", "none"):
+        lowered = lowered_for(tiny(num_key_value_heads=4), tensor=tensor, recompute=recompute, precision="bf16")
+        unit = next(u for u in lowered.program.units if u.kind == "layer")
+        rank = lowered.mesh.coordinates(0)
+        share = Share(lowered.mesh.as_dict(), rank)
+        every = [of_node(node, share).forward.products for node in unit.body.calls()]
+        products = [int(sympy.sympify(count).subs({B: 2, S: LENGTH})) for count in every if count]
+        found = unit_activations(lowered.program, unit, 2, LENGTH, rank).products
+        assert found == (sum(products[:-1]) if recompute == "full" else 0)
 
 
 def test_full_keeps_the_input_alone_and_selective_less_than_all() -> None:

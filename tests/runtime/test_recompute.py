@@ -387,7 +387,6 @@ def trained(lowered: Lowered, rows: int) -> list[tuple[list[Tensor], list[int]]]
 
 
 PLANS: list[dict[str, Any]] = [
-    {"tensor": 1, "precision": "fp64", "micro_batch": 1},
     {"tensor": 2, "precision": "fp32", "micro_batch": 1},
     {"tensor": 2, "precision": "bf16", "sequence_parallel": False},
     {"tensor": 2, "data": 2, "precision": "bf16", "zero": 3, "micro_batch": 1},
