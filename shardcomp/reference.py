@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from shardcomp.capture.twin import configs
 from shardcomp.precision import Widened
 from shardcomp.runtime.blueprint import COMPUTE
+from shardcomp.runtime.scaling import LossScale
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -70,16 +71,14 @@ def steps(vocabulary: int, rows: int, length: int, seed: int) -> list[Batch]:
 
 
 def dense(model: nn.Module, precision: str, given: Mapping[str, Batch], updates: list[Batch]) -> Outcome:
-    """Run the dense model. `precision` fp64 widens every cast of the model; bf16 computes in bfloat16."""
+    """Run the dense model. `precision` fp64 widens every cast of the model; bf16 and fp16 compute in 16 bits, fp16 under the
+    largest loss scale whose gradients are finite."""
     dtype = COMPUTE[precision]
     reference = in_dtype(model, dtype).train()
     found = Outcome()
     with _widened(precision):
         for kind, batch in given.items():
-            loss = _loss(reference, batch)
-            loss.backward()
-            found.loss[kind] = loss.detach()
-            found.gradients[kind] = _take_gradients(reference)
+            found.loss[kind], found.gradients[kind] = _backward(reference, batch, LossScale(enabled=precision == "fp16"))
             every = [gradient.flatten().double() for gradient in found.gradients[kind].values()]
             found.norm[kind] = torch.cat(every).norm()
         with torch.no_grad():
@@ -146,10 +145,17 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return model(**batch, **_without_cache(model))["loss"]
 
 
-def _take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+def _backward(model: nn.Module, batch: Batch, scale: LossScale) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its gradients, of float32 where they were scaled: in float16 the small ones vanish without the scale."""
+    loss = _loss(model, batch)
+    (loss * scale.scale).backward()
+    held = {name: p.grad.detach() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: grad.float() / scale.scale if scale.enabled else grad.clone() for name, grad in held.items()}
     model.zero_grad(set_to_none=True)
-    return found
+    if scale.enabled and scale.scale > 1 and not all(grad.isfinite().all() for grad in gradients.values()):
+        scale.update(skipped=True)
+        return _backward(model, batch, scale)
+    return loss.detach(), gradients
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from shardcomp.parts import Part, join, packed
 from shardcomp.policy import Policy
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
+from shardcomp.runtime.blueprint import COMPUTE
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.whole import whole
@@ -215,7 +216,12 @@ def _run(
     found = Outcome()
     found.rows = rank  # type: ignore[attr-defined]
     for kind, batch in given.items():
-        found.loss[kind] = sharded.train_step(**mine(batch)).loss
+        step = sharded.train_step(**mine(batch))
+        while step.skipped and sharded.loss_scale.enabled and sharded.loss_scale.scale > 1:  # as a training loop would go on
+            sharded.zero_grad()
+            sharded.loss_scale.update(skipped=True)
+            step = sharded.train_step(**mine(batch))
+        found.loss[kind] = step.loss
         found.gradients[kind] = _joined({n: _full(p.grad) for n, p in sharded.named_parameters() if p.grad is not None}, parts)
         found.norm[kind] = sharded.clip_grad_norm_(math.inf)
         sharded.zero_grad()
@@ -268,7 +274,7 @@ def _compare(
 ) -> tuple[dict[str, float], dict[str, Any], bool]:
     tally = _Tally()
     if rough is not None:
-        _compare_rough(tally, got, exact, rough)
+        _compare_rough(tally, got, exact, rough, COMPUTE[precision])
         return tally.deviation, tally.worst, tally.ok
     limit = TOLERANCE[precision]
     for kind, loss in got.loss.items():
@@ -290,8 +296,8 @@ def _compare(
     return tally.deviation, tally.worst, tally.ok
 
 
-def _compare_rough(tally: _Tally, got: Outcome, exact: Outcome, rough: Outcome) -> None:
-    """bf16: everything may be at most `ROUGH_FACTOR` times as far from float64 as the dense bf16 model is."""
+def _compare_rough(tally: _Tally, got: Outcome, exact: Outcome, rough: Outcome, dtype: torch.dtype) -> None:
+    """16 bits: everything may be at most `ROUGH_FACTOR` times as far from float64 as the dense model in the same dtype is."""
 
     def joined(outcome: Outcome, kind: str) -> Tensor:
         return torch.cat([outcome.gradients[kind][name].flatten().double() for name in exact.gradients[kind]])
@@ -300,8 +306,8 @@ def _compare_rough(tally: _Tally, got: Outcome, exact: Outcome, rough: Outcome) 
         mine, dense_one = (_relative(joined(o, kind), joined(exact, kind)) for o in (got, rough))
         tally.add("gradients", kind, mine, ROUGH_FACTOR * dense_one)
     losses = [torch.stack([o.loss[k].double() for k in got.loss]) for o in (got, rough, exact)]
-    # One number each: compared with the size of bf16's own rounding where the dense model is closer by luck.
-    rounding = float(torch.finfo(torch.bfloat16).eps) / 2
+    # One number each: compared with the size of the dtype's own rounding where the dense model is closer by luck.
+    rounding = float(torch.finfo(dtype).eps) / 2
     tally.add("loss", "", _relative(losses[0], losses[2]), max(ROUGH_FACTOR * _relative(losses[1], losses[2]), rounding))
     if got.logits is not None and exact.logits is not None and rough.logits is not None:
         tally.add("logits", "", _relative(got.logits, exact.logits), ROUGH_FACTOR * _relative(rough.logits, exact.logits))
