@@ -171,7 +171,7 @@ def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
 
 def _leave_unreduced(chunk: Chunk, home: Any) -> None:
     """Have a group's gradients reduced without the other ranks' part."""
-    module = home if isinstance(home, FSDPModule) else chunk.root
+    module = home if any(True for _ in home.parameters()) else home.shared
     if isinstance(module, ReplicateModule):
         true = chunk.root.set_requires_gradient_sync
 

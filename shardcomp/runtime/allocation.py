@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shardcomp.collectives import Axis
 from shardcomp.mesh import FACTORS, SHARDING, Mesh
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan, UnitPlan
-from shardcomp.runtime.unit import Home, Root
+from shardcomp.runtime.unit import Home, Root, Shared
 from shardcomp.schedules import SCHEDULES
 
 Weights = Callable[[str, tuple[slice, ...]], Tensor]
@@ -43,13 +43,20 @@ class Chunk:
 
     @property
     def groups(self) -> list[FSDPModule]:
-        """The modules whose parameters FSDP gathers together, in the order of the forward, the root's last."""
-        return [module for module in (*self.homes, self.root) if isinstance(module, FSDPModule)]
+        """The modules whose parameters FSDP gathers together, in the order of the forward, the shared ones last."""
+        return [module for module in (*self.homes, self.root.shared) if isinstance(module, FSDPModule)]
+
+    def users(self, module: nn.Module) -> list[UnitPlan]:
+        """The units that use the parameters of a group."""
+        return [unit for unit, home in zip(self.units, self.homes, strict=True) if module in (home, home.shared)]
 
     def reshards(self, module: nn.Module) -> bool:
         """Whether a group's parameters are put back in pieces between its forward and its backward."""
-        plan = next((unit for unit, home in zip(self.units, self.homes, strict=True) if home is module), None)
-        return plan.reshard if plan else all(unit.reshard for unit in self.units if unit.parameters)
+        return all(unit.reshard for unit in self.users(module))
+
+    def offloads(self, module: nn.Module) -> bool:
+        """Whether the host keeps a group's parameters, gradients and optimizer states."""
+        return all(unit.offload for unit in self.users(module))
 
     def lay_down(self) -> None:
         """Put the parameters in pieces, which an optimizer updates, in the place of gathered copies."""
@@ -167,21 +174,22 @@ def _descend(tree: nn.Module, path: str) -> nn.Module:
     return tree
 
 
-def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> tuple[list[Home], list[nn.Module]]:
-    """A home for each unit of a stage, and the modules whose parameters several of them use, such as a tied embedding: those
-    belong to the root."""
+def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> tuple[list[Home], Shared | None]:
+    """A home for each unit of a stage, and one for the modules whose parameters several of them use."""
     readers: dict[str, set[int]] = {}
     for index, unit in enumerate(units):
         for name in unit.parameters.values():
             readers.setdefault(names[name].rpartition(".")[0], set()).add(index)
+    common = {path for path, indices in readers.items() if len(indices) > 1}
+    shared = Shared([tree.get_submodule(path) for path in readers if path in common]) if common else None
     homes = []
     for unit in units:
         held = {**{short: names[name] for short, name in unit.parameters.items()}, **unit.buffers}
         places = {short: (_descend(tree, n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in held.items()}
         owned = dict.fromkeys(names[n].rpartition(".")[0] for n in unit.parameters.values())
-        alone = [tree.get_submodule(path) for path in owned if len(readers[path]) == 1]
-        homes.append(Home(places, alone, unit.path, unit.recompute))
-    return homes, [tree.get_submodule(path) for path, indices in readers.items() if len(indices) > 1]
+        own = [tree.get_submodule(path) for path in owned if path not in common]
+        homes.append(Home(places, own, shared if common & owned.keys() else None, unit.path, unit.recompute))
+    return homes, shared
 
 
 def _beside_copies(blueprint: Blueprint, units: tuple[UnitPlan, ...]) -> set[str]:
@@ -200,38 +208,42 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE[blueprint.precision], reduce_dtype=MASTER[blueprint.precision], cast_forward_inputs=False
     )
-    owners = [(home, unit) for home, unit in zip(chunk.homes, chunk.units, strict=True) if any(True for _ in home.parameters())]
-    whole = UnitPlan(
-        "",
-        {},
-        {},
-        reshard=chunk.reshards(chunk.root),
-        offload=all(unit.offload for unit in chunk.units if unit.parameters) and blueprint.offload,
-    )
-    groups: list[tuple[nn.Module, UnitPlan]] = [*owners, (chunk.root, whole)]
-    for module, unit in groups:
+    modules: list[nn.Module] = [home for home, unit in zip(chunk.homes, chunk.units, strict=True) if unit.parameters]
+    modules += [chunk.root.shared] if chunk.root.shared else []
+    for module in (*modules, chunk.root):
         own = [] if module is chunk.root else [p for p in module.parameters() if isinstance(p, DTensor)]
         in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
         data = (factored if in_factors else mesh)[SHARDING if blueprint.mesh.replicas > 1 else ("dp",)]
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if unit.offload else OffloadPolicy()
+        on_host = bool(own) and chunk.offloads(module)
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if on_host else OffloadPolicy()
         if blueprint.zero == 0:
             replicate(module, mesh=data, mp_policy=policy, offload_policy=offload)
         else:
-            fully_shard(module, mesh=data, reshard_after_forward=unit.reshard, mp_policy=policy, offload_policy=offload)
+            reshard = bool(own) and chunk.reshards(module)
+            fully_shard(module, mesh=data, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        for part in chunk.root.shared if module is chunk.root else [module]:
-            part.to_empty(device="cpu" if unit.offload else device)
-    # The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions. Where none is named
-    # FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group names itself then.
-    for module, _ in groups:
-        module.set_modules_to_backward_prefetch([module])  # type: ignore[operator, union-attr]
-    chain = [(home, unit) for home, unit in owners if unit.reshard and isinstance(home, FSDPModule)]
+        if own:
+            module.to_empty(device="cpu" if on_host else device)
+    _prefetch(blueprint, chunk)
+
+
+def _prefetch(blueprint: Blueprint, chunk: Chunk) -> None:
+    """The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions. Where none is named
+    FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group names itself then."""
+    for group in chunk.groups:
+        group.set_modules_to_backward_prefetch([group])
+    chain = [(home, unit) for home, unit in zip(chunk.homes, chunk.units, strict=True) if unit.parameters and unit.reshard]
     for (before, plan), (after, _) in itertools.pairwise(chain):
-        before.set_modules_to_forward_prefetch([after])
+        before.set_modules_to_forward_prefetch(_groups_of(after))  # type: ignore[operator]
         if _passes_back(blueprint, plan):
-            after.set_modules_to_backward_prefetch([before])
+            after.set_modules_to_backward_prefetch(_groups_of(before))  # type: ignore[operator]
+
+
+def _groups_of(home: Home) -> list[FSDPModule]:
+    """The groups that the parameters of a unit are in."""
+    return [module for module in (home, home.shared) if isinstance(module, FSDPModule)]
 
 
 def _passes_back(blueprint: Blueprint, unit: UnitPlan) -> bool:

@@ -41,6 +41,10 @@ class PartialGradients:
             for p in self._before:
                 p.grad = None
 
+    def held(self) -> list[Tensor]:
+        """The gradients that are set aside."""
+        return [gradient for gradient in (self._before or {}).values() if gradient is not None]
+
     def forget(self) -> None:
         """Called when a step failed half way: what was set aside is not to be added to a later one."""
         self._before = None

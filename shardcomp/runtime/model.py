@@ -28,9 +28,10 @@ from shardcomp.runtime.gradients import (
     not_finite,
     scale_gradients,
 )
+from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
-from shardcomp.runtime.stage import ModelStage, Pipeline, prepare
+from shardcomp.runtime.stage import ModelStage, Pipeline, gather_apart, prepare
 from shardcomp.runtime.unit import Stage
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
@@ -274,6 +275,13 @@ class ShardedModel(nn.Module):
         master = MASTER[self._blueprint.precision]
         return clip_grad_norm(self.parameters(), max_norm, self._axes, self.device, master, again)
 
+    def held_bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, dict[str, int]]:
+        """What this rank holds now: "device" or "host" -> "parameters", "gathered" (copies in the compute dtype), "unreduced"
+        (gradients before their sum over dp), "gradients" or "optimizer" (the states of the one given) -> bytes. Activations are
+        not counted."""
+        set_aside = [held for partial in self._partials.values() for held in partial.held()]
+        return held_bytes(self._chunks, self.device, optimizer, set_aside)
+
     def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3) -> None:
         """Write a HuggingFace directory (config.json, safetensors) from all ranks together; no rank holds the whole model."""
         from shardcomp.runtime.huggingface import save_pretrained
@@ -457,4 +465,6 @@ def build(
     factored = blueprint.mesh.engine_mesh(public, factored=True) if blueprint.mesh.copies > 1 else mesh
     axes = world.axes_of(public, mesh, factored)
     tree, chunks = allocate(blueprint, weights, mesh, factored, {name: axis.rank for name, axis in axes.items()}, device)
+    for chunk in chunks:
+        gather_apart(chunk)
     return ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), config, lower)

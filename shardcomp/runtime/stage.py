@@ -8,7 +8,7 @@ more to learn shapes that are known, and drops accumulated gradients when it doe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -220,10 +220,40 @@ def _or_zeros(gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tens
 
 def prepare(chunk: Chunk, reduce: bool, last: bool) -> None:
     """What FSDP does in the backward that comes: whether it sums gradients over dp, and what it puts back in pieces: all behind
-    the last backward of a step, before that the units whose plan says so."""
+    the last backward of a step, before that the units whose plan says so. Parameters that several units use would only be
+    gathered again for the next of them."""
     chunk.root.set_requires_gradient_sync(reduce)  # type: ignore[operator]
     for module in chunk.groups:
-        module.set_reshard_after_backward(last or chunk.reshards(module), recurse=False)
+        behind_last = last and module is not chunk.root.shared
+        module.set_reshard_after_backward(behind_last or chunk.reshards(module), recurse=False)
+
+
+def gather_apart(chunk: Chunk) -> None:
+    """Called once: for groups that are put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of the
+    unit that computes beside that of the next one, so that three units are there at once."""
+    for module in chunk.groups:
+        if chunk.reshards(module):
+            module._set_unshard_async_op(True)
+
+
+def tensors(chunk: Chunk) -> Iterator[tuple[str, Tensor, bool]]:
+    """What FSDP holds of a stage: role, this rank's tensor, and whether its unit is one that the host keeps."""
+    for module in chunk.groups:
+        state = module._get_fsdp_state()
+        on_host = chunk.offloads(module)
+        results = [state._comm_ctx.all_gather_state and state._comm_ctx.all_gather_state.all_gather_result]
+        # One group in torch 2.11, several of a module in later ones.
+        for group in getattr(state, "_fsdp_param_groups", None) or [g for g in [state._fsdp_param_group] if g]:
+            results.append(group._all_gather_result)
+            for each in group.fsdp_params:
+                yield "parameters", each.sharded_param, on_host
+                yield from (("gathered", held, False) for held in each.all_gather_outputs)
+                copy = getattr(each, "_unsharded_param", None)
+                unreduced = (each.unsharded_accumulated_grad, None if copy is None else copy.grad)
+                yield from (("unreduced", held, False) for held in unreduced if held is not None)
+                if each.sharded_param.grad is not None:
+                    yield "gradients", each.sharded_param.grad, on_host
+        yield from (("gathered", result.all_gather_output, False) for result in results if result)
 
 
 class Pipeline:

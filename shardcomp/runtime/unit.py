@@ -22,16 +22,24 @@ class Home(nn.Module):
     """The parameters and buffers of one unit, held by modules of the model's tree; what FSDP gathers and reduces.
 
     places: the name in the emitted code -> (module, attribute).
-    owned: the modules whose parameters belong to this unit alone.
+    owned: the modules whose parameters belong to this unit alone. shared: where others use some of its parameters as well.
     path, recompute: the unit's, see `UnitPlan`.
     """
 
+    shared: Shared | None
+
     def __init__(
-        self, places: Mapping[str, tuple[nn.Module, str]], owned: list[nn.Module], path: str = "", recompute: str = "none"
+        self,
+        places: Mapping[str, tuple[nn.Module, str]],
+        owned: list[nn.Module],
+        shared: Shared | None = None,
+        path: str = "",
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         self.path, self.recompute = path, recompute
         self.owned = nn.ModuleList(owned)
+        object.__setattr__(self, "shared", shared)  # not a child: it is the root's
         self.places = {name: place for name, place in places.items()}
         self.gathered: list[Tensor] = []
         """The parameters and buffers as the last forward used them."""
@@ -39,6 +47,22 @@ class Home(nn.Module):
     def forward(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
         self.gathered = [getattr(module, attribute) for module, attribute in self.places.values()]
         return body(*inputs)
+
+    def run(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
+        """`body` with all parameters of the unit gathered."""
+        return self(body, *inputs) if self.shared is None else self.shared(self, body, *inputs)
+
+
+class Shared(nn.Module):
+    """The modules of a stage whose parameters several units use, such as a tied embedding: one group of FSDP's, gathered around
+    each of those units."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.owned = nn.ModuleList(modules)
+
+    def forward(self, home: Home, body: Callable[..., Any], *inputs: Tensor) -> Any:
+        return home(body, *inputs)
 
 
 class Local:
@@ -79,7 +103,7 @@ class Unit:
         raise TypeError(f"{type(self).__name__} has no emitted forward")
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self.home(self._run, *inputs)
+        return self.home.run(self._run, *inputs)
 
     def _run(self, *inputs: Tensor) -> Any:
         if self.home.recompute == "none":
@@ -117,12 +141,12 @@ class Stage:
 
 
 class Root(nn.Module):
-    """The module that FSDP takes for the root of all units. `shared`: modules whose parameters more than one unit uses."""
+    """The module that FSDP takes for the root of all units. It has no parameters of its own: those would stay gathered."""
 
-    def __init__(self, homes: list[Home], shared: list[nn.Module]) -> None:
+    def __init__(self, homes: list[Home], shared: Shared | None) -> None:
         super().__init__()
         self.homes = nn.ModuleList(homes)
-        self.shared = nn.ModuleList(shared)
+        self.shared = shared
 
     def forward(self, body: Callable[..., Any], *received: Tensor, **inputs: Tensor) -> Any:
         return body(*received, **inputs)
