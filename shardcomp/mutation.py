@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
-from torch.distributed.fsdp import FSDPModule
 
 from shardcomp.collectives import EXCHANGES, Axis
 from shardcomp.inspect.listing import sources
@@ -171,7 +170,7 @@ def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
 
 def _leave_unreduced(chunk: Chunk, home: Any) -> None:
     """Have a group's gradients reduced without the other ranks' part."""
-    module = home if any(True for _ in home.parameters()) else home.shared
+    module = home if any(True for _ in home.parameters()) else home.shared if home.shared.apart else chunk.root
     if isinstance(module, ReplicateModule):
         true = chunk.root.set_requires_gradient_sync
 

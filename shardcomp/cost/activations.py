@@ -119,7 +119,7 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
         stored = [node for role in (PARAMETER, BUFFER) for node in body.placeholders(role)]
         weights = {node.meta["path"]: SimpleNamespace(held=empty(node)) for node in stored}
         modules: Any = {name: (module, "held") for name, module in weights.items()}
-        call = namespace[body.name](Home(modules, [], unit.path, unit.plan.recompute), axes, CPU, streams)
+        call = namespace[body.name](Home(modules, [], path=unit.path, recompute=unit.plan.recompute), axes, CPU, streams)
         inputs = [empty(node) for node in body.placeholders(INPUT)]
         # A saved tensor lives as long as what autograd was given in its place.
         holders: list[weakref.ref[_Holder]] = []

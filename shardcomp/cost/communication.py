@@ -109,14 +109,15 @@ def _bytes(program: Program, held: Value, rank: dict[str, int]) -> Size:
 def _data_parallel(
     program: Program, group: Group, options: Options, micro_batches: int, rank: dict[str, int]
 ) -> Iterator[Message]:
-    """Parameters are gathered once a step, or for every forward and again for its backward where they are put back in pieces.
+    """Parameters are gathered once a step, or where they are put back in pieces, for every use in a forward or a backward.
     Gradients are summed once a step, or from zero = 2 for every micro-batch."""
     pieces, compute, master = shards(program, options), COMPUTE[options.precision], MASTER[options.precision]
     if pieces > 1:
         each = sum(padded_numel(program, name, pieces, rank) for name in group.names) // pieces * compute.itemsize
-        times = micro_batches if group.reshard else 1
+        times = micro_batches * group.users if group.reshard else 1
         yield Message("all_gather", "dp", "forward", times, times * each, group.where)
         if group.reshard and group.passes_back:
+            times = micro_batches * group.passes_back
             yield Message("all_gather", "dp", "backward", times, times * each, group.where)
     trained = [name for name in group.names if program.parameters[name].requires_grad]
     if not trained:

@@ -15,14 +15,15 @@ from shardcomp.program import Program
 class Group:
     """Parameters that data-parallel ranks gather together and whose gradients they sum together.
 
-    reshard: whether they are put back in pieces between a forward and its backward. passes_back: whether a backward goes
-    through the code that uses them.
+    reshard: whether they are put back in pieces between a forward and its backward, and between two units that use them.
+    users: how many units those are; passes_back: through how many of them a backward goes.
     """
 
     where: str
     names: tuple[str, ...]
     reshard: bool
-    passes_back: bool
+    users: int
+    passes_back: int
     offload: bool
 
 
@@ -39,10 +40,11 @@ def groups_of(program: Program, stage: int) -> list[Group]:
         own = tuple(name for name in unit.parameters if users[name.rpartition(".")[0]] == 1)
         shared.update(dict.fromkeys(name for name in unit.parameters if name not in own))
         passes_back = any(program.values[name].requires_grad for name in unit.outputs)
-        found.append(Group(unit.path, own, unit.plan.reshard, passes_back, unit.plan.offload))
-    reshard, offload = (all(getattr(unit.plan, what) for unit in units) for what in ("reshard", "offload"))
-    passes_back = any(group.passes_back for group in found)
-    found.append(Group("shared by several units", tuple(shared), reshard, passes_back, offload))
+        found.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
+    using = [(unit, group) for unit, group in zip(units, found, strict=True) if shared.keys() & unit.parameters]
+    reshard, offload = (all(getattr(unit.plan, what) for unit, _ in using) for what in ("reshard", "offload"))
+    passes_back = sum(group.passes_back for _, group in using)
+    found.append(Group("shared by several units", tuple(shared), reshard, len(using), passes_back, offload))
     return [group for group in found if group.names]
 
 

@@ -44,10 +44,11 @@ class Chunk:
     @property
     def groups(self) -> list[FSDPModule]:
         """The modules whose parameters FSDP gathers together, in the order of the forward, the shared ones last."""
-        return [module for module in (*self.homes, self.root.shared) if isinstance(module, FSDPModule)]
+        return [module for module in (*self.homes, self.root.shared, self.root) if isinstance(module, FSDPModule)]
 
     def users(self, module: nn.Module) -> list[UnitPlan]:
         """The units that use the parameters of a group."""
+        module = self.root.shared if module is self.root and self.root.shared else module
         return [unit for unit, home in zip(self.units, self.homes, strict=True) if module in (home, home.shared)]
 
     def reshards(self, module: nn.Module) -> bool:
@@ -181,7 +182,8 @@ def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str
         for name in unit.parameters.values():
             readers.setdefault(names[name].rpartition(".")[0], set()).add(index)
     common = {path for path, indices in readers.items() if len(indices) > 1}
-    shared = Shared([tree.get_submodule(path) for path in readers if path in common]) if common else None
+    apart = all(units[index].reshard for path in common for index in readers[path])
+    shared = Shared([tree.get_submodule(path) for path in readers if path in common], apart) if common else None
     homes = []
     for unit in units:
         held = {**{short: names[name] for short, name in unit.parameters.items()}, **unit.buffers}
@@ -208,10 +210,11 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE[blueprint.precision], reduce_dtype=MASTER[blueprint.precision], cast_forward_inputs=False
     )
+    root, shared = chunk.root, chunk.root.shared
     modules: list[nn.Module] = [home for home, unit in zip(chunk.homes, chunk.units, strict=True) if unit.parameters]
-    modules += [chunk.root.shared] if chunk.root.shared else []
-    for module in (*modules, chunk.root):
-        own = [] if module is chunk.root else [p for p in module.parameters() if isinstance(p, DTensor)]
+    for module in (*modules, shared, root) if shared and shared.apart else (*modules, root):
+        holder = shared if module is root and shared and not shared.apart else module
+        own = [] if holder is root else [p for p in holder.parameters() if isinstance(p, DTensor)]
         in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
         data = (factored if in_factors else mesh)[SHARDING if blueprint.mesh.replicas > 1 else ("dp",)]
         on_host = bool(own) and chunk.offloads(module)
@@ -225,13 +228,16 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         if own:
-            module.to_empty(device="cpu" if on_host else device)
+            holder.to_empty(device="cpu" if on_host else device)
     _prefetch(blueprint, chunk)
 
 
 def _prefetch(blueprint: Blueprint, chunk: Chunk) -> None:
-    """The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions. Where none is named
-    FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group names itself then."""
+    """The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions.
+
+    Where none is named, FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group
+    names itself then.
+    """
     for group in chunk.groups:
         group.set_modules_to_backward_prefetch([group])
     chain = [(home, unit) for home, unit in zip(chunk.homes, chunk.units, strict=True) if unit.parameters and unit.reshard]

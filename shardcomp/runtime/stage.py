@@ -220,17 +220,15 @@ def _or_zeros(gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tens
 
 def prepare(chunk: Chunk, reduce: bool, last: bool) -> None:
     """What FSDP does in the backward that comes: whether it sums gradients over dp, and what it puts back in pieces: all behind
-    the last backward of a step, before that the units whose plan says so. Parameters that several units use would only be
-    gathered again for the next of them."""
+    the last backward of a step, before that the units whose plan says so."""
     chunk.root.set_requires_gradient_sync(reduce)  # type: ignore[operator]
     for module in chunk.groups:
-        behind_last = last and module is not chunk.root.shared
-        module.set_reshard_after_backward(behind_last or chunk.reshards(module), recurse=False)
+        module.set_reshard_after_backward(last or chunk.reshards(module), recurse=False)
 
 
 def gather_apart(chunk: Chunk) -> None:
-    """Called once: for groups that are put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of the
-    unit that computes beside that of the next one, so that three units are there at once."""
+    """Called once: of a group that is put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of the
+    unit that computes while the next one is gathered, three units at once."""
     for module in chunk.groups:
         if chunk.reshards(module):
             module._set_unshard_async_op(True)

@@ -50,16 +50,20 @@ class Home(nn.Module):
 
     def run(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
         """`body` with all parameters of the unit gathered."""
-        return self(body, *inputs) if self.shared is None else self.shared(self, body, *inputs)
+        return self(body, *inputs) if self.shared is None or not self.shared.apart else self.shared(self, body, *inputs)
 
 
 class Shared(nn.Module):
-    """The modules of a stage whose parameters several units use, such as a tied embedding: one group of FSDP's, gathered around
-    each of those units."""
+    """The modules of a stage whose parameters several units use, such as a tied embedding.
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    apart: they are put back in pieces between those units: a group of their own, which is gathered around each. Else they
+    belong to the root's group, whose gradients are summed once, behind all of them.
+    """
+
+    def __init__(self, modules: list[nn.Module], apart: bool) -> None:
         super().__init__()
         self.owned = nn.ModuleList(modules)
+        self.apart = apart
 
     def forward(self, home: Home, body: Callable[..., Any], *inputs: Tensor) -> Any:
         return home(body, *inputs)
@@ -141,7 +145,7 @@ class Stage:
 
 
 class Root(nn.Module):
-    """The module that FSDP takes for the root of all units. It has no parameters of its own: those would stay gathered."""
+    """The module that FSDP takes for the root of all units. Its own parameters are gathered from the first unit to the last."""
 
     def __init__(self, homes: list[Home], shared: Shared | None) -> None:
         super().__init__()

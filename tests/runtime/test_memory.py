@@ -1,0 +1,117 @@
+"""What ranks hold between micro-batches, counted on their own tensors, equals the table in DESIGN; with what the host keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from runtime.held import Sample, expected, formula, gathered_at_units, samples_of_a_step, unit_bytes
+
+import shardcomp
+from shardcomp.ranks import run_ranks
+from shardcomp.reference import batches
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.sharding import allocate, weights_of
+
+SCHEDULES = ["1f1b", "interleaved", "zero_bubble", "zbv"]
+ROWS = 3
+
+
+def lowered_for(tied: bool = False, pipeline: int = 1, vocabulary: int = 97, **options: Any) -> Any:
+    config = tiny(vocab_size=vocabulary, tie_word_embeddings=tied, num_hidden_layers=4 if pipeline > 1 else 3)
+    policy = shardcomp.Policy.load("llama", **{"micro_batch": 1, "precision": "bf16", "pipeline": pipeline, **options})
+    return shardcomp.lower(config, policy, seq=8)
+
+
+def trained(lowered: Any) -> tuple[ShardedModel, torch.optim.AdamW, dict[str, torch.Tensor]]:
+    """A model after a step, so that the optimizer has its states; this rank's part of a batch."""
+    sharded = allocate(lowered, weights_of(lowered))
+    size = sharded.mesh["dp"].size()
+    mine = {
+        n: held.chunk(size)[sharded.mesh.get_local_rank("dp")] for n, held in batches(96, ROWS * size, 8, 0)["causal"].items()
+    }
+    optimizer = torch.optim.AdamW(sharded.parameters())
+    sharded.train_step(**mine)
+    assert sharded.clip_grad_norm_(1.0) > 0 and sharded.optimizer_step(optimizer)
+    optimizer.zero_grad()
+    return sharded, optimizer, mine
+
+
+def check(sharded: ShardedModel, samples: list[Sample]) -> None:
+    for sample in samples:
+        assert sample.held["device"] == expected(sharded, sample.progress), sample.progress
+        assert not any(sample.held["host"].values())
+
+
+@pytest.mark.parametrize("data", [2, 4])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_between_micro_batches_a_rank_holds_what_the_table_says(zero: int, data: int) -> None:
+    lowered = lowered_for(tied=True, zero=zero, data=data, vocabulary=96)
+    numel = sum(p.numel() for p in lowered.model.parameters())
+    counters = 4 * len(lowered.program.parameters)  # AdamW's number of steps, for each parameter
+
+    def work(rank: int) -> None:
+        sharded, optimizer, mine = trained(lowered)
+        samples = samples_of_a_step(sharded, optimizer, mine)
+        assert len(samples) == ROWS
+        check(sharded, samples)
+        for sample in samples:
+            wanted = formula(zero, data, reduced=sample is samples[-1])
+            assert sample.total() == wanted * numel + counters
+
+    run_ranks(data, work)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_what_fills_pieces_up_is_counted(zero: int) -> None:
+    lowered = lowered_for(zero=zero, data=4)
+
+    def work(rank: int) -> None:
+        sharded, optimizer, mine = trained(lowered)
+        check(sharded, samples_of_a_step(sharded, optimizer, mine))
+
+    run_ranks(4, work)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_table_holds_under_a_pipeline(zero: int, schedule: str) -> None:
+    lowered = lowered_for(tied=True, zero=zero, data=2, pipeline=2, schedule=schedule)
+
+    def work(rank: int) -> None:
+        sharded, optimizer, mine = trained(lowered)
+        samples = samples_of_a_step(sharded, optimizer, mine)
+        assert len(samples) >= ROWS * len(sharded._chunks)
+        check(sharded, samples)
+
+    run_ranks(4, work)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": 2},
+        {"data": 2, "tied": True},
+        {"data": 2, "tied": True, "recompute": "full"},
+        {"data": 2, "tied": True, "offload": "all"},
+        *({"data": 2, "tied": True, "pipeline": 2, "schedule": schedule} for schedule in SCHEDULES),
+    ],
+    ids=lambda options: "-".join(str(held) for held in options.values()),
+)
+def test_under_zero_3_at_most_two_units_are_gathered_at_once(options: dict[str, Any]) -> None:
+    lowered = lowered_for(zero=3, **options)
+
+    def work(rank: int) -> tuple[int, int]:
+        sharded, _, mine = trained(lowered)
+        sizes = sorted(unit_bytes(sharded))
+        found = gathered_at_units(sharded, lambda: sharded.train_step(**mine))
+        assert sharded.held_bytes()["device"]["gathered"] == 0
+        with torch.no_grad():
+            found += gathered_at_units(sharded, lambda: sharded.eval_step(**mine))
+        assert sharded.held_bytes()["device"]["gathered"] == 0
+        return max(found), sum(sizes[-2:])
+
+    for most, two in run_ranks(lowered.mesh.world_size, work):
+        assert 0 < most <= two
