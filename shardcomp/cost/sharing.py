@@ -43,8 +43,8 @@ def groups_of(program: Program, stage: int) -> list[Group]:
         found.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
     using = [(unit, group) for unit, group in zip(units, found, strict=True) if shared.keys() & unit.parameters]
     reshard, offload = (all(getattr(unit.plan, what) for unit, _ in using) for what in ("reshard", "offload"))
-    passes_back = sum(group.passes_back for _, group in using)
-    found.append(Group("shared by several units", tuple(shared), reshard, len(using), passes_back, offload))
+    back = sum(group.passes_back for _, group in using)
+    found.append(Group("shared by several units", tuple(shared), reshard, len(using), back, offload))
     return [group for group in found if group.names]
 
 

@@ -227,8 +227,8 @@ def prepare(chunk: Chunk, reduce: bool, last: bool) -> None:
 
 
 def gather_apart(chunk: Chunk) -> None:
-    """Called once: of a group that is put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of the
-    unit that computes while the next one is gathered, three units at once."""
+    """Called once: of a group that is put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of
+    the unit that computes while the next one is gathered, three units at once."""
     for module in chunk.groups:
         if chunk.reshards(module):
             module._set_unshard_async_op(True)
