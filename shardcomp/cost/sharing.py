@@ -39,12 +39,12 @@ def groups_of(program: Program, stage: int) -> list[Group]:
     for unit in units:
         own = tuple(name for name in unit.parameters if users[name.rpartition(".")[0]] == 1)
         shared.update(dict.fromkeys(name for name in unit.parameters if name not in own))
-        passes_back = any(program.values[name].requires_grad for name in unit.outputs)
+        passes_back = int(any(program.values[name].requires_grad for name in unit.outputs))
         found.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
     using = [(unit, group) for unit, group in zip(units, found, strict=True) if shared.keys() & unit.parameters]
     reshard, offload = (all(getattr(unit.plan, what) for unit, _ in using) for what in ("reshard", "offload"))
-    back = sum(group.passes_back for _, group in using)
-    found.append(Group("shared by several units", tuple(shared), reshard, len(using), back, offload))
+    backwards = sum(group.passes_back for _, group in using)
+    found.append(Group("shared by several units", tuple(shared), reshard, len(using), backwards, offload))
     return [group for group in found if group.names]
 
 

@@ -181,8 +181,7 @@ class ModelStage(PipelineStage):
     def _weights_only(self, weights: list[Tensor], groups: Any) -> None:
         self.done += 1
         stage_backward_weight(iter(weights), groups)
-        if self.zero >= 2 or self.done == self.count:
-            self._reduce()
+        self._reduce(self.zero >= 2 or self.done == self.count)
 
     # -- FSDP ------------------------------------------------------------------------------------------------------------
 
@@ -195,9 +194,10 @@ class ModelStage(PipelineStage):
         found = {id(p): p for home in self.chunk.homes for p in home.gathered if p.requires_grad}
         return list(found.values())
 
-    def _reduce(self) -> None:
-        """Sum over dp the gradients of weights that came without a backward of FSDP's own."""
-        self._before(reduce=True)
+    def _reduce(self, reduce: bool) -> None:
+        """Hand over to FSDP the gradients of weights that came without a backward of its own: it adds them to those in the
+        masters' dtype, and sums these over dp where `reduce`."""
+        self._before(reduce)
         self.chunk.root._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
@@ -228,7 +228,7 @@ def prepare(chunk: Chunk, reduce: bool, last: bool) -> None:
 
 def gather_apart(chunk: Chunk) -> None:
     """Called once: of a group that is put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of
-    the unit that computes while the next one is gathered, three units at once."""
+    the unit that computes while the next one is gathered: three units at once."""
     for module in chunk.groups:
         if chunk.reshards(module):
             module._set_unshard_async_op(True)

@@ -30,6 +30,9 @@ class Sample:
     held: Held
     progress: dict[int, Progress] = field(default_factory=dict)
 
+    def total(self) -> int:
+        return sum(sum(held.values()) for held in self.held.values())
+
 
 def samples_of_a_step(sharded: ShardedModel, optimizer: Any, batch: dict[str, Tensor]) -> list[Sample]:
     """A step, and what was held behind each backward of a micro-batch."""
