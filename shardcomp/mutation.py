@@ -1,5 +1,6 @@
 """Faults planted in a lowered program, one at a time: a message that is not sent, sent along another axis or put together in
-another order, a partial gradient that nobody adds up. Verification must notice each by its numbers."""
+another order, one between two stages that is lost or another micro-batch's, a gradient that nobody adds up. Verification must
+notice each by its numbers."""
 
 from __future__ import annotations
 
@@ -9,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 
 from shardcomp.collectives import EXCHANGES, Axis
 from shardcomp.inspect.listing import sources
+from shardcomp.mesh import SHARDING
 from shardcomp.program import PARAMETER, Program, Unit
-from shardcomp.runtime.allocation import Chunk
+from shardcomp.runtime.allocation import Chunk, users
 from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.gradients import Partial, PartialGradients
 from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.stage import ModelStage, Pipeline
 
 SILENT, SHIFTED, ASTRAY = "not sent", "pieces in another order", "sent along dp"
+LOST, LATE = "zeros arrive", "that of the micro-batch before arrives"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def mutants(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
     """Every fault, enumerated from the Program: alike units count once."""
     yield from _messages(program, blueprint)
     yield from _partial_gradients(program, blueprint)
+    yield from _pipeline(program, blueprint)
     if program.mesh.dp > 1:
         yield from _data_parallel(program, blueprint)
 
@@ -150,37 +155,140 @@ def _partial_gradients(program: Program, blueprint: Blueprint) -> Iterator[Mutan
                 yield Mutant(f"{name}: partial gradient not added up", faulty, gradient_of=name)
 
 
+def _pipeline(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
+    """What goes wrong between two stages, and with the gradient of a weight that several of them use."""
+    for stage in range(1, program.stages):
+        for position, name in enumerate(program.received(stage)):
+            where = f"{name}, stage {stage - 1} → {stage}"
+            flows = program.values[name].requires_grad
+            for fault in (LOST, LATE) if flows else (LOST,):
+                yield Mutant(f"{where}: {fault}", blueprint, _plant_stage(stage, _arriving(position, fault)))
+            if flows:
+                yield Mutant(f"{where}: the gradient is {SILENT}", blueprint, _plant_stage(stage - 1, _lost_gradient(position)))
+    for name, stages in users(blueprint).items():
+        if len(stages) > 1 and blueprint.parameters[name].requires_grad:
+            what = f"{name}: gradients of stages {', '.join(map(str, stages))} not added up"
+            yield Mutant(what, blueprint, _plant_tie(name), gradient_of=name)
+    if program.mesh.pp > 1:
+        yield Mutant("the loss is not summed over pp", blueprint, _plant_silence("pp"))
+
+
+def _plant_stage(index: int, change: Callable[[ModelStage], None]) -> Callable[[ShardedModel], None]:
+    """Change a stage of every pipeline that a model makes."""
+
+    def plant(sharded: ShardedModel) -> None:
+        true = sharded._pipeline
+
+        def pipeline(*args: Any) -> Pipeline:
+            made = true(*args)
+            for stage in made.stages:
+                if stage.stage_index == index:
+                    change(stage)
+            return made
+
+        object.__setattr__(sharded, "_pipeline", pipeline)
+
+    return plant
+
+
+def _arriving(position: int, fault: str) -> Callable[[ModelStage], None]:
+    def change(stage: ModelStage) -> None:
+        true = stage.forward_one_chunk
+        seen: dict[int, Tensor] = {}
+
+        def forward(index: int, *args: Any, **kwargs: Any) -> Any:
+            if index < stage.count:
+                held = stage._arrived[index][position]
+                seen[index] = held.clone()
+                stage._arrived[index][position] = torch.zeros_like(held) if fault == LOST else seen[max(index - 1, 0)].clone()
+            return true(index, *args, **kwargs)
+
+        object.__setattr__(stage, "forward_one_chunk", forward)
+
+    return change
+
+
+def _lost_gradient(position: int) -> Callable[[ModelStage], None]:
+    def change(stage: ModelStage) -> None:
+        true = stage.backward_one_chunk
+
+        def backward(index: int, *args: Any, **kwargs: Any) -> None:
+            if index < stage.count:
+                held = stage._gradients[index][position]
+                stage._gradients[index][position] = None if held is None else torch.zeros_like(held)
+            true(index, *args, **kwargs)
+
+        object.__setattr__(stage, "backward_one_chunk", backward)
+
+    return change
+
+
+def _plant_tie(name: str) -> Callable[[ShardedModel], None]:
+    """Leave out the sum over the stages that use a weight: over those of a rank, and over ranks."""
+
+    def plant(sharded: ShardedModel) -> None:
+        true = sharded._partial_gradients
+
+        def partial_gradients(blueprint: Blueprint) -> PartialGradients:
+            found = true(blueprint)
+            copies = {id(sharded.get_parameter(chunk.names[name])) for chunk in sharded._chunks if name in chunk.names}
+            apart = [each for each in found._partial if id(each.copies[0]) in copies]
+            found._partial = [each for each in found._partial if id(each.copies[0]) not in copies]
+            for each in apart:
+                axes = tuple(axis for axis in each.axes if axis.name != "pp")
+                found._partial += [Partial((copy,), axes) for copy in each.copies]
+            return found
+
+        object.__setattr__(sharded, "_partial_gradients", partial_gradients)
+
+    return plant
+
+
+def _plant_silence(name: str) -> Callable[[ShardedModel], None]:
+    """Have nothing summed over an axis outside the units."""
+
+    def plant(sharded: ShardedModel) -> None:
+        axis = sharded._axes[name]
+        sharded._axes[name] = FaultyAxis(axis.name, axis.size, axis.rank, axis.group, "forward", SILENT)
+
+    return plant
+
+
 def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
-    for unit in {id(u.body): u for u in program.units if u.parameters}.values():
+    trained = [u for u in program.units if any(program.parameters[name].requires_grad for name in u.parameters)]
+    shards = program.mesh.size(SHARDING[1]) if blueprint.zero else 1
+    plants = ([_unscattered] if shards > 1 else []) + ([_unreduced] if shards < program.mesh.dp else [])
+    for unit in {id(u.body): u for u in trained}.values():
+        for change in plants:
 
-        def unreduced(sharded: ShardedModel, unit: Unit = unit) -> None:
-            for chunk in sharded._chunks:
-                for plan, home in zip(chunk.units, chunk.homes, strict=True):
-                    if (plan.stage, plan.path) == (unit.plan.stage, unit.path):
-                        _leave_unreduced(chunk, home)
+            def plant(sharded: ShardedModel, unit: Unit = unit, change: Callable[[Chunk, Any], None] = change) -> None:
+                for chunk in sharded._chunks:
+                    for plan, home in zip(chunk.units, chunk.homes, strict=True):
+                        if (plan.stage, plan.path) == (unit.plan.stage, unit.path):
+                            change(chunk, _group(chunk, home))
 
-        yield Mutant(f"{unit.path}: gradients not summed over dp", blueprint, unreduced)
-
-    def silent(sharded: ShardedModel) -> None:
-        dp = sharded._axes["dp"]
-        sharded._axes["dp"] = FaultyAxis(dp.name, dp.size, dp.rank, dp.group, "forward", SILENT)
-
-    yield Mutant("the loss and the count of labels are not summed over dp", blueprint, silent)
+            over = "dp" if len(plants) == 1 else SHARDING[1 - plants.index(change)]
+            yield Mutant(f"{unit.path}: gradients not summed over {over}", blueprint, plant)
+    yield Mutant("the loss and the count of labels are not summed over dp", blueprint, _plant_silence("dp"))
 
 
-def _leave_unreduced(chunk: Chunk, home: Any) -> None:
-    """Have a group's gradients reduced without the other ranks' part."""
-    module = home if any(True for _ in home.parameters()) else home.shared if home.shared.apart else chunk.root
-    if isinstance(module, ReplicateModule):
-        true = chunk.root.set_requires_gradient_sync
+def _group(chunk: Chunk, home: Any) -> Any:
+    """The module that gathers the parameters of a unit."""
+    if any(True for _ in home.parameters()):
+        return home
+    return home.shared if home.shared.apart else chunk.root
 
-        def without(sync: bool) -> None:
-            true(sync)  # type: ignore[operator]
-            module.set_requires_all_reduce(False, recurse=False)
 
-        object.__setattr__(chunk.root, "set_requires_gradient_sync", without)
-    else:
-        module.set_custom_reduce_scatter(_Unreduced())  # type: ignore[operator, union-attr]
+def _unscattered(chunk: Chunk, module: Any) -> None:
+    """Have each rank of a group keep its own gradients of its piece."""
+    module.set_custom_reduce_scatter(_Unreduced())
+
+
+def _unreduced(chunk: Chunk, module: Any) -> None:
+    """Have the gradients of a group not summed over its copies."""
+    kept = _Kept()
+    module.set_custom_reduce_scatter(kept)
+    module.set_all_reduce_hook(kept.put_back)
 
 
 class _Unreduced:
@@ -192,3 +300,22 @@ class _Unreduced:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
         pieces = input_tensor.view(group.size(), -1)
         output_tensor.copy_(pieces[group.rank()].view_as(output_tensor))
+
+
+class _Kept:
+    """A reduce-scatter that remembers what this rank adds to the sum over copies, to put it back in the place of the sum."""
+
+    def __init__(self) -> None:
+        self.made = self.mine = torch.empty(0)
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP asks for what it passes in and then for the result, where there is nothing to scatter as well."""
+        self.mine, self.made = self.made, torch.empty(*size, dtype=dtype, device=device)
+        return self.made
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        output_tensor.copy_(Axis("dp", group.size(), group.rank(), group).reduce_scatter(input_tensor, 0))
+        self.mine = output_tensor.clone()
+
+    def put_back(self, total: Tensor) -> None:
+        total.copy_(self.mine)
