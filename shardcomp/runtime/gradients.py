@@ -27,10 +27,11 @@ class PartialGradients:
     weight that two stages of a pipeline use.
 
     Only what a backward adds is summed, when all of the step's gradients are there: gradients that stood before were summed
-    already, and summing them again would count them once per rank.
+    already, and summing them again would count them once per rank. Sums are made on `device`, wherever gradients are kept.
     """
 
-    def __init__(self, partial: Iterable[Partial]) -> None:
+    def __init__(self, partial: Iterable[Partial], device: torch.device) -> None:
+        self._device = device
         self._partial = [p for p in partial if len(p.copies) > 1 or any(axis.size > 1 for axis in p.axes)]
         self._before: dict[nn.Parameter, Tensor | None] | None = None
 
@@ -55,7 +56,7 @@ class PartialGradients:
         if self._before is None:
             return
         before, self._before = self._before, None
-        sums = {id(each): total for each in self._partial if (total := _sum([p.grad for p in each.copies])) is not None}
+        sums = {id(each): total for each in self._partial if (total := self._sum(each)) is not None}
         # In one order on all ranks of an axis: by name, axes of one name by their size.
         axes = {id(axis): axis for each in self._partial for axis in each.axes if axis.size > 1}
         for axis in sorted(axes.values(), key=lambda axis: (axis.name != "tp", axis.name, axis.size)):
@@ -73,10 +74,9 @@ class PartialGradients:
             if old is not None:
                 p.grad = old if p.grad is None else p.grad + old
 
-
-def _sum(gradients: list[Tensor | None]) -> Tensor | None:
-    held = [local(gradient) for gradient in gradients if gradient is not None]
-    return sum(held[1:], held[0]) if held else None
+    def _sum(self, partial: Partial) -> Tensor | None:
+        held = [local(p.grad).to(self._device) for p in partial.copies if p.grad is not None]
+        return sum(held[1:], held[0]) if held else None
 
 
 class _Began(torch.autograd.Function):

@@ -414,12 +414,13 @@ class ShardedModel(nn.Module):
         if left not in self._partials:
             self._lay_down()
             axes = dict(left)
-            self._partials[left] = PartialGradients(
+            held = [
                 Partial(copies, (*(self._axes[axis] for axis in axes.get(name, ())), *self._tie(name)))
                 for name, plan in blueprint.parameters.items()
                 if plan.requires_grad
                 and (copies := tuple(self.get_parameter(c.names[name]) for c in self._chunks if name in c.names))
-            )
+            ]
+            self._partials[left] = PartialGradients(held, self.device)
         return self._partials[left]
 
     def _tie(self, name: str) -> list[Axis]:

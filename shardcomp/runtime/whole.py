@@ -26,7 +26,7 @@ def whole(held: Tensor) -> Tensor:
         step = -(-length // size)
         steps.append((axis, dim, length))
         lengths[dim] = max(0, min(step, length - at * step))
-    found = held.to_local()
+    found = held.to_local().to(mesh.device_type)  # what the host keeps is sent from the device
     for axis, dim, length in reversed(steps):
         size = mesh.size(axis)
         if size == 1:

@@ -115,3 +115,66 @@ def test_under_zero_3_at_most_two_units_are_gathered_at_once(options: dict[str, 
 
     for most, two in run_ranks(lowered.mesh.world_size, work):
         assert 0 < most <= two
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zero": 0, "offload": "optimizer", "tied": True},
+        {"zero": 1, "offload": "optimizer", "tied": True},
+        {"zero": 2, "offload": "optimizer"},
+        {"zero": 3, "offload": "optimizer", "tied": True},
+        {"zero": 3, "offload": "all", "tied": True},
+        {"zero": 1, "offload": "optimizer", "pipeline": 2, "schedule": "zbv", "tied": True},
+        {"zero": 3, "offload": "all", "pipeline": 2, "schedule": "zero_bubble"},
+    ],
+    ids=lambda options: "-".join(str(held) for held in options.values()),
+)
+def test_what_the_host_keeps_is_not_on_the_device(options: dict[str, Any]) -> None:
+    lowered = lowered_for(data=2, **options)
+
+    def work(rank: int) -> None:
+        sharded, optimizer, mine = trained(lowered)
+        for sample in samples_of_a_step(sharded, optimizer, mine):
+            wanted = expected(sharded, sample.progress)
+            on_device = ("gathered", "unreduced")
+            assert sample.held["device"] == {role: held if role in on_device else 0 for role, held in wanted.items()}
+            assert sample.held["host"] == {role: 0 if role in on_device else held for role, held in wanted.items()}
+
+    run_ranks(lowered.mesh.world_size, work)
+
+
+def test_only_the_units_that_a_pattern_names_are_kept_by_the_host() -> None:
+    lowered = lowered_for(tied=True, zero=3, data=2, offload=("model.layers.1", "model.layers.2"))
+
+    def work(rank: int) -> None:
+        sharded, optimizer, _ = trained(lowered)
+        held = sharded.held_bytes(optimizer)
+        every = sum(p.numel() for p in lowered.model.parameters())
+        layer = sum(p.numel() for n, p in lowered.model.named_parameters() if n.startswith("model.layers.0."))
+        tensors = len(lowered.program.parameters)
+        ours = sum(n.startswith(("model.layers.1.", "model.layers.2.")) for n in lowered.program.parameters)
+        assert held["host"]["parameters"] == 4 * layer  # half of two layers
+        assert held["host"]["optimizer"] == 8 * layer + 4 * ours
+        assert held["device"]["optimizer"] <= 8 * (every // 2 - layer + 32) + 4 * (tensors - ours)
+
+    run_ranks(2, work)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zero": 0, "offload": "optimizer"},
+        {"zero": 1, "offload": "optimizer", "tensor": 2},
+        {"zero": 2, "offload": "optimizer", "pipeline": 2, "schedule": "zero_bubble"},
+        {"zero": 3, "offload": "all", "tensor": 2},
+        {"zero": 3, "offload": "model.layers.1"},
+        {"zero": 3, "offload": ("model.embed_tokens", "model.layers.0"), "pipeline": 2, "schedule": "zbv"},
+    ],
+    ids=lambda options: "-".join(str(held) for held in options.values()),
+)
+def test_what_the_host_keeps_learns_the_same(options: dict[str, Any]) -> None:
+    config = tiny(tie_word_embeddings=True, num_hidden_layers=4 if "pipeline" in options else 2)
+    policy = shardcomp.Policy.load("llama", **{"precision": "fp64", "data": 2, **options})
+    found = shardcomp.verify(config, policy, shrink={"none": True}, kinds=("causal",))
+    assert found.ok, found.worst
