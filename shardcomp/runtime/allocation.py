@@ -229,6 +229,9 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
         module.set_force_sum_reduction_for_comms(True)
         if own:
             holder.to_empty(device="cpu" if on_host else device)
+    splits = blueprint.mesh.pp > 1 and SCHEDULES[blueprint.schedule].splits_backward
+    for home, unit in zip(chunk.homes, chunk.units, strict=True):
+        home.copies_vectors = unit.reshard and splits
     _prefetch(blueprint, chunk)
 
 

@@ -24,9 +24,12 @@ class Home(nn.Module):
     places: the name in the emitted code -> (module, attribute).
     owned: the modules whose parameters belong to this unit alone. shared: where others use some of its parameters as well.
     path, recompute: the unit's, see `UnitPlan`.
+    copies_vectors: whether the code computes with copies of biases and of norms' weights. The second half of a split backward
+    reads some of them, such as a LayerNorm's weight, when what was gathered is gone.
     """
 
     shared: Shared | None
+    copies_vectors = False
 
     def __init__(
         self,
@@ -88,7 +91,8 @@ def local(unit: Unit) -> Any:
                 setattr(at, part, Local())
             at = at.__dict__[part]
         held = getattr(module, attribute)
-        setattr(at, leaf, held.to_local() if isinstance(held, DTensor) else held)
+        held = held.to_local() if isinstance(held, DTensor) else held
+        setattr(at, leaf, held.clone() if unit.home.copies_vectors and held.dim() < 2 else held)
     return top
 
 
