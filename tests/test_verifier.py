@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import tiny_config
 from models import tiny
 
 import shardcomp
-from shardcomp import VerifyError, capture
+from shardcomp import VerifyError, capture, presets
 from shardcomp.verifier import TOLERANCE, verify
 
 WHOLE = {"none": True}
+SLOW = pytest.mark.skipif(os.environ.get("SHARDCOMP_LONG") != "1", reason="runs for minutes: make long")
 
 
 def check(config: Any, **options: Any) -> None:
@@ -69,6 +72,40 @@ def test_every_planted_fault_is_noticed_by_its_numbers(sequence_parallel: bool) 
     assert found.mutants["survivors"] == []
     assert found.mutants["killed"] == found.mutants["total"] >= 15
     assert found.ok
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        pytest.param({"pipeline": 2, "data": 2, "tensor": 2, "zero": 3}, 30, marks=SLOW),
+        pytest.param({"pipeline": 2, "data": 2, "schedule": "zbv", "zero": 1}, 15, marks=SLOW),
+        ({"pipeline": 2, "data": 2, "schedule": "zero_bubble", "zero": 2}, 9),
+        pytest.param({"pipeline": 2, "data": 2}, 9, marks=SLOW),
+        ({"data": 4, "zero": 3, "replicate": 2}, 7),
+    ],
+)
+def test_faults_between_stages_and_data_parallel_ranks_are_noticed(options: dict[str, Any], least: int) -> None:
+    config = tiny(num_hidden_layers=4, tie_word_embeddings=True)
+    policy = shardcomp.Policy.load("llama", precision="fp64", **options)
+    found = verify(config, policy, shrink=WHOLE, mutate=True, kinds=("causal",))
+    assert found.mutants["survivors"] == []
+    assert found.mutants["total"] >= least and found.ok
+
+
+def test_a_split_backward_needs_no_weight_that_was_put_back_in_pieces() -> None:
+    options = {"pipeline": 2, "data": 2, "schedule": "zero_bubble", "zero": 3}
+    policy = shardcomp.Policy.load("gpt2", precision="fp64", **options)
+    found = verify(tiny_config("gpt2"), policy, shrink=WHOLE, kinds=("causal",))  # with LayerNorm, whose own gradient reads it
+    assert found.ok, found.worst
+
+
+def test_a_frozen_stage_agrees_with_the_dense_model() -> None:
+    model = shardcomp.initialize(presets.build(tiny(num_hidden_layers=4)), 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("model.embed_tokens", *(f"model.layers.{i}." for i in range(3)))))
+    policy = shardcomp.Policy.load("llama", precision="fp64", pipeline=2, data=2, zero=3)
+    found = verify(model, policy, kinds=("causal",))
+    assert found.ok, found.worst
 
 
 def test_a_wrong_answer_is_reported_with_where_and_how_to_reproduce_it(monkeypatch: pytest.MonkeyPatch) -> None:
