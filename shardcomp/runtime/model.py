@@ -110,6 +110,7 @@ class ShardedModel(nn.Module):
         self.loss_scale = LossScale(enabled=blueprint.precision == "fp16")
         self.skipped_steps = 0
         self._bad_steps: list[Tensor] = []
+        self._scaled = False  # whether gradients are multiplied by the loss scale: within a backward
         self._lower = lower
         self._blueprint = blueprint
         self._users = users(blueprint)
@@ -181,6 +182,7 @@ class ShardedModel(nn.Module):
             loss, bad = self._agree(losses, self._end_backward(code))
         except BaseException:
             code.partial.forget()
+            self._scaled = False
             raise
         self._bad_steps.append(bad)
         return StepResult(loss, tokens, bad > 0)
@@ -222,16 +224,20 @@ class ShardedModel(nn.Module):
         return not skipped
 
     def _begin_backward(self, code: _Loaded) -> float:
-        """Called before a backward; returns what its loss is to be multiplied by."""
+        """Called before a backward, once for each loss that it starts from; returns what that is to be multiplied by."""
         scale = self.loss_scale.scale
-        scale_gradients(self.parameters(), scale)  # those that stand are divided by it with the new ones
+        if not self._scaled:
+            scale_gradients(self.parameters(), scale)  # those that stand are divided by it with the new ones
+        self._scaled = True
         code.partial.set_aside()
         return scale
 
     def _end_backward(self, code: _Loaded) -> Tensor:
         """Called when every gradient of a backward is there; returns whether one on this rank is not finite: 0 or 1, []."""
         code.partial.add_up()
-        scale_gradients(self.parameters(), 1 / self.loss_scale.scale)
+        if self._scaled:
+            scale_gradients(self.parameters(), 1 / self.loss_scale.scale)
+        self._scaled = False
         return not_finite(self.parameters(), self.device)
 
     def _agree(self, losses: list[Tensor], bad: Tensor) -> tuple[Tensor, Tensor]:

@@ -256,3 +256,24 @@ def test_a_loss_scale_goes_on_from_its_state() -> None:
     assert (again.scale, again.good_steps) == (4.0, 2)
     again.update(False)
     assert (again.scale, again.good_steps) == (8.0, 0)
+
+
+@pytest.mark.parametrize("options", [{"zero": 1, "data": 2}, {"zero": 3, "data": 2}, {"zero": 0, "tensor": 2}])
+def test_one_backward_of_two_losses_is_scaled_once_and_gathers_what_it_needs(options: dict[str, Any]) -> None:
+    lowered = lowered_for(tied=True, **{**options, "precision": "fp32"})
+    given = [batches(97, lowered.mesh.dp, length, length)["causal"] for length in (8, 12)]
+
+    def work(rank: int) -> None:
+        apart, together = allocate(lowered, weights_of(lowered)), allocate(lowered, weights_of(lowered))
+        together.loss_scale = LossScale(enabled=True, initial=2.0**12)
+        for _ in range(2):
+            for batch in given:
+                apart(**part(batch, apart)).loss.backward()
+            losses = [together(**part(batch, together)).loss for batch in given]
+            sum(losses[1:], losses[0]).backward()
+        wanted = gradients(apart)
+        for name, held in gradients(together).items():
+            torch.testing.assert_close(held, wanted[name], rtol=1e-5, atol=1e-7, msg=name)
+        assert together.optimizer_step(torch.optim.SGD(together.parameters(), lr=0.1))
+
+    run_ranks(lowered.mesh.world_size, work)
