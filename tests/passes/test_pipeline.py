@@ -43,8 +43,8 @@ from shardcomp.program import (
 )
 from shardcomp.ranks import run_ranks
 from shardcomp.runtime import world
+from shardcomp.runtime.allocation import local_index
 from shardcomp.runtime.blueprint import Blueprint
-from shardcomp.runtime.model import local_index
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.unit import Home
 
