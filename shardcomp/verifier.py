@@ -236,11 +236,13 @@ def _run(
             logits = sharded.eval_step(**mine(given["causal"]), return_logits=True).logits
         found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     if updates:
-        optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], foreach=True, **OPTIMIZER)
+        trained = [p for p in sharded.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, foreach=True, **OPTIMIZER) if trained else None
         for batch in updates:
             sharded.train_step(**mine(batch))
-            optimizer.step()
-            optimizer.zero_grad()
+            if optimizer is not None:  # all of this rank's stages may be frozen
+                optimizer.step()
+                optimizer.zero_grad()
         found.weights = _joined({name: _full(p) for name, p in sharded.named_parameters()}, parts)
     return found
 
