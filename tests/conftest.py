@@ -1,8 +1,10 @@
-"""What every test shares: one thread per process, no network, hypothesis profiles, golden files."""
+"""What every test shares: one thread per process, no network, hypothesis profiles, golden files, and large grids of cases, of
+which `make test` runs a third and `make long` all."""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +23,22 @@ GOLDEN = Path(__file__).parent / "golden"
 # The same draws every time, so that a change is judged by what it did; `make long` draws others.
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
-hypothesis.settings.load_profile("long" if os.environ.get("SHARDCOMP_LONG") == "1" else "ci")
+LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+hypothesis.settings.load_profile("long" if LONG else "ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing with them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked as a grid, keep the same third every time, unless cases are asked for by name."""
+    if LONG or any("::" in argument for argument in config.args):
+        return
+    left = [each for each in items if each.get_closest_marker("grid") and zlib.crc32(each.name.encode()) % 3]
+    config.hook.pytest_deselected(items=left)
+    gone = set(left)
+    items[:] = [each for each in items if each not in gone]
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, model: Any, rows: int = 3, **option
         assert found[rank] == predicted(lowered, rank), f"rank {rank}"
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.parametrize(("tensor", "data"), [(1, 2), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize(("tied", "precision", "sequence_parallel"), [(True, "fp32", False), (False, "bf16", True)])
@@ -191,6 +192,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("zero", "pipeline", "schedule", "tensor", "data", "replicate", "rows", "tied"), PLANS)
 def test_a_step_sends_what_was_predicted_under_every_zero_stage_and_schedule(
     monkeypatch: pytest.MonkeyPatch,

@@ -85,6 +85,7 @@ def _callers(lowered: Lowered, rank: int) -> dict[str, int]:
     return found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("recompute", ["none", "full", "selective", "every:2"])
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
@@ -111,6 +112,7 @@ def check(monkeypatch: pytest.MonkeyPatch, lowered: Lowered, vocabulary: int) ->
             assert found[rank, unit.path] == [saved.own], (unit.path, saved)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("family", "recompute"),
     [(name, "selective") for name in families()] + [(name, "none") for name in families() if name in GATE],

@@ -75,6 +75,7 @@ def test_what_fills_pieces_up_is_counted(zero: int) -> None:
     run_ranks(4, work)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_the_table_holds_under_a_pipeline(zero: int, schedule: str) -> None:

@@ -397,6 +397,7 @@ PLANS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(str(value) for value in plan.values()))
 def test_a_model_trains_to_the_same_bits(plan: dict[str, Any]) -> None:
     config = tiny(num_hidden_layers=4, attention_dropout=0.2)

@@ -64,6 +64,7 @@ PLANS: list[dict[str, Any]] = [
 each_plan = pytest.mark.parametrize("options", PLANS, ids=lambda o: "-".join(f"{k}{v}" for k, v in o.items()))
 
 
+@pytest.mark.grid
 @each_plan
 def test_gradients_of_steps_add_up_whatever_came_between(options: dict[str, Any]) -> None:
     lowered = lowered_for(**options)
