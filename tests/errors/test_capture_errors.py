@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 
 def test_a_precision_that_does_not_exist_lists_those_that_do() -> None:
-    with pytest.raises(PolicyError, match="'fp8': use one of bf16, fp32, fp64"):
+    with pytest.raises(PolicyError, match="'fp8': use one of bf16, fp32, fp16, fp64"):
         capture(Small(), TRAINING, precision="fp8")
 
 

@@ -114,10 +114,6 @@ class TestBadInput:
         message = refused(capsys, "-c", write_config(tmp_path), "-d", text, "-l", 128, "-b", 4000, "--tensor", 2)
         assert "needs 8000" in message
 
-    def test_a_batch_that_does_not_split_into_micro_batches(self, capsys: Capture, tmp_path: Path, text: Path) -> None:
-        message = refused(capsys, "-c", write_config(tmp_path), "-d", text, "-l", 32, "-b", 6, "--micro-batch", 4)
-        assert "6" in message and "--micro-batch 4" in message
-
     def test_a_save_directory_that_holds_something_else(self, capsys: Capture, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("precious")
         assert "thesis.tex" in refused(capsys, "-o", tmp_path)

@@ -347,7 +347,7 @@ def run_stages(lowered: Lowered, tensor: int) -> tuple[Tensor, dict[str, Tensor]
     blueprint = lowered.blueprint()
     flat = Mesh(tp=tensor, copies=blueprint.mesh.copies)
     mesh, device = world.start(flat)
-    axes = world.axes_of(mesh, flat.factored_mesh(mesh) or mesh)
+    axes = world.axes_of(mesh, flat.engine_mesh(mesh, factored=True))
     coordinates = {name: axis.rank for name, axis in axes.items()}
     tree = held(blueprint, coordinates)
     units = iter(blueprint.units)
