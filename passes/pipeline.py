@@ -25,6 +25,7 @@ import sympy
 import torch
 from torch import fx
 
+from shardcomp.capture.evaluate import ancestors
 from shardcomp.collectives import EXCHANGES
 from shardcomp.cost.compute import Share, of_node
 from shardcomp.errors import InternalError, PlanError
@@ -42,7 +43,6 @@ from shardcomp.program import (
     Program,
     S,
     Unit,
-    tensor_arguments,
     value,
 )
 from shardcomp.propagate import values
@@ -57,7 +57,7 @@ long as the slower of the two; only the ratio of units' costs matters."""
 
 def run(program: Program, context: Context) -> Program:
     stages = context.policy.options.stages
-    if stages == 1:
+    if stages == 1 and context.policy.options.stage_layers is None:
         return program
     atoms = _atoms(program.units)
     asked = context.policy.options.stage_layers
@@ -222,7 +222,7 @@ class _Again:
             needed.add(name)
             source = self.sources[name]
             results = source.unit.body.results
-            nodes = _ancestors([results[source.index]])
+            nodes = ancestors([results[source.index]])
             pending += [n for n, p in _given(source.unit.inputs, source.unit.body, INPUT) if p in nodes]
         found = []
         for unit in self.program.units:
@@ -240,7 +240,7 @@ class _Again:
             return name in self.program.inputs
         if name not in self.free:
             unit, result = self.sources[name].unit, self.sources[name].index
-            nodes = _ancestors([unit.body.results[result]])
+            nodes = ancestors([unit.body.results[result]])
             read = [n for n, placeholder in _given(unit.inputs, unit.body, INPUT) if placeholder in nodes]
             self.free[name] = all(_is_calculation(node) for node in nodes) and all(self._is_free(n) for n in read)
         return self.free[name]
@@ -267,7 +267,7 @@ class _Again:
     def _body(self, unit: Unit, results: tuple[int, ...]) -> _Prelude:
         """The code for some results of a unit."""
         kept = [unit.body.results[i] for i in results]
-        nodes = _ancestors(kept)
+        nodes = ancestors(kept)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         inputs, buffers = ([p for p in unit.body.placeholders(role) if p in nodes] for role in (INPUT, BUFFER))
@@ -299,18 +299,6 @@ class _Again:
             count += 1
         self.values[found] = self.values[name]
         return found
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    """What these nodes are computed from, themselves included."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += tensor_arguments(node)
-    return found
 
 
 def _indices(some: list[fx.Node], body: Body, role: str) -> tuple[int, ...]:

@@ -100,9 +100,7 @@ def _command(commands: Any, name: str, meaning: str, run: Any) -> argparse.Argum
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     """What every command that lowers a model needs to know."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a preset such as tiny or llama-7b, a directory, a config.json, or a hub name"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a preset such as tiny, a directory, a config.json, or a hub name")
     parser.add_argument("--world", type=_count, metavar="N", help="number of ranks (default: tensor × data, with data 1)")
     parser.add_argument("--policy", metavar="NAME", help=_POLICY)
     add_option_flags(parser)

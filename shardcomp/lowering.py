@@ -120,6 +120,7 @@ class Lowered:
             output_split=output_split,
             output_type=f"{kind.__module__}:{kind.__qualname__}",
             seed=self.policy.options.seed,
+            ignored_label=_ignored_label(program),
             schedule=self.policy.options.schedule,
             zero=self.policy.options.zero,
             offload=self.policy.options.offload != "none",
@@ -151,6 +152,15 @@ class Lowered:
         """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the
         compiler."""
         self.blueprint().save(directory)
+
+
+def _ignored_label(program: Program) -> int:
+    """The label of a token that does not count: what the body that counts the others compares with."""
+    if program.tokens is None:
+        return -100
+    [total] = program.tokens.body.results
+    differs: Any = total.args[0]
+    return int(differs.args[1])
 
 
 def _unit_plan(unit: Unit) -> UnitPlan:

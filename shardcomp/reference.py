@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from shardcomp.capture.twin import configs
-from shardcomp.precision import Widened
-from shardcomp.runtime.blueprint import COMPUTE
+from shardcomp.precision import COMPUTE, Widened
 from shardcomp.runtime.scaling import LossScale
 
 Batch = dict[str, Tensor]

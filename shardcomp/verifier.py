@@ -20,9 +20,9 @@ from shardcomp.lowering import Lowered, lower
 from shardcomp.mutation import Mutant, mutants
 from shardcomp.parts import Part, join, packed
 from shardcomp.policy import Policy
+from shardcomp.precision import COMPUTE
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
-from shardcomp.runtime.blueprint import COMPUTE
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.whole import whole
@@ -92,7 +92,9 @@ def verify(
     micro_batch = options.micro_batch or 1
     plan = policy.replace(micro_batch=micro_batch)
     if not isinstance(model_or_config, nn.Module) and not (shrink or {}).get("none"):
-        plan = plan.replace(stage_layers=None)  # those are the layers of the full size
+        if options.stage_layers is not None:
+            progress("stage_layers are checked at full size; the small model's stages are balanced by cost")
+        plan = plan.replace(stage_layers=None)
     # On each rank two micro-batches, or as many as make a pipeline forward and backward in turn, and another.
     rows = mesh.dp * micro_batch * (2 if mesh.pp == 1 else mesh.pp + 1)
     length = -(-24 // mesh.tp) * mesh.tp

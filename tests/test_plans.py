@@ -9,11 +9,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from models import tiny
 from torch import Tensor, nn
 
 import shardcomp
 from shardcomp import presets
+from shardcomp.patterns import Entry, parse
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import Outcome, batches, dense
 from shardcomp.runtime.initialisation import initialize
@@ -121,3 +123,39 @@ def test_every_pair_of_choices_is_covered() -> None:
     both = set().union(*(pairs(plan) for plan in plans))
     assert (("pipeline", 4), ("tensor", 2)) in both and (("schedule", "dualpipev"), ("recompute", "selective")) in both
     assert not any((("pipeline", 4), ("data", 3)) in pairs(plan) for plan in plans)  # twelve ranks
+
+
+class OtherLabel(nn.Module):
+    """A model that ignores the label 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = None
+        self.embed = nn.Embedding(23, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 23, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden))
+        logits = self.head(hidden)
+        found = {"logits": logits}
+        if labels is not None:
+            found["loss"] = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=5)
+        return found
+
+
+def test_what_fills_up_a_micro_batch_has_the_label_that_the_model_ignores() -> None:
+    dense_model = OtherLabel()
+    units = tuple(Entry(parse(path), word) for path, word in (("embed", "first"), ("layers.*", "layer"), ("head", "last")))
+    policy = shardcomp.Policy("other", (), units, {"pipeline": 2, "micro_batch": 2, "precision": "fp32"})
+    lowered = shardcomp.lower(dense_model, policy, 2, seq=4)
+    assert lowered.blueprint().ignored_label == 5
+    tokens = torch.arange(12).view(3, 4) % 23
+    losses = run_ranks(2, lambda rank: allocate(lowered, weights_of(lowered)).train_step(input_ids=tokens, labels=tokens).loss)
+    expected = dense_model(input_ids=tokens, labels=tokens)["loss"]
+    assert all(abs(float(loss - expected)) < 1e-6 for loss in losses)

@@ -104,7 +104,7 @@ def _flops(lowered: Lowered, stages: Iterable[int], rank: dict[str, int], micro_
     program, sizes = lowered.program, {B: lowered.micro_batch, S: lowered.seq}
     units = program.in_stages(stages)
     share = Share(program.mesh.as_dict(), rank)
-    again = of_units((unit for unit in units if unit.plan.recompute == "full"), share).forward.products
+    again = sum(unit_activations(program, unit, lowered.micro_batch, lowered.seq, rank).products for unit in units)
     asked, run = of_units(units).total.products, of_units(units, share).total.products + again
     model, hardware = (micro_batches * int(sympy.sympify(count).subs(sizes)) for count in (asked, run))
     return {"model": model // program.mesh.tp, "hardware": hardware, "convention": "full_attention"}

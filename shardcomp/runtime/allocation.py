@@ -177,10 +177,7 @@ def _descend(tree: nn.Module, path: str) -> nn.Module:
 
 def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> tuple[list[Home], Shared | None]:
     """A home for each unit of a stage, and one for the modules whose parameters several of them use."""
-    readers: dict[str, set[int]] = {}
-    for index, unit in enumerate(units):
-        for name in unit.parameters.values():
-            readers.setdefault(names[name].rpartition(".")[0], set()).add(index)
+    readers = _readers(units, names)
     common = {path for path, indices in readers.items() if len(indices) > 1}
     apart = all(units[index].reshard for path in common for index in readers[path])
     shared = Shared([tree.get_submodule(path) for path in readers if path in common], apart) if common else None
@@ -194,12 +191,18 @@ def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str
     return homes, shared
 
 
-def _beside_copies(blueprint: Blueprint, units: tuple[UnitPlan, ...]) -> set[str]:
-    """The parameters of the units that hold some in copies: one unit's parameters lie on one mesh."""
-    readers: dict[str, set[int]] = {}
+def _readers(units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> dict[str, set[int]]:
+    """Which units use parameters of each module, where parameters have these names."""
+    found: dict[str, set[int]] = {}
     for index, unit in enumerate(units):
         for name in unit.parameters.values():
-            readers.setdefault(name.rpartition(".")[0], set()).add(index)
+            found.setdefault(names[name].rpartition(".")[0], set()).add(index)
+    return found
+
+
+def _beside_copies(blueprint: Blueprint, units: tuple[UnitPlan, ...]) -> set[str]:
+    """The parameters of the units that hold some in copies: one unit's parameters lie on one mesh."""
+    readers = _readers(units, {name: name for unit in units for name in unit.parameters.values()})
     own = [[n for n in unit.parameters.values() if len(readers[n.rpartition(".")[0]]) == 1] for unit in units]
     return {name for names in own if any(blueprint.parameters[n].copies > 1 for n in names) for name in names}
 

@@ -59,7 +59,7 @@ class PartialGradients:
         sums = {id(each): total for each in self._partial if (total := self._sum(each)) is not None}
         # In one order on all ranks of an axis: by name, axes of one name by their size.
         axes = {id(axis): axis for each in self._partial for axis in each.axes if axis.size > 1}
-        for axis in sorted(axes.values(), key=lambda axis: (axis.name != "tp", axis.name, axis.size)):
+        for axis in sorted(axes.values(), key=lambda axis: (axis.name, axis.size)):
             over = [each for each in self._partial if id(each) in sums and any(a is axis for a in each.axes)]
             if over:
                 flat = [sums[id(each)].flatten() for each in over]

@@ -109,7 +109,7 @@ class ShardedModel(nn.Module):
         self.random = Streams(blueprint.seed, blueprint.mesh, coordinates, device)
         self.loss_scale = LossScale(enabled=blueprint.precision == "fp16")
         self.skipped_steps = 0
-        self._bad_steps: list[Tensor] = []
+        self._bad: Tensor | None = None  # the bad gradients since the last optimizer step, counted by rank
         self._scaled = False  # whether gradients are multiplied by the loss scale: within a backward
         self._lower = lower
         self._blueprint = blueprint
@@ -139,7 +139,7 @@ class ShardedModel(nn.Module):
         if "loss" in found:
 
             def end() -> None:
-                self._bad_steps.append(self._agree([], self._end_backward(code))[1])
+                self._note(self._agree([], self._end_backward(code))[1])
 
             found["loss"] = around_backward(found["loss"], lambda: self._begin_backward(code), end)
             found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
@@ -184,7 +184,7 @@ class ShardedModel(nn.Module):
             code.partial.forget()
             self._scaled = False
             raise
-        self._bad_steps.append(bad)
+        self._note(bad)
         return StepResult(loss, tokens, bad > 0)
 
     def eval_step(self, return_logits: bool = False, **batch: Tensor) -> StepResult:
@@ -214,14 +214,17 @@ class ShardedModel(nn.Module):
     def optimizer_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """`optimizer.step()`, unless a backward since the last call left gradients that are not finite: then nothing changes,
         on any rank, and `skipped_steps` counts one more. Returns whether the step was made. Adapts the loss scale of fp16."""
-        bad, self._bad_steps = self._bad_steps, []
-        skipped = bool(bad) and bool(torch.stack(bad).sum() > 0)
+        bad, self._bad = self._bad, None
+        skipped = bad is not None and bool(bad > 0)
         self.loss_scale.update(skipped)
         if skipped:
             self.skipped_steps += 1
         else:
             optimizer.step()
         return not skipped
+
+    def _note(self, bad: Tensor) -> None:
+        self._bad = bad if self._bad is None else self._bad + bad
 
     def _begin_backward(self, code: _Loaded) -> float:
         """Called before a backward, once for each loss that it starts from; returns what that is to be multiplied by."""

@@ -117,3 +117,9 @@ def test_a_pass_or_rank_that_does_not_exist_is_named() -> None:
 def test_a_pipeline_that_the_layers_do_not_fill_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         lower(tiny(num_hidden_layers=3), **options)
+
+
+def test_the_layers_of_a_single_stage_are_checked_as_well() -> None:
+    policy = shardcomp.Policy.load("llama", stage_layers=(3,))
+    with pytest.raises(PlanError, match="stage_layers = 3 makes 3 layers, but the model has 2"):
+        shardcomp.lower(tiny(), policy)
