@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardcomp import checkpoint
     from shardcomp.errors import (
         CaptureError,
         CheckpointError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from shardcomp.lowering import lower
     from shardcomp.policy import Policy
     from shardcomp.runtime.initialisation import initialize
+    from shardcomp.runtime.stream import Stream
     from shardcomp.sharding import shard
     from shardcomp.verifier import verify
 
@@ -31,6 +33,7 @@ _HOMES = {
     "Policy": "policy",
     "PolicyError": "errors",
     "ShardError": "errors",
+    "Stream": "runtime.stream",
     "VerifyError": "errors",
     "initialize": "runtime.initialisation",
     "lower": "lowering",
@@ -45,7 +48,9 @@ __all__ = [
     "Policy",
     "PolicyError",
     "ShardError",
+    "Stream",
     "VerifyError",
+    "checkpoint",
     "initialize",
     "lower",
     "shard",
@@ -55,6 +60,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import on first use: emitted source needs the runtime only, and `shardcomp --help` needs neither."""
+    if name == "checkpoint":
+        return importlib.import_module("shardcomp.checkpoint")
     if name not in _HOMES:
         raise AttributeError(f"module 'shardcomp' has no attribute {name!r}")
     return getattr(importlib.import_module(f"shardcomp.{_HOMES[name]}"), name)

@@ -124,6 +124,7 @@ class Lowered:
             schedule=self.policy.options.schedule,
             zero=self.policy.options.zero,
             offload=self.policy.options.offload != "none",
+            policy=self.policy.replace(data=self.mesh.dp).as_dict(),
         )
 
     def for_call(self, call: Call, shape: tuple[int, int]) -> Blueprint:

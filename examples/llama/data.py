@@ -1,4 +1,4 @@
-"""Text for pretraining: documents to bytes to packed sequences, and which samples belong to which step.
+"""Text for pretraining: documents to bytes to packed sequences. Which of them belong to which step, `shardcomp.Stream` says.
 
 A token is a byte (0 … 255), so no tokenizer is needed and any vocabulary of 256 or more will do. Everything is a function of
 the text, the length and the seed: no topology, no process and no run changes a sample or its place.
@@ -10,7 +10,6 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -92,21 +91,3 @@ def pack(documents: Sequence[bytes], length: int) -> Tensor:
     if rows == 0:
         return torch.empty(0, length, dtype=torch.uint8)
     return torch.frombuffer(bytearray(stream[: rows * length]), dtype=torch.uint8).view(rows, length)
-
-
-@lru_cache(maxsize=2)
-def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which `count` samples are met in an epoch: `int64[count]`."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
-
-
-def shuffled(sequences: Tensor, first: int, count: int, seed: int) -> Tensor:
-    """Samples `first` … `first + count - 1` of a stream in which every epoch is a new permutation: `int64[count, length]`.
-
-    The place of a sample in the stream is all that decides what it is, so data-parallel ranks take consecutive pieces of it
-    and any number of them reads the same samples in the same step.
-    """
-    size = len(sequences)
-    places = range(first, first + count)
-    rows = torch.stack([permutation(size, seed, place // size)[place % size] for place in places])
-    return sequences[rows].long()

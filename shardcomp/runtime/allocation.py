@@ -65,6 +65,16 @@ class Chunk:
             module.reshard()
 
 
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of a parameter of the shape `shape`: the piece that `index` says, in `parameters`, of which there
+    are two where it has both stages that use a tied weight."""
+
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+
 def users(blueprint: Blueprint) -> dict[str, list[int]]:
     """The stages that use each parameter, in order."""
     found: dict[str, dict[int, None]] = {}
@@ -157,6 +167,15 @@ def local_index(plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int])
         placement = plan.layout.on(axis)
         pieces, at = mesh.size(axis) // placement.copies, coordinates[axis] // placement.copies
         index[dim] = _piece(index[dim], pieces, at)
+    return tuple(index)
+
+
+def held_index(blueprint: Blueprint, name: str, coordinates: Mapping[str, int]) -> tuple[slice, ...]:
+    """Which part of a parameter the rank at `coordinates` has between steps, where ZeRO has shared it out."""
+    index = list(local_index(blueprint.parameters[name], blueprint.mesh, coordinates))
+    shards = blueprint.mesh.size(SHARDING[1]) if blueprint.zero else 1
+    if index:
+        index[0] = _piece(index[0], shards, coordinates["dp"] % shards)
     return tuple(index)
 
 
@@ -268,17 +287,14 @@ def _fill(
     blueprint: Blueprint, weights: Weights, tree: nn.Module, names: Mapping[str, str], coordinates: Mapping[str, int]
 ) -> None:
     """Give this rank's pieces their numbers."""
-    shards = blueprint.mesh.size(SHARDING[1]) if blueprint.zero else 1
     with torch.no_grad():
         for held, name in names.items():
-            index = list(local_index(blueprint.parameters[name], blueprint.mesh, coordinates))
-            if index:
-                index[0] = _piece(index[0], shards, coordinates["dp"] % shards)
+            index = held_index(blueprint, name, coordinates)
             parameter = tree.get_parameter(held)
             assert isinstance(parameter, DTensor)
             into = parameter.to_local()
             if into.numel():
-                into.copy_(weights(name, tuple(index)))
+                into.copy_(weights(name, index))
 
 
 def tied_axes(blueprint: Blueprint, mesh: DeviceMesh) -> dict[tuple[int, ...], Axis]:

@@ -18,7 +18,7 @@ from shardcomp.collectives import Axis, allreduce_identity
 from shardcomp.errors import PlanError
 from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
-from shardcomp.runtime.allocation import Chunk, Weights, allocate, tied_axes, users
+from shardcomp.runtime.allocation import Chunk, Held, Weights, allocate, held_index, tied_axes, users
 from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.gradients import (
     Partial,
@@ -283,6 +283,29 @@ class ShardedModel(nn.Module):
         ]
         master = MASTER[self._blueprint.precision]
         return clip_grad_norm(self.parameters(), max_norm, self._axes, self.device, master, again)
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What this model was lowered to."""
+        return self._blueprint
+
+    def held_parameters(self) -> dict[str, Held]:
+        """The pieces of parameters that this rank holds, by their names in the model."""
+        self._lay_down()
+        coordinates = {name: axis.rank for name, axis in self._axes.items()}
+        copies: dict[str, list[nn.Parameter]] = {}
+        for chunk in self._chunks:
+            for name, held in chunk.names.items():
+                copies.setdefault(name, []).append(self.get_parameter(held))
+        return {
+            name: Held(self._blueprint.parameters[name].shape, held_index(self._blueprint, name, coordinates), tuple(held))
+            for name, held in copies.items()
+        }
+
+    def held_buffers(self) -> dict[str, Tensor]:
+        """The buffers of the model's state that this rank has, whole."""
+        found = {name: self._get(name) for name in self._blueprint.persistent_buffers}
+        return {name: held for name, held in found.items() if held is not None}
 
     def held_bytes(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, dict[str, int]]:
         """What this rank holds now: "device" or "host" -> "parameters", "gathered" (copies in the compute dtype), "unreduced"

@@ -25,13 +25,19 @@ class Streams:
     """
 
     def __init__(self, seed: int, mesh: Mesh, coordinates: Mapping[str, int], device: torch.device) -> None:
+        self.seed, self.mesh, self.coordinates, self.device = seed, mesh, dict(coordinates), device
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Begin anew, with other numbers for every step: what a run does that goes on from `step` on another mesh."""
+        seed, mesh, coordinates, device = self.seed, self.mesh, self.coordinates, self.device
         group = 0
         for axis in AXES:
             if axis != "tp":
                 group = group * mesh.size(axis) + coordinates[axis]
         # Hashed, so that the streams of one seed are not those of the next. The CPU's generator looks at 32 bits alone:
         # numbers that follow each other differ there, too.
-        start = int.from_bytes(hashlib.sha256(f"dropout {seed}".encode()).digest()[:7])
+        start = int.from_bytes(hashlib.sha256(f"dropout {seed}{f' {step}' if step else ''}".encode()).digest()[:7])
         start += group * (1 + 2 * mesh.tp)
         self.shared = Stream(start, device)
         self.own = Stream(start + 1 + coordinates["tp"], device)

@@ -1,0 +1,268 @@
+"""Checkpoints on the disk: complete or invisible, checked byte by byte, and one job to a directory.
+
+A checkpoint is a directory that is written beside its place under a hidden name and renamed when it is complete. `SHA256SUMS`
+names each of its files and has the form that `sha256sum -c` reads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from shardcomp.errors import CheckpointError
+
+FORMAT = 1
+"""The version of what is written; higher ones are refused."""
+SUMS, MANIFEST, CONFIG, LOCK = "SHA256SUMS", "checkpoint.json", "config.json", ".lock"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
+_NAME = re.compile(r"step-(\d+)")
+_HIDDEN = re.compile(r"\.(step-\d+)\.(partial|previous|removed)")
+PIECE = 4 * 2**20
+"""Bytes that are read or written at a time."""
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint of a step, among those of one run."""
+    return f"step-{step:08d}"
+
+
+def partial(path: Path) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def checkpoints(directory: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in a run's directory, the newest last. Only their names are looked at; none of them is
+    partly written, but one may have been damaged since."""
+    root = Path(directory).expanduser()
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted(found)
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest checkpoint in a run's directory; None where there is none."""
+    found = checkpoints(directory)
+    return found[-1][1] if found else None
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    """`checkpoint.json`. Numbers are written so that reading gives the same bits."""
+    return (json.dumps(manifest, indent=1) + "\n").encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What `checkpoint.json` says, after its bytes and the list of files were checked; the other files' bytes are not looked
+    at. Raises CheckpointError that names the file."""
+    sums = read_sums(path)
+    check(path, sums, [MANIFEST])
+    try:
+        found = json.loads((path / MANIFEST).read_bytes())
+        version = found["format"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise CheckpointError(f"{path / MANIFEST} is no description of a checkpoint ({_words(problem)})") from problem
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{path / MANIFEST}: written in format {version} by shardcomp {found.get('versions', {}).get('shardcomp', '?')}; "
+            f"this release reads format {FORMAT}: use that release, or export with its `shardcomp convert`"
+        )
+    return dict(found)
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File -> SHA-256 as `SHA256SUMS` says. Raises CheckpointError where it cannot be read or does not list the files that are
+    there. Hidden files do not count."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} {'is no directory' if path.exists() else 'does not exist'}: give a checkpoint")
+    try:
+        text = (path / SUMS).read_bytes().decode("ascii")
+    except FileNotFoundError as problem:
+        raise CheckpointError(
+            f"{path / SUMS} is missing: this is no checkpoint of shardcomp, or it was copied in part"
+        ) from problem
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path / SUMS} cannot be read ({_words(problem)})") from problem
+    found = {name: digest for digest, name in _LINE.findall(text)}
+    if text != sums_text(found) or MANIFEST not in found:
+        raise CheckpointError(f"{path / SUMS} is damaged: it is not the list that was written")
+    held = {each.name for each in path.iterdir() if not each.name.startswith(".")} - {SUMS}
+    for missing in sorted(found.keys() - held):
+        raise CheckpointError(f"{path / missing} is missing")
+    for foreign in sorted(held - found.keys()):
+        raise CheckpointError(f"{path / foreign} is not a file of this checkpoint")
+    return found
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """`SHA256SUMS`, as `sha256sum -c` reads it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+
+
+def check(path: Path, sums: Mapping[str, str], names: Iterable[str]) -> None:
+    """Read files and compare them with their sums. Raises CheckpointError that names the first one that differs."""
+    for name in names:
+        digest = hashlib.sha256()
+        try:
+            with open(path / name, "rb", buffering=0) as file:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+        except OSError as problem:
+            raise CheckpointError(f"{path / name} cannot be read ({_words(problem)})") from problem
+        if digest.hexdigest() != sums[name]:
+            raise CheckpointError(f"{path / name} is damaged: its bytes are not those that {SUMS} was written for")
+
+
+def write(path: Path, content: bytes) -> str:
+    """Write a file to the disk, and not only to the system's memory; returns its SHA-256."""
+    with open(path, "wb") as file:
+        file.write(content)
+        sync(file)
+    return hashlib.sha256(content).hexdigest()
+
+
+def sync(file: IO[bytes]) -> None:
+    """Wait until a file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: Path) -> None:
+    """Rename a complete checkpoint to its place. One that stands there is replaced; killed between the two renames, `recover`
+    puts that one back."""
+    sync_directory(partial(path))
+    previous = path.with_name(f".{path.name}.previous")
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)
+    try:
+        partial(path).rename(path)
+    except OSError:
+        if previous.exists():
+            previous.rename(path)
+        raise
+    sync_directory(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, which is invisible from the first moment on."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def recover(directory: Path) -> list[str]:
+    """Clear away what a killed job left in a run's directory, by whoever has the lock; returns the names of what was there."""
+    found = sorted(path for path in directory.iterdir() if _HIDDEN.fullmatch(path.name))
+    for path in found:
+        match = _HIDDEN.fullmatch(path.name)
+        assert match is not None
+        whole = directory / match[1]
+        if match[2] == "previous" and not whole.exists():
+            path.rename(whole)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint so that no run takes it for its newest, and keep it: `step-00000100` is now
+    `damaged-step-00000100`."""
+    for place in _free_places(path.with_name(f"{why}-{path.name}")):
+        path.rename(place)
+        return place
+    raise AssertionError
+
+
+def _free_places(path: Path) -> Iterator[Path]:
+    number = 0
+    while True:
+        place = path if number == 0 else path.with_name(f"{path.name}.{number}")
+        if not place.exists():
+            yield place
+        number += 1
+
+
+def prune(directory: Path, keep: int | None, keep_every: int | None) -> None:
+    """Delete all checkpoints but the last `keep` and those of every `keep_every`-th step. None keeps all of them."""
+    if keep is None:
+        return
+    for step, path in checkpoints(directory)[:-keep]:
+        if not (keep_every and step % keep_every == 0):
+            remove(path)
+
+
+class Lock:
+    """One job to a directory, for as long as its process lives: the system lets go of the lock when it is killed.
+
+    Raises CheckpointError, after `patience` seconds, where another job has the directory: it names its process and machine.
+    """
+
+    def __init__(self, directory: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> None:
+        path = directory / LOCK
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+")  # noqa: SIM115
+        except OSError as problem:
+            raise CheckpointError(f"{directory} cannot be written to ({_words(problem)})") from problem
+        until, told = time.monotonic() + patience, False
+        while not self._take(path):
+            holder = self._holder()
+            if time.monotonic() >= until:
+                self._file.close()
+                raise CheckpointError(
+                    f"{directory} is in use by {holder}: two jobs would delete each other's checkpoints; end that one, or name "
+                    "another directory"
+                )
+            if not told:
+                say(f"{directory} is in use by {holder}; waiting {patience:.0f} s for it to leave")
+                told = True
+            time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def _take(self, path: Path) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as problem:
+            self._file.close()
+            raise CheckpointError(
+                f"{path}: this file system has no locks ({_words(problem)}), so that two jobs could delete each other's "
+                "checkpoints: mount it with them (Lustre: -o flock), or name a directory on another one"
+            ) from problem
+        return True
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read() or "another job"
+
+    def release(self) -> None:
+        """Let another job have the directory."""
+        self._file.close()
+
+
+def _words(problem: BaseException) -> str:
+    return str(getattr(problem, "strerror", None) or problem or type(problem).__name__)
