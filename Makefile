@@ -1,4 +1,5 @@
-# make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"
+# make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"; a run that was
+#                 ended, in whatever way, goes on when the same command is given again
 # make test       everything that CI runs: lint, format, types, tests
 # make long       the randomised tests with many more draws
 # make matrix     every kind of model under every release of transformers that is supported; with VERSIONS="4.53.3 5.23.0"
@@ -14,6 +15,10 @@ TRAIN ?= --config tiny --max-length 256 --batch-size 8 --steps 300 --warmup 20 -
 BIN := .venv/bin
 READY := .venv/installed
 
+# Where the checkpoints of a run in progress are.
+NOTHING :=
+RUN ?= runs/$(or $(subst $(NOTHING) ,_,$(strip $(subst --,,$(PLAN)))),one-rank)
+
 # One process for each rank of the plan: the product of its degrees.
 RANKS = $(shell echo "$(PLAN)" | awk -F '[ =]+' '{n = 1; for (i = 1; i < NF; i++) if ($$i ~ /^--(tensor|data|pipeline)$$/) n *= $$(i + 1); print n}')
 THREADS = $(shell echo "$$(getconf _NPROCESSORS_ONLN) $(RANKS)" | awk '{n = int($$1 / $$2); print (n > 1 ? n : 1)}')
@@ -25,7 +30,9 @@ MATRIX = $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(MODELS),--models $(MODE
 .PHONY: pretrain test long matrix format clean
 
 pretrain: $(READY)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN) \
+		--checkpoint-dir $(RUN) --save-interval 25
+	rm -rf $(RUN)
 
 test: $(READY)
 	$(BIN)/ruff check .
@@ -44,7 +51,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .matrix build *.egg-info
+	rm -rf .venv .matrix build runs *.egg-info
 
 # torch comes first and alone: resolved together with ranges that admit a newer release, pip may fetch that one as well.
 $(READY): pyproject.toml constraints.txt

@@ -5,35 +5,36 @@
     torchrun --nproc-per-node 8 examples/llama/pretrain.py -c config.json -d corpus.txt -l 2048 -b 4 --tensor 4 -o trained
 
 Tokens are bytes; without -d the text is the source of Python's standard library on this machine. --seed decides the initial
-weights and the order of the samples; neither depends on the topology. Exit status: 0 trained, 1 the run failed (a loss that is
-not finite), 2 bad input, told in one line before a process group or memory is touched.
+weights and the order of the samples; neither depends on the topology.
+
+With --checkpoint-dir the run is saved while it trains, and the same command goes on where it was: bit for bit under the same
+plan, within rounding under another one. SIGTERM and SIGUSR1, sent to any rank, save and end it after the step under way.
+
+Exit status: 0 trained, or stopped and saved; 1 the run failed (losses that are not finite, a last save that failed); 2 bad
+input, told in one line before a process group or memory is touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import set_seed
 
 import data
 import shardcomp
-from shardcomp import presets
+from interruptions import Interval
+from shardcomp import checkpoint, presets
 from shardcomp.options import add_option_flags, options_from
-
-HELD_OUT_SEQUENCES = 256
-"""How many held-out sequences the final loss is taken over, at most."""
+from training import Run, RunError, held_out_loss
 
 PATIENCE = 30.0
 """Seconds for which a rank that fails waits for rank 0 to say why."""
@@ -82,6 +83,19 @@ def parser() -> Parser:
     add("--grad-clip", metavar="X", type=number(float, 0, above=True), default=1.0, help="largest norm, or inf (%(default)s)")
     add("-o", "--save-dir", metavar="DIR", type=Path, help="write a HuggingFace directory at the end")
     add("-f", "--load", metavar="DIR", type=Path, help="start from the weights of a HuggingFace directory")
+    add("--checkpoint-dir", metavar="DIR", type=Path, help="keep checkpoints here, and go on from the newest")
+    add("--save-interval", metavar="N", type=Interval.parse, help="checkpoint every N steps, or every Nm minutes (30m)")
+    add("--keep", metavar="K", type=number(int, 1), help="checkpoints that are kept, the last ones (3)")
+    add("--keep-every", metavar="M", type=number(int, 1), help="also keep those whose step is a multiple of M")
+    add(
+        "--resume", metavar="HOW", default="auto", help="auto: from the newest that is good; never; or from a checkpoint (auto)"
+    )
+    add(
+        "--export-hf", action="store_true", help="also write each checkpoint as a HuggingFace directory, DIR/huggingface/step-N"
+    )
+    add("--patience", metavar="S", type=number(float, 0), default=60.0, help="seconds to wait for a job that has DIR (60)")
+    add("--time-limit", metavar="MIN", type=number(float, 0, above=True), help="save and end after so many minutes")
+    add("--log-file", metavar="FILE", type=Path, help="append a JSON object for each step: loss, norm, digest of the batch")
     add("--policy", metavar="NAME", help="policy: a name in policies/ or a file (default: the one for the model's type)")
     add_option_flags(found)
     return found
@@ -93,19 +107,58 @@ def problems_with_files(args: argparse.Namespace) -> list[str]:
     found = [f"--dataset {path}: no such file, or it cannot be read" for path in unreadable]
     if args.load and not args.load.is_dir():
         found.append(f"--load {args.load}: no such directory")
+    found += problems_with_checkpoints(args)
+    if args.log_file:
+        found += problems_with_folder("--log-file", args.log_file.absolute().parent)
+        if args.log_file.is_dir():
+            found.append(f"--log-file {args.log_file}: is a directory")
     if args.save_dir is None:
         return found
-    if args.save_dir.exists() and not args.save_dir.is_dir():
-        return [*found, f"--save-dir {args.save_dir}: exists and is no directory"]
-    nearest = next(path for path in (args.save_dir, *args.save_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        found.append(f"--save-dir {args.save_dir}: {nearest} cannot be written to")
-    elif args.save_dir.exists():
+    trouble = problems_with_folder("--save-dir", args.save_dir)
+    found += trouble
+    if not trouble and args.save_dir.exists():
         foreign = sorted(p.name for p in args.save_dir.iterdir() if not any(fnmatch.fnmatch(p.name, s) for s in SAVED_FILES))
         if foreign:
             found.append(
                 f"--save-dir {args.save_dir}: holds {foreign[0]}, which is no part of a saved model; name a new directory"
             )
+    return found
+
+
+def problems_with_folder(flag: str, path: Path) -> list[str]:
+    """Why a directory cannot be written to, or made."""
+    if path.exists() and not path.is_dir():
+        return [f"{flag} {path}: exists and is no directory"]
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        return [f"{flag} {path}: {nearest} cannot be written to"]
+    return []
+
+
+def problems_with_checkpoints(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags about checkpoints. Gives those that were left out their defaults."""
+    if args.checkpoint_dir is None:
+        given = {
+            "--save-interval": args.save_interval,
+            "--keep": args.keep,
+            "--keep-every": args.keep_every,
+            "--export-hf": args.export_hf or None,
+        }
+        found = [
+            f"{flag} says how checkpoints are kept: give --checkpoint-dir as well" for flag, v in given.items() if v is not None
+        ]
+    else:
+        found = problems_with_folder("--checkpoint-dir", args.checkpoint_dir)
+        args.save_interval = args.save_interval or Interval(minutes=30)
+        args.keep = args.keep or 3
+    if args.resume not in ("auto", "never"):
+        path = Path(args.resume)
+        if not path.is_dir():
+            found.append(f"--resume {path}: no such directory; give auto, never, or a checkpoint")
+        elif not (path / "checkpoint.json").exists() and not checkpoint.checkpoints(path):
+            found.append(f"--resume {path}: holds no checkpoint")
+    elif args.resume == "never" and args.checkpoint_dir and (newest := checkpoint.latest(args.checkpoint_dir)):
+        found.append(f"--resume never: {newest} is there; name a new --checkpoint-dir, or let the run go on with --resume auto")
     return found
 
 
@@ -138,73 +191,6 @@ def agree_on_text(fingerprint: str) -> None:
         raise InputError(f"rank {other[0]} reads other text than rank 0: give the same files to all with --dataset")
 
 
-def adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), foreach=True)
-
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """The share of --lr at a step, counted from 0: a linear rise to 1, then half a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
-
-
-def held_out_loss(sharded: nn.Module, sequences: Tensor, batch_size: int) -> float:
-    """The mean loss over the first `HELD_OUT_SEQUENCES` of `sequences`, the same on every rank, topology and batch size."""
-    rank, ranks = sharded.mesh["dp"].get_local_rank(), sharded.mesh["dp"].size()
-    count = min(len(sequences), HELD_OUT_SEQUENCES)
-    sharded.eval()
-    total = 0.0
-    for first in range(0, count, batch_size * ranks):
-        places = torch.arange(batch_size) + first + rank * batch_size
-        tokens = sequences[places.clamp(max=count - 1)].long()
-        labels = tokens.masked_fill(places[:, None] >= count, -100)  # rows past the end only fill the last batch
-        loss = sharded.eval_step(input_ids=tokens.to(sharded.device), labels=labels.to(sharded.device)).loss
-        total += float(loss) * min(batch_size * ranks, count - first)
-    return total / count
-
-
-def train(sharded: nn.Module, corpus: data.Corpus, args: argparse.Namespace, seed: int, say: Callable[[str], None]) -> None:
-    """All steps, a line for each. Raises FloatingPointError at a loss that is not finite."""
-    rank, ranks = sharded.mesh["dp"].get_local_rank(), sharded.mesh["dp"].size()
-    batch = args.batch_size * ranks
-    optimizer = adamw(sharded, args)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps, args.warmup))
-    sharded.train()
-    began = last = time.perf_counter()
-    for done in range(1, args.steps + 1):
-        first = (done - 1) * batch + rank * args.batch_size
-        tokens = data.shuffled(corpus.train, first, args.batch_size, seed).to(sharded.device)
-        step = sharded.train_step(input_ids=tokens, labels=tokens)
-        norm = float(sharded.clip_grad_norm_(args.grad_clip))
-        loss = float(step.loss)
-        scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may mend what overflows
-        if not math.isfinite(loss) or (bool(step.skipped) and not scaled):
-            raise FloatingPointError(f"step {done}: loss {loss}, gradient norm {norm}; try a lower --lr or a longer --warmup")
-        if sharded.optimizer_step(optimizer):
-            schedule.step()
-        else:
-            say(
-                f"step {done}: gradients overflowed and nothing was changed; the loss scale is now {sharded.loss_scale.scale:g}"
-            )
-        optimizer.zero_grad()
-        now = time.perf_counter()
-        rate, left = batch * args.max_length / (now - last), (now - began) / done * (args.steps - done)
-        last = now
-        say(
-            f"step {done:>{len(str(args.steps))}}/{args.steps}  tokens {done * batch * args.max_length:,}  loss {loss:.4f}"
-            f"  grad norm {norm:.3f}  {rate:,.0f} tokens/s  ETA {timedelta(seconds=round(left))}"
-        )
-    say(f"held-out loss {held_out_loss(sharded, corpus.held_out, args.batch_size):.4f}")
-
-
 def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
     """Check everything, then train. Raises InputError or shardcomp.ShardError for what the caller can mend."""
     args = parser().parse_args(argv)
@@ -221,6 +207,7 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
     if found := problems_with_sizes(args, model.config, corpus, batch):
         raise InputError("; ".join(found))
 
+    set_seed(policy.options.seed)  # Python's, NumPy's and torch's generators, which checkpoints hold as well
     sharded = shardcomp.shard(model, policy, checkpoint=args.load)
     agree_on_text(corpus.fingerprint)
     degrees = " · ".join(f"{axis} {sharded.mesh[axis].size()}" for axis in sharded.mesh.mesh_dim_names)
@@ -229,7 +216,18 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
         f"{model.config.model_type}: {parameters:,} parameters on {degrees}; {len(corpus.train):,} training sequences, "
         f"{len(corpus.held_out):,} held out"
     )
-    train(sharded, corpus, args, policy.options.seed, say)
+    run = Run(sharded, corpus, args, policy.options.seed, say)
+    try:
+        run.open()
+        why = run.train()
+        run.finish_saves()
+    finally:
+        run.close()
+    if why:
+        again = "the same command goes on from here" if run.saved_at == run.step else "nothing was saved: no --checkpoint-dir"
+        say(f"ended by {why} after step {run.step}; {again}")
+        return
+    say(f"held-out loss {held_out_loss(sharded, corpus.held_out, args.batch_size):.4f}")
     if args.save_dir:
         sharded.save_pretrained(args.save_dir)
         say(f"saved to {args.save_dir}")
@@ -240,13 +238,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         pretrain(argv, say=lambda line: print(line, flush=True) if rank == 0 else None)
-    except (InputError, shardcomp.ShardError, FloatingPointError) as error:
+    except (InputError, shardcomp.ShardError, RunError) as error:
         # torchrun ends all ranks when the first one exits. The others leave that to rank 0, so that its line is seen, and only
         # speak where it does not fail as well: a file that is missing on one machine.
         if rank > 0:
             time.sleep(PATIENCE)
         print(f"pretrain.py: {error}" if rank == 0 else f"pretrain.py, rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, RunError) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any
 
 import numpy
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardcomp.checkpoint.storage import DTYPES, LoadPlanner, Piece, Reader
+from shardcomp.checkpoint.storage import DTYPES, NAMED, LoadPlanner, Piece, Reader
 from shardcomp.errors import CheckpointError, raise_all
 from shardcomp.parts import Part, join, packed
 from shardcomp.runtime.allocation import Held
@@ -104,6 +102,7 @@ def capture(
         "buffers": list(blueprint.persistent_buffers),
         "tied_by_configuration": bool(getattr(sharded.config, "tie_word_embeddings", True)),
     }
+    pieces = dict(sorted(pieces.items()))  # the same files, whatever order the optimizer came by its states in
     return Captured(pieces, {"groups": groups, "values": values}, common)
 
 
@@ -127,7 +126,7 @@ def restore(
         _read(stored, sharded.blueprint.parameters, wanted)
         stored.read({f"model/{name}": Piece.of_whole(buffer) for name, buffer in sharded.held_buffers().items()})
     if scheduler is not None:
-        scheduler.load_state_dict(manifest["scheduler"])
+        scheduler.load_state_dict(unplain(manifest["scheduler"]))
     if sharded.loss_scale.enabled and stored.precision == "fp16":
         sharded.loss_scale.load_state_dict(manifest["loss_scale"])
     sharded.skipped_steps = manifest["skipped_steps"]
@@ -179,14 +178,10 @@ class Stored:
 
     def read(self, pieces: Mapping[str, Piece]) -> None:
         """Fill pieces. No collectives. Raises CheckpointError naming the file that cannot be read."""
-        if pieces:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads for itself
-                    dcp.load(dict(pieces), storage_reader=self.reader, planner=LoadPlanner(), no_dist=True)
-            except dcp.api.CheckpointException as problem:
-                [(cause, _)] = problem.failures.values()
-                raise cause from problem
+        planner = LoadPlanner()
+        planner.set_up_planner(dict(pieces), self.reader.metadata, is_coordinator=True)
+        plan = planner.create_local_plan()
+        self.reader.read_data(planner.finish_plan(plan), planner)
 
     def whole(self, key: str) -> Tensor:
         """A tensor, whole, on the CPU."""
@@ -330,7 +325,7 @@ def _misfits_of_groups(stored: Stored, sharded: ShardedModel, optimizer: torch.o
         mine = [original(names[id(p)], sharded.blueprint.parameters) for p in group["params"] if id(p) in names]
         if len(mine) < len(group["params"]):
             yield f"{len(group['params']) - len(mine)} parameters of the optimizer are not the model's"
-        saved = {id(stored.group_of(name)): name for name in mine}
+        saved = {id(group): name for name in mine if (group := stored.group_of(name))}
         if len(saved) > 1:
             apart = " and ".join(list(saved.values())[:2])
             yield f"{apart} are in group {number} of the optimizer, and in two groups in it: make the groups as they were"
@@ -367,15 +362,31 @@ def _bytes(value: Any) -> Tensor:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A value that JSON holds, and gives back with the same bits. Raises CheckpointError for any other."""
+    """A value that JSON holds, numbers in tensors included. Raises CheckpointError for any other. `unplain` gives it back with
+    the same bits."""
     try:
-        found = json.loads(json.dumps(value))
+        found = json.loads(json.dumps(value, default=_written))
     except (TypeError, ValueError) as problem:
         raise CheckpointError(
             f"{where} cannot be saved ({problem}): only numbers, texts, lists and dictionaries of them are, so that loading "
             "unpickles nothing"
         ) from problem
     return found
+
+
+def _written(value: Any) -> dict[str, Any]:
+    if not (isinstance(value, Tensor) and not value.dim()):
+        raise TypeError(f"{type(value).__name__} is no plain value")
+    return {"tensor": value.item(), "dtype": DTYPES[value.dtype]}
+
+
+def unplain(value: Any) -> Any:
+    """What `plain` was given."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor", "dtype"}:
+            return torch.tensor(value["tensor"], dtype=NAMED[value["dtype"]])
+        return {key: unplain(held) for key, held in value.items()}
+    return [unplain(held) for held in value] if isinstance(value, list) else value
 
 
 def _number(option: Any) -> Any:

@@ -48,7 +48,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """The dtypes that are saved, and what safetensors calls them."""
-_NAMED = {word: dtype for dtype, word in DTYPES.items()}
+NAMED = {word: dtype for dtype, word in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ def described(path: Path, manifest: Mapping[str, Any]) -> tuple[Metadata, dict[t
     try:
         tensors = {
             name: TensorStorageMetadata(
-                TensorProperties(dtype=_NAMED[held["dtype"]]),
+                TensorProperties(dtype=NAMED[held["dtype"]]),
                 torch.Size(held["shape"]),
                 [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size, _ in held["pieces"]],
             )

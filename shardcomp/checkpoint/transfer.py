@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from shardcomp.checkpoint import directory
-from shardcomp.checkpoint.states import Captured, capture, restore
+from shardcomp.checkpoint.states import Captured, capture, restore, unplain
 from shardcomp.checkpoint.storage import SavePlanner, Writer
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
@@ -92,7 +92,9 @@ def load(
                 (say or warnings.warn)(f"{problem}; going back to {following}")
             continue
         same = agreed(lambda: restore(place, manifest, sharded, optimizer, scheduler))  # noqa: B023
-        return Restored(place, manifest["step"], manifest["extra"], manifest["policy"], manifest["versions"], same, passed_over)
+        return Restored(
+            place, manifest["step"], unplain(manifest["extra"]), manifest["policy"], manifest["versions"], same, passed_over
+        )
     raise AssertionError("there is always a candidate")
 
 
@@ -126,7 +128,7 @@ def config_text(sharded: ShardedModel) -> dict[str, bytes]:
     """HuggingFace's config.json, with which a checkpoint can be turned into a HuggingFace directory."""
     if not hasattr(sharded.config, "to_json_string"):
         return {}
-    return {directory.CONFIG: sharded.config.to_json_string(use_diff=False).encode()}
+    return {directory.CONFIG: sharded.config.to_json_string().encode()}
 
 
 def write(path: Path, captured: Captured, files: Mapping[str, bytes], group: Any = None) -> None:

@@ -87,26 +87,3 @@ def test_the_standard_library_is_python_source_within_the_limit(monkeypatch: pyt
     assert 0 < sum(map(len, found)) <= 200_000
     assert any(b"def " in document for document in found)
     assert found == data.standard_library()
-
-
-@given(
-    count=st.integers(1, 30), step=st.integers(0, 20), batch=st.integers(1, 3), ranks=st.integers(1, 4), seed=st.integers(0, 9)
-)
-def test_a_step_reads_the_same_samples_on_any_number_of_ranks(count: int, step: int, batch: int, ranks: int, seed: int) -> None:
-    sequences = torch.arange(count, dtype=torch.uint8).view(count, 1)
-    total = batch * ranks
-    together = data.shuffled(sequences, step * total, total, seed)
-    apart = [data.shuffled(sequences, step * total + rank * batch, batch, seed) for rank in range(ranks)]
-    assert torch.equal(torch.cat(apart), together)
-
-
-def test_an_epoch_meets_every_sample_once_and_the_next_in_another_order() -> None:
-    sequences = torch.arange(50, dtype=torch.uint8).view(50, 1)
-    first, second = data.shuffled(sequences, 0, 50, 3).flatten(), data.shuffled(sequences, 50, 50, 3).flatten()
-    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
-    assert first.tolist() != second.tolist() and first.tolist() != list(range(50))
-
-
-def test_another_seed_is_another_order() -> None:
-    sequences = torch.arange(50, dtype=torch.uint8).view(50, 1)
-    assert not torch.equal(data.shuffled(sequences, 0, 50, 0), data.shuffled(sequences, 0, 50, 1))

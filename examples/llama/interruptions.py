@@ -1,0 +1,71 @@
+"""When a run stops or saves besides at its end: signals, a limit of time, an interval. Clocks that jump change nothing."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+BEGAN = time.monotonic()
+"""When this process began, nearly."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every so many steps, or minutes."""
+
+    steps: int = 0
+    minutes: float = 0.0
+
+    @staticmethod
+    def parse(text: str) -> Interval:
+        """`200` is a number of steps, `10m` of minutes."""
+        minutes = text.endswith("m")
+        try:
+            number = float(text[:-1]) if minutes else int(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is neither a number of steps, such as 200, nor of minutes, such as 10m")
+        return Interval(minutes=number) if minutes else Interval(steps=int(number))
+
+
+class Interruptions:
+    """What one rank knows of it. Ranks agree on each step, by adding up what `asked` returns."""
+
+    def __init__(self, interval: Interval | None, time_limit: float | None, first: bool) -> None:
+        self.interval = interval
+        self.ends = BEGAN + 60 * time_limit if time_limit else None
+        self.first = first  # whether this is the first rank, whose clock counts
+        self.saved = time.monotonic()
+        self.signal: str | None = None
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """Within, SIGTERM and SIGUSR1 end the run after the step that is under way."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+    def asked(self, step: int) -> tuple[int, int, int]:
+        """1 or 0 each: a signal came, time is up, a save is due."""
+        now = time.monotonic()
+        over = self.first and self.ends is not None and now >= self.ends
+        due = False
+        if self.interval is not None and self.interval.steps:
+            due = self.first and step % self.interval.steps == 0
+        elif self.interval is not None:
+            due = self.first and now - self.saved >= 60 * self.interval.minutes
+        if due:
+            self.saved = now
+        return int(self.signal is not None), int(over), int(due)

@@ -1,0 +1,249 @@
+"""The steps of a run: batches, updates, checkpoints, the log, and when it ends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import shardcomp
+from data import Corpus
+from interruptions import Interruptions
+from shardcomp import checkpoint
+from shardcomp.runtime.stream import digest_text
+
+HELD_OUT_SEQUENCES = 256
+"""How many held-out sequences the final loss is taken over, at most."""
+
+
+class RunError(Exception):
+    """The run failed, by no fault of what was asked for."""
+
+
+class Log:
+    """A JSON object a line, appended: one for each step, one for each event. Of two lines of a step, in a run that went on from
+    an earlier one, the later counts. Only the first rank writes."""
+
+    def __init__(self, path: Path | None, first: bool) -> None:
+        self._file = None
+        if path is not None and first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", buffering=1)  # noqa: SIM115
+            if not ends_a_line(path):
+                self._file.write("\n")
+
+    def write(self, **entry: Any) -> None:
+        """One line."""
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        """No more lines."""
+        if self._file is not None:
+            self._file.close()
+
+
+def ends_a_line(path: Path) -> bool:
+    """Whether a file is empty or its last line whole, and not cut off by a kill."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read(1) in (b"", b"\n")
+
+
+def adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), foreach=True)
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """The share of --lr at a step, counted from 0: a linear rise to 1, then half a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
+
+
+class Run:
+    """A run on this rank. `say` prints on the first rank."""
+
+    def __init__(
+        self, sharded: nn.Module, corpus: Corpus, args: argparse.Namespace, seed: int, say: Callable[[str], None]
+    ) -> None:
+        self.sharded, self.corpus, self.args, self.say = sharded, corpus, args, say
+        axis = sharded.mesh["dp"]
+        self.batch = args.batch_size * axis.size()
+        self.optimizer = adamw(sharded, args)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate(step, args.steps, args.warmup)
+        )
+        self.stream = shardcomp.Stream(corpus.train, seed, axis.get_local_rank(), axis.size(), corpus.fingerprint)
+        others = [name for name in sharded.mesh.mesh_dim_names if name != "dp"]
+        self.speaks_for_batch = all(sharded.mesh[name].get_local_rank() == 0 for name in others)
+        first = dist.get_rank() == 0
+        self.log = Log(args.log_file, first)
+        self.interruptions = Interruptions(args.save_interval, args.time_limit, first)
+        self.step = 0
+        self.saved_at: int | None = None  # the step of the newest checkpoint
+        self.saver: checkpoint.Saver | None = None
+        self.failure: str | None = None  # of the last save
+
+    def open(self) -> None:
+        """Take the directory of checkpoints, and go on from the newest, or as --resume says."""
+        args = self.args
+        found = None
+        if args.checkpoint_dir:
+            self.saver = checkpoint.Saver(
+                args.checkpoint_dir,
+                keep=args.keep,
+                keep_every=args.keep_every,
+                export=args.export_hf,
+                patience=args.patience,
+                say=self.say,
+            )
+            if args.resume != "never":
+                path = None if args.resume == "auto" else args.resume
+                found = self.saver.resume(self.sharded, self.optimizer, scheduler=self.schedule, path=path)
+        elif args.resume not in ("auto", "never"):
+            found = checkpoint.load(args.resume, self.sharded, self.optimizer, scheduler=self.schedule)
+        if found is not None:
+            self.stream.load_state_dict(found.extra["stream"])
+            self.step = self.saved_at = found.step
+            anew = "" if found.random else "; another mesh: dropout draws other numbers"
+            self.say(f"going on from step {found.step}: {found.path}{anew}")
+        mesh = {name: self.sharded.mesh[name].size() for name in self.sharded.mesh.mesh_dim_names}
+        self.log.write(event="start", step=self.step, checkpoint=str(found.path) if found else None, mesh=mesh)
+
+    def close(self) -> None:
+        """Wait for the save in flight; let another job have the directory."""
+        if self.saver is not None:
+            saver, self.saver = self.saver, None
+            saver.close()
+        self.log.close()
+
+    def train(self) -> str | None:
+        """All steps that are left, a line for each. Returns why it ended before the last one, if it did."""
+        if self.step >= self.args.steps:
+            self.say(f"step {self.step} of {self.args.steps}: nothing is left to train; give more --steps, or a new directory")
+        self.sharded.train()
+        why = None
+        with self.interruptions.handled():
+            began, since = time.perf_counter(), self.step
+            while self.step < self.args.steps and why is None:
+                why = self.advance(began, since)
+        return why
+
+    def advance(self, began: float, since: int) -> str | None:
+        """One step. Returns why the run is to end here, if it is."""
+        sharded, args, started = self.sharded, self.args, time.perf_counter()
+        tokens, digest = self.stream.next(args.batch_size)
+        tokens = tokens.to(sharded.device)
+        result = sharded.train_step(input_ids=tokens, labels=tokens)
+        norm = float(sharded.clip_grad_norm_(args.grad_clip))
+        loss = float(result.loss)
+        rate = self.optimizer.param_groups[0]["lr"]
+        scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may mend what overflows
+        if not math.isfinite(loss) or (bool(result.skipped) and not scaled):
+            raise RunError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; try a lower --lr or a longer --warmup")
+        made = sharded.optimizer_step(self.optimizer)
+        if made:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        batch, signalled, over, due = self.agreed(digest)
+        seconds = time.perf_counter() - started
+        if not made:
+            scale = sharded.loss_scale.scale
+            self.say(f"step {self.step}: gradients overflowed and nothing was changed; the loss scale is now {scale:g}")
+        left = (time.perf_counter() - began) / (self.step - since) * (args.steps - self.step)
+        self.say(
+            f"step {self.step:>{len(str(args.steps))}}/{args.steps}  tokens {self.stream.position * args.max_length:,}"
+            f"  loss {loss:.4f}  grad norm {norm:.3f}  {self.batch * args.max_length / seconds:,.0f} tokens/s"
+            f"  ETA {timedelta(seconds=round(left))}"
+        )
+        self.log.write(
+            step=self.step,
+            loss=loss,
+            norm=norm,
+            digest=batch,
+            lr=rate,
+            tokens=self.stream.position * args.max_length,
+            skipped=not made,
+            seconds=round(seconds, 4),
+        )
+        why = "a signal to stop" if signalled else "the time limit" if over else None
+        if self.saver is not None and (due or why or self.step == args.steps):
+            self.save()
+        return why
+
+    def agreed(self, digest: int) -> tuple[str, int, int, int]:
+        """The digest of the whole batch, and what any rank asks for: to stop by a signal, by the time, to save."""
+        mine = digest if self.speaks_for_batch else 0
+        held = torch.tensor([mine, *self.interruptions.asked(self.step)], dtype=torch.int64, device=self.sharded.device)
+        dist.all_reduce(held)
+        total, signalled, over, due = held.tolist()
+        return digest_text(total), signalled, over, due
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step. One that fails is told, and the run goes on: the ones before it stand."""
+        assert self.saver is not None
+        for attempt in (self.saver.wait, self._begin_save):
+            try:
+                attempt()
+            except shardcomp.CheckpointError as problem:
+                self.failure = str(problem)
+                self.say(f"NOT SAVED: {problem}")
+                self.log.write(event="not saved", step=self.step, why=str(problem))
+
+    def _begin_save(self) -> None:
+        assert self.saver is not None
+        began = time.perf_counter()
+        path = self.saver.save(
+            self.sharded,
+            self.optimizer,
+            step=self.step,
+            scheduler=self.schedule,
+            extra={"stream": self.stream.state_dict()},
+        )
+        self.failure, self.saved_at = None, self.step
+        self.log.write(event="save", step=self.step, path=str(path), seconds=round(time.perf_counter() - began, 4))
+
+    def finish_saves(self) -> None:
+        """Wait until the last checkpoint is on the disk. Raises RunError where it is not."""
+        try:
+            if self.saver is not None:
+                self.saver.wait()
+        except shardcomp.CheckpointError as problem:
+            self.failure = str(problem)
+        if self.failure is not None:
+            raise RunError(f"the last checkpoint failed: {self.failure}")
+
+
+def held_out_loss(sharded: nn.Module, sequences: Tensor, batch_size: int) -> float:
+    """The mean loss over the first `HELD_OUT_SEQUENCES` of `sequences`, the same on every rank, topology and batch size."""
+    rank, ranks = sharded.mesh["dp"].get_local_rank(), sharded.mesh["dp"].size()
+    count = min(len(sequences), HELD_OUT_SEQUENCES)
+    sharded.eval()
+    total = 0.0
+    for first in range(0, count, batch_size * ranks):
+        places = torch.arange(batch_size) + first + rank * batch_size
+        tokens = sequences[places.clamp(max=count - 1)].long()
+        labels = tokens.masked_fill(places[:, None] >= count, -100)  # rows past the end only fill the last batch
+        loss = sharded.eval_step(input_ids=tokens.to(sharded.device), labels=labels.to(sharded.device)).loss
+        total += float(loss) * min(batch_size * ranks, count - first)
+    return total / count
