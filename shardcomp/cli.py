@@ -1,4 +1,5 @@
-"""The command line: `shardcomp inspect`, `verify` and `env`. Everything heavy is imported by the command that needs it."""
+"""The command line: `shardcomp inspect`, `verify`, `resume-check`, `convert`, `env`. What is heavy is imported by the command
+that needs it."""
 
 from __future__ import annotations
 
@@ -83,6 +84,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument(
         "--mutate", action="store_true", help="plant every possible fault in turn, and demand that each is noticed"
+    )
+
+    check = _command(
+        commands,
+        "resume-check",
+        "train a small model, kill it, let it go on, and demand the same bits; and on another plan",
+        _resume,
+    )
+    _add_plan(check)
+    check.add_argument("--shrink", action="append", default=[], metavar="KEY=VALUE", help="as for verify")
+    check.add_argument("--steps", type=_count, default=8, metavar="N", help="optimizer steps of a run (default 8)")
+    check.add_argument("--onto", metavar="FLAGS", help="a plan that goes on as well, such as '--tensor 1 --data 2 --zero 3'")
+
+    convert = _command(commands, "convert", "write a checkpoint of a run as a HuggingFace directory", _convert)
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's directory for its newest")
+    convert.add_argument("directory", metavar="HF_DIR", help="what to write")
+    convert.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="of the weights (default: as they were trained)"
+    )
+    convert.add_argument(
+        "--max-shard-size", type=_count, default=5 * 10**9, metavar="BYTES", help="of a file (default %(default)s)"
     )
 
     _command(commands, "env", "versions, devices, and what runs each operator here", _env)
@@ -181,6 +203,60 @@ def _verify(args: argparse.Namespace) -> tuple[int, str]:
         keys += ["mutants"] * args.mutate + ["dropout"] * bool(found.dropout)
         return status, _json({key: getattr(found, key) for key in keys})
     return status, _verdict(found)
+
+
+def _resume(args: argparse.Namespace) -> tuple[int, str]:
+    shrink, policy, onto, world = _shrink(args), _policy(args), None, None
+    if args.onto is not None:
+        other = argparse.ArgumentParser(prog="--onto", allow_abbrev=False)
+        other.add_argument("--world", type=_count)
+        other.add_argument("--policy", default=args.policy)
+        add_option_flags(other)
+        asked = other.parse_args(shlex.split(args.onto))
+        onto, world = _policy(argparse.Namespace(**{**vars(asked), "model": args.model})), asked.world
+        if asked.precision is None:
+            onto = onto.replace(precision=policy.options.precision)
+    from shardcomp.resumption import resume_check
+
+    found = resume_check(
+        args.model,
+        policy,
+        args.world,
+        onto=onto,
+        onto_world=world,
+        steps=args.steps,
+        shrink=shrink,
+        progress=lambda text: print(f"shardcomp: {text}", file=sys.stderr, flush=True),
+    )
+    status = GOOD if found.ok else NO
+    if args.json:
+        return status, _json(found.as_dict())
+    moment = "within a save" if found.within_save else "between saves"
+    lines = [
+        f"killed after step {found.killed_after} of {found.steps}, {moment}; went on from step {found.resumed_from}",
+        f"losses, norms and batches: {'the same bits' if found.losses_equal else 'NOT the same'} as undisturbed",
+        f"weights, optimizer, generators at the end: {'the same bits' if found.files_equal else 'NOT the same'}",
+    ]
+    if found.onto:
+        agrees = "agrees" if found.onto["ok"] else "does NOT agree"
+        parts = ["losses", *(["weights"] if "weights" in found.onto else [])]
+        numbers = ", ".join(f"{part} {found.onto[part]:.2e}" for part in parts)
+        same = "the same batches" if found.onto["batches_equal"] else "OTHER batches"
+        lines.append(f"onto {args.onto}, from step {found.onto['from_step']}: {agrees}: {same},")
+        lines.append(f"  {numbers}; tolerance {found.onto['tolerance']:.0e}")
+    lines.append(f"reproduce with: {found.reproduce}")
+    return status, "\n".join(lines) + "\n"
+
+
+def _convert(args: argparse.Namespace) -> tuple[int, str]:
+    from shardcomp.checkpoint.convert import convert
+    from shardcomp.precision import COMPUTE
+
+    dtype = COMPUTE[args.dtype] if args.dtype else None
+    found = convert(args.checkpoint, args.directory, dtype, args.max_shard_size)
+    if args.json:
+        return GOOD, _json({"checkpoint": str(found), "directory": args.directory})
+    return GOOD, f"{found} -> {args.directory}\n"
 
 
 def _shrink(args: argparse.Namespace) -> dict[str, Any]:

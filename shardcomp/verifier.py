@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,14 +128,27 @@ def _small_model(
         if any(p.is_meta for p in model_or_config.parameters()):
             model_or_config = initialize(model_or_config, policy.options.seed)
         return model_or_config, type(model_or_config).__name__
-    config = presets.config_of(model_or_config)
-    name = str(model_or_config) if isinstance(model_or_config, (str, Path)) else type(config).__name__
+    config, name = small_config(model_or_config, [(policy, world_size)], shrink, progress)
+    return initialize(presets.build(config), policy.options.seed), name
+
+
+def small_config(
+    config_or_name: Any,
+    plans: Sequence[tuple[Policy, int | None]],
+    shrink: Mapping[str, Any],
+    progress: Callable[[str], None],
+) -> tuple[Any, str]:
+    """A small configuration of the same structure that all plans, (policy, ranks) each, can split, and what to call it on the
+    command line. Raises a ShardError where a plan is not legal at full size."""
+    config = presets.config_of(config_or_name)
+    name = str(config_or_name) if isinstance(config_or_name, (str, Path)) else type(config).__name__
     if not shrink.get("none"):
         progress("full size")
-        lower(config, policy, world_size)
-        keep = {key: held for key, held in shrink.items() if key != "none"}
-        config = presets.shrink(config, keep, tensor=policy.options.tensor, layers=policy.options.stages)
-    return initialize(presets.build(config), policy.options.seed), name
+        for policy, world_size in plans:
+            lower(config, policy, world_size)
+        tensor = math.lcm(*(policy.options.tensor for policy, _ in plans))
+        config = presets.shrink(config, dict(shrink), tensor=tensor, layers=max(p.options.stages for p, _ in plans))
+    return config, name
 
 
 def _takes(model: nn.Module, batch: Batch) -> bool:
