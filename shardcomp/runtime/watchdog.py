@@ -246,7 +246,8 @@ class Watchdog:
             if late or heard >= self.size:
                 said = {rank: self._get(f"answer/{number}/{rank}") for rank in range(self.size)}
                 answers = {rank: Answer.read(text) for rank, text in said.items() if text is not None}
-                gone = {rank: self._gone(rank, answers) for rank, text in said.items() if text is None}
+                passed = time.monotonic() - began
+                gone = {rank: self._gone(rank, answers, passed) for rank, text in said.items() if text is None}
                 if late or all(each.left for each in gone.values()):
                     break
             time.sleep(min(0.05, self._poll))
@@ -257,10 +258,11 @@ class Watchdog:
         self._store.ask(lambda store: store.set(f"verdict/{number}", json.dumps(found)))
         self._take(found)
 
-    def _gone(self, rank: int, answers: Mapping[int, Answer]) -> Gone:
+    def _gone(self, rank: int, answers: Mapping[int, Answer], passed: float) -> Gone:
+        """passed: seconds since the answers were given, about."""
         before = answers.get((rank - 1) % self.size)
         host, beat, left = (self._get(f"{key}/{rank}") for key in ("host", "beat", "left"))
-        return Gone(host, beat, before.next_silent if before else None, left)
+        return Gone(host, beat, before.next_silent + passed if before else None, left)
 
     def _hear(self) -> None:
         """Called on the others: wait for what the rank that asked finds."""
@@ -292,13 +294,16 @@ class Watchdog:
         self._conclude(message)
 
     def _read(self, number: int, readers: int) -> None:
-        """Called by each rank that has read a verdict. Rank 0, with which the store may end, waits for the others."""
+        """Called by each rank that has read a verdict: waits for the others, so that none learns from a broken connection what
+        a verdict would tell it. The store may end with rank 0, which leaves last."""
         with contextlib.suppress(StoreLostError):
             count = self._store.ask(lambda store: store.add(f"read/{number}", 1))
             until = time.monotonic() + 2.0
-            while self.rank == 0 and count < readers and time.monotonic() < until:
+            while count < readers and time.monotonic() < until:
                 time.sleep(0.02)
                 count = self._store.ask(lambda store: store.add(f"read/{number}", 0))
+        if self.rank == 0:
+            time.sleep(0.1)
 
     def _conclude(self, message: str) -> None:
         self._message = self._message or message

@@ -56,7 +56,8 @@ class Place:
     """Where a rank is.
 
     kind: "collective" (it waits for other ranks), "device" (it waits for its GPU) or "code" (neither). what: the collective and
-    what it is sent over, "all_reduce over tp", or the call that waits for the GPU. where: units and source lines.
+    the axis or ranks that it is sent over, "all_reduce over tp", or the call that waits for the GPU. where: units and source
+    lines.
     """
 
     kind: str
@@ -173,8 +174,10 @@ def place_of(stack: Sequence[_Call], caller: Sequence[_Call] = ()) -> Place:
     where = _where(stack, caller)
     if named:
         # The outermost: a broadcast of objects is two of tensors.
-        op, group = _COLLECTIVES[named[-1].name], named[-1].local("group")
-        return Place("collective", f"{op} over {_over(stack, group)}", where)
+        call, op = named[-1], _COLLECTIVES[named[-1].name]
+        if op in ("send", "recv") and (peer := call.local("dst" if op == "send" else "src")) is not None:
+            return Place("collective", f"{op} {'to' if op == 'send' else 'from'} rank {peer}", where)
+        return Place("collective", f"{op} over {_over(stack, call.local('group'))}", where)
     waited = re.search(r"\.wait\(", innermost.text) and not innermost.file.startswith(_STDLIB)
     if waited or innermost.file.startswith(_TORCH) and _sends(innermost.file) and innermost.name == "wait":
         return Place("collective", f"{_waited_for(stack)} over {_over(stack, None)}", where)

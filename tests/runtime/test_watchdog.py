@@ -96,7 +96,7 @@ def test_a_rank_that_waits_in_another_collective_is_named(start: Start) -> None:
     assert first.endswith("all wait, but rank 1 in another collective than the rest: their programs went apart")
     assert [line.partition(";")[0] for line in others] == [
         f"  ranks 0 and 2 waiting in all_reduce over dp ({line_of('all_reduce')} in plain)",
-        f"  rank 1 waiting in recv over all ranks ({line_of('elsewhere')} in plain)",
+        f"  rank 1 waiting in recv from rank 0 ({line_of('elsewhere')} in plain)",
     ]
 
 
@@ -119,7 +119,7 @@ def test_the_end_of_the_stores_host_is_told_by_each_rank(start: Start, what: str
     for rank in (1, 2):
         told = ended.said[rank]
         assert "does not answer, so the other ranks cannot be asked: the process that hosts it, rank 0 or" in told
-        assert f"  rank {rank} waiting in {'all_reduce over dp' if what == 'host' else 'recv over all ranks'} (" in told
+        assert f"  rank {rank} waiting in {'all_reduce over dp' if what == 'host' else f'recv from rank {3 - rank}'} (" in told
 
 
 def test_the_message_comes_out_though_the_launcher_ends_all_at_once(start: Start) -> None:

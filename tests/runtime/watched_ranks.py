@@ -40,7 +40,7 @@ def plain(rank: int, size: int, what: str) -> None:
     dp = Axis("dp", size, rank, dist.group.WORLD)
     x = torch.ones(4)
     act = leave_a_note if what == "stopped" else None
-    with Watchdog(TIMEOUT, poll=0.2, grace=2.0, act=act) as watchdog:
+    with Watchdog(FOREVER if what in ("launcher", "ended") else TIMEOUT, poll=0.2, grace=2.0, act=act) as watchdog:
         for step in range(4):
             if step == 3:
                 time.sleep(0.5)  # the beats are told to the store
