@@ -8,7 +8,7 @@ mesh. Shapes below are local: n ranks on the axis, D the length of `dim`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Axis:
     rank: int
     group: Any = None
     """The process group; None where the axis is one rank long."""
+    unit: str = field(default="", kw_only=True)
+    """The unit that sends, for messages: in a backward no other sign of it is on the stack."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over the axis."""

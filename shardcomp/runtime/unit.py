@@ -7,6 +7,7 @@ Code and parameters are apart because one set of parameters serves every call si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -105,7 +106,7 @@ class Unit:
         self.device = device
         self.random = random
         for name, axis in axes.items():
-            setattr(self, name, axis)
+            setattr(self, name, replace(axis, unit=home.path))
 
     def forward(self, *inputs: Tensor) -> Any:
         raise TypeError(f"{type(self).__name__} has no emitted forward")
