@@ -79,14 +79,14 @@ class Job:
         self.checkpoints, self.log = folder / "checkpoints", folder / "log.jsonl"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Give the command, the same every time."""
+    def start(self, *more: str) -> None:
+        """Give the command, the same every time, with `more` at its end."""
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         words += [str(ROOT / "examples/llama/pretrain.py"), "-c", str(self.config)]
         words += ["-d", str(self.text), "-l", "64", "-b", "4", "--steps", str(self.steps), "--warmup", "3"]
         words += ["--lr", "1e-2", "--precision", "fp32", *shlex.split(self.plan)]
         words += ["--checkpoint-dir", str(self.checkpoints), "--save-interval", "2", "--keep", "2"]
-        words += ["--log-file", str(self.log)]
+        words += ["--log-file", str(self.log), *more]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(self.folder / "output.txt", "ab") as output:
             self.process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
@@ -95,7 +95,7 @@ class Job:
         """Until it ends by itself. Raises RuntimeError where it fails."""
         assert self.process is not None
         if self.process.wait(600):
-            raise RuntimeError(f"the run failed:\n{(self.folder / 'output.txt').read_text()[-3000:]}")
+            raise RuntimeError(f"the run failed:\n{self.output()[-3000:]}")
 
     def until(self, condition: Callable[[], bool], patience: float = 300.0) -> bool:
         """Wait for a condition; whether it came before the run's end."""
@@ -105,9 +105,24 @@ class Job:
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > ends:
-                raise RuntimeError(f"nothing happens:\n{(self.folder / 'output.txt').read_text()[-3000:]}")
+                raise RuntimeError(f"nothing happens:\n{self.output()[-3000:]}")
             time.sleep(0.0005)
         return True
+
+    def output(self) -> str:
+        """What it printed."""
+        return (self.folder / "output.txt").read_text()
+
+    def ranks_of(self) -> list[int]:
+        """The processes that are ranks, in their order."""
+        assert self.process is not None
+        found = {}
+        for each in descendants(self.process.pid):
+            words = Path(f"/proc/{each}/environ").read_bytes().split(b"\0")
+            held = {word.partition(b"=")[0]: word.partition(b"=")[2] for word in words}
+            if b"LOCAL_RANK" in held:
+                found[int(held[b"RANK"])] = each
+        return [found[rank] for rank in sorted(found)]
 
     def kill(self) -> None:
         """SIGKILL for the launcher and all ranks."""

@@ -34,6 +34,7 @@ import shardcomp
 from interruptions import Interval
 from shardcomp import checkpoint, presets
 from shardcomp.options import add_option_flags, options_from
+from shardcomp.runtime.health import DivergedError
 from training import Run, RunError, held_out_loss
 
 PATIENCE = 30.0
@@ -96,6 +97,9 @@ def parser() -> Parser:
     add("--patience", metavar="S", type=number(float, 0), default=60.0, help="seconds to wait for a job that has DIR (60)")
     add("--time-limit", metavar="MIN", type=number(float, 0, above=True), help="save and end after so many minutes")
     add("--log-file", metavar="FILE", type=Path, help="append a JSON object for each step: loss, norm, digest of the batch")
+    add("--timeout", metavar="S", type=number(float, 1), default=300.0, help="seconds without a step that end a run (300)")
+    add("--spike", metavar="X", type=number(float, 1, above=True), default=3.0, help="a loss X times the median is bad (3)")
+    add("--bad-steps", metavar="N", type=number(int, 1), default=10, help="bad steps of the last 128 that end a run (10)")
     add("--policy", metavar="NAME", help="policy: a name in policies/ or a file (default: the one for the model's type)")
     add_option_flags(found)
     return found
@@ -244,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank > 0:
             time.sleep(PATIENCE)
         print(f"pretrain.py: {error}" if rank == 0 else f"pretrain.py, rank {rank}: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, RunError) else 2
+        return 1 if isinstance(error, (RunError, DivergedError)) else 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

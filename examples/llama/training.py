@@ -20,7 +20,9 @@ import shardcomp
 from data import Corpus
 from interruptions import Interruptions
 from shardcomp import checkpoint
+from shardcomp.runtime.health import LossMonitor
 from shardcomp.runtime.stream import digest_text
+from shardcomp.runtime.watchdog import Watchdog
 
 HELD_OUT_SEQUENCES = 256
 """How many held-out sequences the final loss is taken over, at most."""
@@ -98,6 +100,7 @@ class Run:
         first = dist.get_rank() == 0
         self.log = Log(args.log_file, first)
         self.interruptions = Interruptions(args.save_interval, args.time_limit, first)
+        self.monitor = LossMonitor(factor=args.spike, limit=args.bad_steps)
         self.step = 0
         self.saved_at: int | None = None  # the step of the newest checkpoint
         self.saver: checkpoint.Saver | None = None
@@ -123,6 +126,7 @@ class Run:
             found = checkpoint.load(args.resume, self.sharded, self.optimizer, scheduler=self.schedule)
         if found is not None:
             self.stream.load_state_dict(found.extra["stream"])
+            self.monitor.load_state_dict(found.extra["monitor"])
             self.step = self.saved_at = found.step
             anew = "" if found.random else "; another mesh: dropout draws other numbers"
             self.say(f"going on from step {found.step}: {found.path}{anew}")
@@ -143,9 +147,17 @@ class Run:
         self.sharded.train()
         why = None
         with self.interruptions.handled():
-            began, since = time.perf_counter(), self.step
-            while self.step < self.args.steps and why is None:
-                why = self.advance(began, since)
+            self.watchdog = Watchdog(self.args.timeout)
+            try:
+                began, since = time.perf_counter(), self.step
+                while self.step < self.args.steps and why is None:
+                    why = self.advance(began, since)
+            except Exception as error:
+                if (gone := self.watchdog.explain(error)) is None:
+                    raise
+                raise RunError(gone) from error
+            finally:
+                self.watchdog.stop()
         return why
 
     def advance(self, began: float, since: int) -> str | None:
@@ -158,8 +170,6 @@ class Run:
         loss = float(result.loss)
         rate = self.optimizer.param_groups[0]["lr"]
         scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may mend what overflows
-        if not math.isfinite(loss) or (bool(result.skipped) and not scaled):
-            raise RunError(f"step {self.step + 1}: loss {loss}, gradient norm {norm}; try a lower --lr or a longer --warmup")
         made = sharded.optimizer_step(self.optimizer)
         if made:
             self.schedule.step()
@@ -168,8 +178,8 @@ class Run:
         batch, signalled, over, due = self.agreed(digest)
         seconds = time.perf_counter() - started
         if not made:
-            scale = sharded.loss_scale.scale
-            self.say(f"step {self.step}: gradients overflowed and nothing was changed; the loss scale is now {scale:g}")
+            scale = f"; the loss scale is now {sharded.loss_scale.scale:g}" if sharded.loss_scale.enabled else ""
+            self.say(f"step {self.step}: gradients are not finite and nothing was changed{scale}")
         left = (time.perf_counter() - began) / (self.step - since) * (args.steps - self.step)
         self.say(
             f"step {self.step:>{len(str(args.steps))}}/{args.steps}  tokens {self.stream.position * args.max_length:,}"
@@ -186,6 +196,8 @@ class Run:
             skipped=not made,
             seconds=round(seconds, 4),
         )
+        self.watchdog.beat(f"step {self.step}")
+        self.monitor.observe(self.step, loss, not made and not scaled)
         why = "a signal to stop" if signalled else "the time limit" if over else None
         if self.saver is not None and (due or why or self.step == args.steps):
             self.save()
@@ -218,7 +230,7 @@ class Run:
             self.optimizer,
             step=self.step,
             scheduler=self.schedule,
-            extra={"stream": self.stream.state_dict()},
+            extra={"stream": self.stream.state_dict(), "monitor": self.monitor.state_dict()},
         )
         self.failure, self.saved_at = None, self.step
         self.log.write(event="save", step=self.step, path=str(path), seconds=round(time.perf_counter() - began, 4))

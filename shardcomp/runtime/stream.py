@@ -22,14 +22,14 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 class Stream:
     """Samples in a random order, a new one in every epoch, without an end.
 
-    samples: `[n, length]` tokens, or anything with `len` and rows; rank, ranks: this one's place among the data-parallel ranks,
+    samples: tokens, `[n, length]` of any integer dtype; rank, ranks: this one's place among the data-parallel ranks,
     `sharded.mesh["dp"]`; fingerprint: of the text, so that a run does not go on with another one.
 
     `position` counts the samples that all ranks together have had. The place of a sample in the stream is all that decides what
     it is: ranks take consecutive pieces, and any number of them reads the same samples in the same step.
     """
 
-    def __init__(self, samples: Any, seed: int, rank: int = 0, ranks: int = 1, fingerprint: str = "") -> None:
+    def __init__(self, samples: Tensor, seed: int, rank: int = 0, ranks: int = 1, fingerprint: str = "") -> None:
         self.samples = samples
         self.seed, self.rank, self.ranks = seed, rank, ranks
         self.fingerprint = fingerprint
@@ -42,9 +42,9 @@ class Stream:
         first = self.position + self.rank * count
         places = range(first, first + count)
         size = len(self.samples)
-        rows = [self.samples[int(permutation(size, self.seed, place // size)[place % size])] for place in places]
+        chosen = [int(permutation(size, self.seed, place // size)[place % size]) for place in places]
         self.position += count * self.ranks
-        tokens = torch.stack([row.long() for row in rows])
+        tokens = self.samples[chosen].long()
         return tokens, digest(tokens, places)
 
     def state_dict(self) -> dict[str, Any]:

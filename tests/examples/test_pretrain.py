@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 import pretrain
 import shardcomp
+import training
 
 Capture = pytest.CaptureFixture[str]
 TEXT = b"".join(b"%d bottles of beer on the wall\n" % n for n in range(4000))
@@ -158,7 +159,7 @@ def test_ranks_that_read_other_text_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth() -> None:
-    rates = [pretrain.learning_rate(step, steps=100, warmup=10) for step in range(101)]
+    rates = [training.learning_rate(step, steps=100, warmup=10) for step in range(101)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == pytest.approx(1.0) and rates[100] == pytest.approx(0.1)
     assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
@@ -167,7 +168,7 @@ def test_the_learning_rate_rises_and_then_falls_to_a_tenth() -> None:
 def test_weight_decay_falls_on_matrices_only() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
     args = pretrain.parser().parse_args(["--weight-decay", "0.3"])
-    matrices, vectors = pretrain.adamw(model, args).param_groups
+    matrices, vectors = training.adamw(model, args).param_groups
     assert [p.ndim for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.3
     assert [p.ndim for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0
 
