@@ -398,7 +398,9 @@ def _missing(gone: Mapping[int, Gone]) -> list[str]:
     for (machine, beat), ranks in _alike(died).items():
         known = [silent for rank in ranks if (silent := gone[rank].silent) is not None]
         ago = f"last sign of life {max(known):.0f} s ago, " if known else ""
-        found.append(f"no answer from {_ranks(ranks)} on {machine}: died or is stopped; {ago}last beat: {beat or _NO_BEAT}")
+        found.append(
+            f"no answer from {_ranks(ranks)} on {machine}: died or is stopped; {ago}last known beat: {beat or _NO_BEAT}"
+        )
     return found
 
 

@@ -239,10 +239,18 @@ def _waited_for(stack: Sequence[_Call]) -> str:
     names = [call.name for call in stack[:8]]
     if any(_of_pipeline(call) for call in stack[:4]):
         actions = [action for call in stack if call.file.startswith(_TORCH) and (action := call.local("action")) is not None]
-        return f"send or receive ({actions[0]})" if actions else "send or receive"
+        return f"send or receive {_action(actions[0])}" if actions else "send or receive"
     if any("fsdp" in call.file for call in stack[:4]):
         return "reduce_scatter" if any("reduce" in name for name in names) else "all_gather"
     return f"{stack[0].text.split('(')[0]}()"
+
+
+def _action(action: Any) -> str:
+    """An action of torch's pipeline schedules in words."""
+    if getattr(action, "computation_type", None) is None or action.microbatch_index is None:
+        return f"({action})"
+    what = action.computation_type.name.lower().replace("_", " ")
+    return f"(for {what} of stage {action.stage_index}, micro-batch {action.microbatch_index})"
 
 
 def _where(stack: Sequence[_Call], caller: Sequence[_Call]) -> str:

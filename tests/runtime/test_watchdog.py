@@ -66,7 +66,7 @@ def test_a_killed_rank_is_named_and_the_collective_that_failed(start: Start) -> 
     assert ended.statuses == [1, -9, 1]
     first, others, failed = ended.whole
     assert first.startswith("shardcomp: a collective failed; no answer from rank 1 on ")
-    assert first.endswith("last beat: step 2")
+    assert first.endswith("last known beat: step 2")
     assert others.startswith(
         f"  ranks 0 and 2 waiting in all_reduce over dp ({line_of('all_reduce')} in plain); last beat: step 2"
     )
@@ -162,7 +162,7 @@ def test_ranks_of_whom_the_same_is_known_are_told_together() -> None:
     first, others = verdict("no progress for 5 s", answers, gone).splitlines()
     assert first == (
         "shardcomp: no progress for 5 s; no answer from ranks 8-15 on node-2: died or is stopped; last sign of life 4 s ago, "
-        "last beat: step 2"
+        "last known beat: step 2"
     )
     assert others == "  ranks 0-7 waiting in all_reduce over tp (train.py:5); last beat: step 3, 7 s ago"
 
