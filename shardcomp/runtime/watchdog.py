@@ -185,8 +185,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         beat, idle, now = self._last, 0.0, time.monotonic()
+        draw = random.Random()  # not the program's own generator, whose numbers are part of its checkpoints
         while not self._stopped and not self._over.is_set():
-            self._sleep(self._poll * random.uniform(0.8, 1.2))
+            self._sleep(self._poll * draw.uniform(0.8, 1.2))
             # Time in which this process did not run, as when a whole job is suspended, does not count.
             before, now = now, time.monotonic()
             idle = idle + min(now - before, 5 * self._poll) if beat is self._last else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from measure_kills import Job
 
 from shardcomp.checkpoint import directory
+
+LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def ended(job: Job, within: float) -> int:
         job.kill()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, 1] if LONG else [1])
 def test_a_rank_that_dies_is_named(job: Job, victim: int) -> None:
     job.start()
     trains(job)
@@ -44,13 +47,14 @@ def test_a_rank_that_dies_is_named(job: Job, victim: int) -> None:
     assert f"rank      : {victim} (local_rank: {victim})\n  exitcode  : -9" in job.output()
 
 
+@pytest.mark.skipif(not LONG, reason="the launcher takes half a minute to end a stopped rank: make long")
 def test_a_rank_that_is_stopped_ends_the_run_within_the_time_out(job: Job) -> None:
     job.start("--timeout", "3")
     trains(job)
     os.kill(job.ranks_of()[1], signal.SIGSTOP)
-    assert ended(job, 90) != 0  # of which the launcher takes 30 to be sure that the stopped rank does not end by itself
+    assert ended(job, 90) != 0
     assert "no progress for 3 s; no answer from rank 1" in job.output()
-    assert "rank 0 waiting in all_reduce over" in job.output()
+    assert re.search(r"rank 0 waiting in \w+ over", job.output())
 
 
 def test_a_signal_to_any_rank_saves_and_another_plan_goes_on(job: Job) -> None:
