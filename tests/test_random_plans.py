@@ -4,20 +4,29 @@ anything runs."""
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import pytest
-from hypothesis import event, given, note, settings, target
+from hypothesis import Phase, event, given, note, settings, target
 from hypothesis import strategies as st
 from models import tiny
 
 import shardcomp
 from shardcomp import ShardError
-from shardcomp.verifier import verify
+from shardcomp.schedules import SCHEDULES
+from shardcomp.verifier import Verification, verify
+
+Plan = tuple[dict[str, Any], dict[str, Any], int]
+"""(changes of the configuration, options, data-parallel ranks)."""
+
+MOST_RANKS = 8
+ENGINE_EXAMPLES = 300 if os.environ.get("SHARDCOMP_LONG") == "1" else 6
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[dict[str, object], dict[str, object], int]:
-    """(changes of the configuration, options, data-parallel ranks). One draw in two fits its degree by construction."""
+def plans(draw: st.DrawFn) -> Plan:
+    """Models and their splits. One draw in two fits its degree by construction."""
     tensor = draw(st.sampled_from([1, 2, 3, 4]))
     unit = tensor if draw(st.booleans()) else 1
     kv = unit * draw(st.integers(1, 2 if unit > 1 else 4))
@@ -43,35 +52,116 @@ def plans(draw: st.DrawFn) -> tuple[dict[str, object], dict[str, object], int]:
     return model, options, draw(st.sampled_from([1, 2]))
 
 
-def is_legal(model: dict[str, object], options: dict[str, object]) -> bool:
-    sizes = {key: int(held) for key, held in model.items()}  # type: ignore[call-overload]
-    tensor = int(options["tensor"])  # type: ignore[call-overload]
-    kv = sizes["num_key_value_heads"]
-    heads = sizes["num_attention_heads"] % tensor == 0 and (kv % tensor == 0 or tensor % kv == 0)
-    one_head = sizes["num_attention_heads"] == 1 and sizes["head_dim"] % tensor == 0  # gathered, and listed as degraded
-    rows = sizes["vocab_size"]
-    return (heads or one_head) and sizes["intermediate_size"] % tensor == 0 and math.ceil(rows / tensor) * (tensor - 1) < rows
+@st.composite
+def engine_plans(draw: st.DrawFn) -> Plan:
+    """Pipelines, ZeRO and recompute, on at most eight ranks. Three draws in four fit by construction."""
+    fits = draw(st.integers(0, 3)) > 0
+    pipeline = draw(st.integers(1, 4))
+    tensor = draw(st.sampled_from([t for t in (1, 2) if t * pipeline <= MOST_RANKS]))
+    data = draw(st.sampled_from([d for d in (1, 2, 3) if d * tensor * pipeline <= MOST_RANKS]))
+    schedule = SCHEDULES[draw(st.sampled_from([*SCHEDULES]))]
+    options: dict[str, Any] = {
+        "tensor": tensor,
+        "precision": "fp64",
+        "pipeline": pipeline,
+        "schedule": schedule.name,
+        "zero": draw(st.integers(0, 3)),
+        "recompute": draw(st.sampled_from(["none", "full", "selective", "every:2"])),
+        "micro_batch": draw(st.sampled_from([1, 2])),
+        "sequence_parallel": draw(st.booleans()),
+        "seed": draw(st.integers(0, 3)),
+    }
+    if draw(st.integers(0, 2)) == 0:
+        free = pipeline > 1 and schedule.interleaves
+        some = [1, 2, 3] if free or not fits else [schedule.stages_per_rank if pipeline > 1 else 1]
+        options["virtual_stages"] = draw(st.sampled_from(some))
+    if draw(st.integers(0, 2)) == 0:
+        fitting = [n for n in (1, 2, 3) if data % n == 0 and (n == 1 or options["zero"])]
+        options["replicate"] = draw(st.sampled_from(fitting if fits else [1, 2, 3]))
+    if draw(st.integers(0, 2)) == 0:
+        words = ["optimizer", "parameters", "all", "model.layers.*"]
+        options["offload"] = draw(st.sampled_from(words if options["zero"] == 3 or not fits else words[:1]))
+    virtual = options.get("virtual_stages", schedule.stages_per_rank)
+    layers = draw(st.integers(pipeline * virtual if fits and pipeline > 1 else 1, max(8, pipeline * virtual)))
+    kv = draw(st.sampled_from([2, 4] if fits else [1, 2, 3]))
+    model = {
+        "num_key_value_heads": kv,
+        "num_attention_heads": kv * draw(st.integers(1, 2)),
+        "head_dim": 4,
+        "hidden_size": 16,
+        "intermediate_size": draw(st.sampled_from([16, 24] if fits else [15, 16])),
+        "vocab_size": draw(st.integers(23, 41)),
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    return model, options, data
+
+
+def is_legal(model: dict[str, Any], options: dict[str, Any], data: int) -> bool:
+    return engine_runs(model, options, data) and splits(model, options["tensor"])
+
+
+def engine_runs(model: dict[str, Any], options: dict[str, Any], data: int) -> bool:
+    pipeline, zero, copies = options.get("pipeline", 1), options.get("zero", 0), options.get("replicate", 1)
+    schedule = SCHEDULES[options.get("schedule", "1f1b")]
+    virtual = options.get("virtual_stages", schedule.stages_per_rank if pipeline > 1 else 1)
+    stages = virtual == 1 if pipeline == 1 else schedule.interleaves or virtual == schedule.stages_per_rank
+    layers = pipeline == 1 or model["num_hidden_layers"] >= pipeline * virtual
+    shared = copies == 1 or (zero > 0 and data % copies == 0)
+    offloaded = options.get("offload", "none") in ("none", "optimizer") or zero == 3
+    return stages and layers and shared and offloaded
+
+
+def splits(model: dict[str, Any], tensor: int) -> bool:
+    kv, rows = model["num_key_value_heads"], model["vocab_size"]
+    heads = model["num_attention_heads"] % tensor == 0 and (kv % tensor == 0 or tensor % kv == 0)
+    one_head = model["num_attention_heads"] == 1 and model["head_dim"] % tensor == 0  # gathered, and listed as degraded
+    return (heads or one_head) and model["intermediate_size"] % tensor == 0 and math.ceil(rows / tensor) * (tensor - 1) < rows
+
+
+def agrees_or_is_refused(plan: Plan, samples: int | None = None) -> Verification | None:
+    """What was found of a legal plan, which must agree with the dense model; an illegal one must not be lowered."""
+    model, options, data = plan
+    legal = is_legal(model, options, data)
+    event("legal" if legal else "illegal")
+    note(f"legal: {legal}")
+    world = options["tensor"] * options.get("pipeline", 1) * data
+    if not legal:
+        try:
+            shardcomp.lower(tiny(**model), shardcomp.Policy.load("llama", **options), world, seq=12)
+        except ShardError:
+            return None
+        raise AssertionError("a plan that cannot work was lowered")
+    policy = shardcomp.Policy.load("llama", **options)
+    found = verify(tiny(**model), policy, world, shrink={"none": True}, kinds=("causal",), samples=samples)
+    assert found.ok, found
+    return found
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @settings(max_examples=settings().max_examples // 2)
 @given(plan=plans())
-def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(
-    sequence_parallel: bool, plan: tuple[dict[str, object], dict[str, object], int]
-) -> None:
+def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(sequence_parallel: bool, plan: Plan) -> None:
     model, options, data = plan
-    options = {**options, "sequence_parallel": sequence_parallel}
-    legal = is_legal(model, options)
-    event("legal" if legal else "illegal")
-    note(f"legal: {legal}")
-    policy = shardcomp.Policy.load("llama", **options)
-    world = int(options["tensor"]) * data  # type: ignore[call-overload]
-    if not legal:
-        try:
-            shardcomp.lower(tiny(**model), policy, world, seq=12)
-        except ShardError:
-            return
-        raise AssertionError("a plan that cannot work was lowered")
-    found = verify(tiny(**model), policy, world, shrink={"none": True}, kinds=("causal",))
-    target(math.log10(max(found.deviation["gradients"], 1e-20)))
-    assert found.ok, found
+    found = agrees_or_is_refused((model, {**options, "sequence_parallel": sequence_parallel}, data))
+    if found is not None:
+        target(math.log10(max(found.deviation["gradients"], 1e-20)))
+
+
+@settings(max_examples=ENGINE_EXAMPLES)
+@given(plan=engine_plans(), samples=st.integers(1, 6))
+def test_so_it_is_with_pipelines_zero_recompute_and_offload(plan: Plan, samples: int) -> None:
+    agrees_or_is_refused(plan, samples)
+
+
+@pytest.mark.parametrize("drawn", [plans(), engine_plans()], ids=["splits", "engine"])
+def test_at_least_half_of_the_draws_are_legal(drawn: st.SearchStrategy[Plan]) -> None:
+    legal = []
+
+    @settings(max_examples=400, derandomize=True, phases=[Phase.generate])
+    @given(plan=drawn)
+    def draw(plan: Plan) -> None:
+        legal.append(is_legal(*plan))
+
+    draw()
+    assert sum(legal) >= len(legal) / 2
