@@ -3,12 +3,14 @@ anything runs."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import random
 from typing import Any
 
 import pytest
-from hypothesis import Phase, event, given, note, settings, target
+from hypothesis import event, given, note, settings, target
 from hypothesis import strategies as st
 from models import tiny
 
@@ -20,7 +22,9 @@ from shardcomp.verifier import Verification, verify
 Plan = tuple[dict[str, Any], dict[str, Any], int]
 """(changes of the configuration, options, data-parallel ranks)."""
 
+DEGREES = list(itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 3)))  # pipeline, tensor, data
 MOST_RANKS = 8
+OFFLOAD = ["optimizer", "parameters", "all", "model.layers.*"]
 ENGINE_EXAMPLES = 300 if os.environ.get("SHARDCOMP_LONG") == "1" else 6
 
 
@@ -52,47 +56,46 @@ def plans(draw: st.DrawFn) -> Plan:
     return model, options, draw(st.sampled_from([1, 2]))
 
 
-@st.composite
-def engine_plans(draw: st.DrawFn) -> Plan:
-    """Pipelines, ZeRO and recompute, on at most eight ranks. Three draws in four fit by construction."""
-    fits = draw(st.integers(0, 3)) > 0
-    pipeline = draw(st.integers(1, 4))
-    tensor = draw(st.sampled_from([t for t in (1, 2) if t * pipeline <= MOST_RANKS]))
-    data = draw(st.sampled_from([d for d in (1, 2, 3) if d * tensor * pipeline <= MOST_RANKS]))
-    schedule = SCHEDULES[draw(st.sampled_from([*SCHEDULES]))]
+def engine_plan(seed: int) -> Plan:
+    """Pipelines, ZeRO and recompute, on at most eight ranks. Three plans in four fit by construction."""
+    draw = random.Random(seed)
+
+    def one_in(n: int) -> bool:
+        return draw.randrange(n) == 0
+
+    fits = not one_in(4)
+    pipeline, tensor, data = draw.choice([degrees for degrees in DEGREES if math.prod(degrees) <= MOST_RANKS])
+    schedule = SCHEDULES[draw.choice([*SCHEDULES])]
+    zero = draw.randrange(4)
     options: dict[str, Any] = {
         "tensor": tensor,
         "precision": "fp64",
         "pipeline": pipeline,
         "schedule": schedule.name,
-        "zero": draw(st.integers(0, 3)),
-        "recompute": draw(st.sampled_from(["none", "full", "selective", "every:2"])),
-        "micro_batch": draw(st.sampled_from([1, 2])),
-        "sequence_parallel": draw(st.booleans()),
-        "seed": draw(st.integers(0, 3)),
+        "zero": zero,
+        "recompute": draw.choice(["none", "full", "selective", "every:2"]),
+        "micro_batch": draw.choice([1, 2]),
+        "sequence_parallel": draw.choice([False, True]),
+        "seed": draw.randrange(4),
     }
-    if draw(st.integers(0, 2)) == 0:
-        free = pipeline > 1 and schedule.interleaves
-        some = [1, 2, 3] if free or not fits else [schedule.stages_per_rank if pipeline > 1 else 1]
-        options["virtual_stages"] = draw(st.sampled_from(some))
-    if draw(st.integers(0, 2)) == 0:
-        fitting = [n for n in (1, 2, 3) if data % n == 0 and (n == 1 or options["zero"])]
-        options["replicate"] = draw(st.sampled_from(fitting if fits else [1, 2, 3]))
-    if draw(st.integers(0, 2)) == 0:
-        words = ["optimizer", "parameters", "all", "model.layers.*"]
-        options["offload"] = draw(st.sampled_from(words if options["zero"] == 3 or not fits else words[:1]))
-    virtual = options.get("virtual_stages", schedule.stages_per_rank)
-    layers = draw(st.integers(pipeline * virtual if fits and pipeline > 1 else 1, max(8, pipeline * virtual)))
-    kv = draw(st.sampled_from([2, 4] if fits else [1, 2, 3]))
+    if one_in(3):
+        free = not fits or (pipeline > 1 and schedule.interleaves)
+        options["virtual_stages"] = draw.choice([1, 2, 3] if free else [schedule.stages_per_rank if pipeline > 1 else 1])
+    if one_in(3):
+        options["replicate"] = draw.choice([n for n in (1, 2, 3) if not fits or n == 1 or (data % n == 0 and zero)])
+    if one_in(3):
+        options["offload"] = draw.choice(OFFLOAD if zero == 3 or not fits else OFFLOAD[:1])
+    stages = pipeline * options.get("virtual_stages", schedule.stages_per_rank) if pipeline > 1 else 1
+    kv = draw.choice([2, 4] if fits else [1, 2, 3])
     model = {
         "num_key_value_heads": kv,
-        "num_attention_heads": kv * draw(st.integers(1, 2)),
+        "num_attention_heads": kv * draw.choice([1, 2]),
         "head_dim": 4,
-        "hidden_size": 16,
-        "intermediate_size": draw(st.sampled_from([16, 24] if fits else [15, 16])),
-        "vocab_size": draw(st.integers(23, 41)),
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": draw(st.booleans()),
+        "hidden_size": 24,
+        "intermediate_size": draw.choice([16, 24] if fits else [15, 16]),
+        "vocab_size": draw.randint(23, 41),
+        "num_hidden_layers": draw.randint(stages if fits else 1, max(8, stages)),
+        "tie_word_embeddings": draw.choice([False, True]),
     }
     return model, options, data
 
@@ -149,19 +152,13 @@ def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(sequence_parallel: bo
 
 
 @settings(max_examples=ENGINE_EXAMPLES)
-@given(plan=engine_plans(), samples=st.integers(1, 6))
-def test_so_it_is_with_pipelines_zero_recompute_and_offload(plan: Plan, samples: int) -> None:
+@given(seed=st.integers(0, 2**32), samples=st.integers(1, 6))
+def test_so_it_is_with_pipelines_zero_recompute_and_offload(seed: int, samples: int) -> None:
+    plan = engine_plan(seed)
+    note(str(plan))
     agrees_or_is_refused(plan, samples)
 
 
-@pytest.mark.parametrize("drawn", [plans(), engine_plans()], ids=["splits", "engine"])
-def test_at_least_half_of_the_draws_are_legal(drawn: st.SearchStrategy[Plan]) -> None:
-    legal = []
-
-    @settings(max_examples=400, derandomize=True, phases=[Phase.generate])
-    @given(plan=drawn)
-    def draw(plan: Plan) -> None:
-        legal.append(is_legal(*plan))
-
-    draw()
-    assert sum(legal) >= len(legal) / 2
+def test_at_least_half_of_those_plans_are_legal() -> None:
+    legal = [is_legal(*engine_plan(seed)) for seed in range(1000)]
+    assert 0.5 <= sum(legal) / len(legal) <= 0.9
