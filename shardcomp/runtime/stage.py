@@ -142,7 +142,8 @@ class ModelStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """The gradients of the inputs, and where `full_backward` or nothing comes before this stage, those of the weights."""
+        """The gradients of the inputs, and where `full_backward` or the plan says so, those of the weights. Where nothing comes
+        before this stage, all of them come with the weights."""
         if bwd_chunk_id >= self.count:
             return
         outputs, inputs = self._live.pop(bwd_chunk_id)
@@ -150,8 +151,10 @@ class ModelStage(PipelineStage):
             gradients: list[Tensor | None] = [torch.full_like(outputs[0], self.scale)]
         else:
             gradients = self._gradients.pop(bwd_chunk_id)
-        if full_backward:
+        if full_backward or self.chunk.whole_backward:
             self._returned[bwd_chunk_id] = self._full(outputs, gradients, inputs)
+            if not full_backward:
+                self._weights[bwd_chunk_id] = lambda: None
         elif not any(held.requires_grad for held in inputs):
             self._returned[bwd_chunk_id] = [None] * len(inputs)
             self._weights[bwd_chunk_id] = lambda: self._full(outputs, gradients, inputs)
