@@ -33,7 +33,7 @@ from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
 from shardcomp.runtime.stage import ModelStage, Pipeline, forget_forwards, gather_apart, prepare, reset
-from shardcomp.runtime.unit import Stage
+from shardcomp.runtime.unit import Home, Stage
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
 
@@ -422,7 +422,7 @@ class ShardedModel(nn.Module):
                 return self._codes[call, shape]
         blueprint = self._blueprint_for(call, (rows, length))
         stages = [
-            blueprint.module(chunk.index).Model(chunk.homes, self._unit_axes, self.device, self.random)
+            blueprint.module(chunk.index).Model(self._homes(blueprint, chunk), self._unit_axes, self.device, self.random)
             for chunk in self._chunks
         ]
         pipeline = self._pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
@@ -430,6 +430,31 @@ class ShardedModel(nn.Module):
             blueprint, stages, self._partial_gradients(blueprint), pipeline
         )
         return loaded
+
+    def _homes(self, blueprint: Blueprint, chunk: Chunk) -> list[Home]:
+        """The homes of the units that a call has in a stage. Each call has units of its own that have no parameters: what it
+        computes again in a stage, such as masks."""
+        kept = {unit.path: home for unit, home in zip(chunk.units, chunk.homes, strict=True) if unit.parameters}
+        units = [unit for unit in blueprint.units if unit.stage == chunk.index]
+        return [
+            kept[unit.path]
+            if unit.parameters
+            else Home({short: self._buffer(blueprint, name) for short, name in unit.buffers.items()}, [], path=unit.path)
+            for unit in units
+        ]
+
+    def _buffer(self, blueprint: Blueprint, name: str) -> tuple[nn.Module, str]:
+        """The module that has a buffer, and the attribute: one of the model, or one made here where this rank's stages have no
+        use for it in the first call."""
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = self.get_submodule(path)
+        except AttributeError:
+            module = nn.Module()
+        if getattr(module, leaf, None) is None:
+            module = nn.Module()
+            module.register_buffer(leaf, blueprint.buffers[name].to(self.device), persistent=False)
+        return module, leaf
 
     def _pipeline(self, blueprint: Blueprint, stages: list[Stage]) -> Pipeline:
         axis, count, schedule = self._axes["pp"], len(blueprint.sources), SCHEDULES[blueprint.schedule]
