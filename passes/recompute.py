@@ -90,10 +90,10 @@ def _reads(user: fx.Node, dear: set[fx.Node], needed: set[fx.Node]) -> bool:
         return False
     if user in dear:
         return user.target not in EXCHANGES  # the backward of a product or of attention needs its operands
-    return not _passes_on(user) or user in needed
+    return not passes_on(user) or user in needed
 
 
-def _passes_on(node: fx.Node) -> bool:
+def passes_on(node: fx.Node) -> bool:
     """Whether the backward of a call needs none of its operands."""
     if node.target in EXCHANGES or getattr(node.target, "overloadpacket", node.target) in _LINEAR:
         return True

@@ -5,6 +5,7 @@ Needs: stages. Changes the plans of units, no code: the runtime gathers and free
 Legality: FSDP gathers a unit's parameters before every use, wherever and in however many pieces they are kept.
 
 zero = 3 puts every unit's parameters back in pieces. The host keeps what `offload` names: of all units, or of those that match.
+A stage whose backward cannot be split does not do so, whatever the schedule asks for (see `split_backward`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import replace
 from shardcomp.errors import PolicyError
 from shardcomp.options import OFFLOAD
 from shardcomp.patterns import nearest, parse
-from shardcomp.program import Context, Contract, Program
+from shardcomp.program import Context, Contract, Degraded, Program
+from shardcomp.schedules import SCHEDULES
+from shardcomp.split_backward import obstacle
 
 CONTRACT = Contract(requires=frozenset({"units", "layouts", "stages"}), provides=frozenset({"zero"}))
 
@@ -22,12 +25,17 @@ CONTRACT = Contract(requires=frozenset({"units", "layouts", "stages"}), provides
 def run(program: Program, context: Context) -> Program:
     options = context.policy.options
     reshard = options.zero == 3
+    stages = range(program.stages if SCHEDULES[options.schedule].splits_backward else 0)
+    whole = {stage: why for stage in stages if (why := obstacle(program, stage, reshard)) is not None}
     offloaded = _offloaded(program, options.offload)
-    units = [
-        replace(unit, plan=replace(unit.plan, reshard=reshard, offload=unit.path in offloaded)) if unit.parameters else unit
-        for unit in program.units
-    ]
-    return replace(program, units=units)
+    units = []
+    for unit in program.units:
+        plan = replace(unit.plan, whole_backward=unit.plan.stage in whole)
+        if unit.parameters:
+            plan = replace(plan, reshard=reshard, offload=unit.path in offloaded)
+        units.append(replace(unit, plan=plan))
+    slower = [Degraded(f"stage {stage}", f"its backward is not split in two: {why}") for stage, why in whole.items()]
+    return replace(program, units=units, degraded=[*program.degraded, *slower])
 
 
 def _offloaded(program: Program, offload: str | tuple[str, ...]) -> set[str]:

@@ -116,12 +116,14 @@ class Plan:
     stage: which of the model's stages runs it, counted over all pipeline ranks. recompute: what its backward computes again:
     none, full, or selective (all but what is marked in its body). reshard: whether its parameters are put back in pieces
     between its forward and its backward. offload: whether the host keeps them, what the optimizer needs of them included.
+    whole_backward: whether the gradients of a stage's inputs and weights are computed together, whatever the schedule asks for.
     """
 
     stage: int = 0
     recompute: str = "none"
     reshard: bool = False
     offload: bool = False
+    whole_backward: bool = False
 
 
 @dataclass

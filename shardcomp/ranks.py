@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from torch import Tensor
 from shardcomp.errors import ShardError, VerifyError
 
 T = TypeVar("T")
+GRACE = 20.0
+"""Seconds that the other ranks have to end once one has failed; who waits for a new group does not learn of it."""
 _lock = threading.Lock()
 
 
@@ -58,8 +61,12 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
             threads = [threading.Thread(target=work, args=(rank, store), daemon=True) for rank in range(world_size)]
             for thread in threads:
                 thread.start()
+            end = time.monotonic() + timeout
             for thread in threads:
-                thread.join(timeout)
+                while thread.is_alive() and time.monotonic() < end:
+                    thread.join(0.2)
+                    if failures:
+                        end = min(end, time.monotonic() + GRACE)
             if any(thread.is_alive() for thread in threads) and not failures:
                 raise VerifyError(f"ranks {[i for i, t in enumerate(threads) if t.is_alive()]} hang after {timeout:.0f} s")
         finally:

@@ -59,7 +59,8 @@ def batches(vocabulary: int, rows: int, length: int, seed: int) -> dict[str, Bat
         cut = 1 + (row * 5) % (length - 2)
         positions[row] = torch.cat([torch.arange(cut), torch.arange(length - cut)])
     padded["attention_mask"] = mask
-    padded["labels"] = torch.where(mask == 0, IGNORED, padded["labels"])
+    # Nor does what padding predicts: behind padding on the left nothing is seen, and attention to nothing is anything.
+    padded["labels"] = torch.where((mask == 0) | (mask.roll(1, 1) == 0), IGNORED, padded["labels"])
     packed["position_ids"] = positions
     return dict(zip(KINDS, (base(), padded, packed), strict=True))
 

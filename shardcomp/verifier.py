@@ -70,6 +70,7 @@ def verify(
     mutate: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     kinds: tuple[str, ...] = KINDS,
+    samples: int | None = None,
 ) -> Verification:
     """Run a plan on ranks that are threads of this process, and compare it with the unmodified dense model.
 
@@ -77,7 +78,8 @@ def verify(
     of the same structure (`shrink` sets keys of it; `{"none": True}` keeps its size). A model is taken as it is. Two runs never
     drop the same, so both sides run without dropout.
     kinds: the batches to compare on, as far as the model takes their inputs; causal is always among them. mutate: plant every
-    fault that can be enumerated from the program, and require that each is noticed by its numbers.
+    fault that can be enumerated from the program, and require that each is noticed by its numbers. samples: how many each
+    data-parallel rank has, so that a last micro-batch may be smaller; None makes a few whole micro-batches.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
@@ -96,7 +98,7 @@ def verify(
             progress("stage_layers are checked at full size; the small model's stages are balanced by cost")
         plan = plan.replace(stage_layers=None)
     # On each rank two micro-batches, or as many as make a pipeline forward and backward in turn, and another.
-    rows = mesh.dp * micro_batch * (2 if mesh.pp == 1 else mesh.pp + 1)
+    rows = mesh.dp * (samples or micro_batch * (2 if mesh.pp == 1 else mesh.pp + 1))
     length = -(-24 // mesh.tp) * mesh.tp
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     made = batches(vocabulary, rows, length, options.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from rich.table import Table
 import shardcomp
 from shardcomp import Policy, ShardError
 from shardcomp.lowering import Lowered
+from shardcomp.options import add_option_flags, options_from
 
 COLUMNS = ("model", "equal", "deviation", "faults", "forward", "backward", "split", "not split", "degraded")
 
@@ -72,8 +74,8 @@ def unsplit(lowered: Lowered) -> dict[str, int]:
 
 
 def sent(lowered: Lowered, phase: str) -> str:
-    """What the second layer sends over tp in one pass of a micro-batch, such as `2 all_gather + 2 reduce_scatter`."""
-    layers = [unit.path for unit in lowered.program.units if unit.kind == "layer"]
+    """What the last layer of rank 0 sends over tp in one pass of a micro-batch, such as `2 all_gather + 2 reduce_scatter`."""
+    layers = [unit.path for unit in lowered.program.in_stages((0,)) if unit.kind == "layer"]
     counts: dict[str, int] = {}
     for each in lowered.report()["collectives"]:
         if (each["where"], each["phase"], each["axis"]) == (layers[-1], phase, "tp"):
@@ -89,9 +91,13 @@ def main() -> int:
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--sequence-parallel", choices=("true", "false"), default="true")
     parser.add_argument("--mutate", action="store_true", help="plant every fault, too")
+    parser.add_argument("--plan", default="", help='further options of the plan, such as "--pipeline 2 --data 2 --zero 3"')
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     asked = parser.parse_args()
     options = {"tensor": asked.tensor, "sequence_parallel": asked.sequence_parallel == "true", "precision": "fp64"}
+    flags = argparse.ArgumentParser(prog="--plan", add_help=False)
+    add_option_flags(flags)
+    options |= options_from(flags.parse_args(shlex.split(asked.plan)))
     kinds = asked.kinds or families()
     table = Table(*COLUMNS, box=None)
     rows = []

@@ -22,6 +22,7 @@ from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.whole import whole
 from shardcomp.schedules import SCHEDULES
 from shardcomp.sharding import allocate, weights_of
+from shardcomp.verifier import verify
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "pipeline": (1, 2, 3, 4),
@@ -128,6 +129,8 @@ def test_every_pair_of_choices_is_covered() -> None:
 class OtherLabel(nn.Module):
     """A model that ignores the label 5."""
 
+    ignored = 5
+
     def __init__(self) -> None:
         super().__init__()
         self.config = None
@@ -138,21 +141,48 @@ class OtherLabel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
+    def scaled(self, hidden: Tensor) -> Tensor:
+        return hidden
+
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        hidden = self.embed(input_ids)
+        hidden = self.scaled(self.embed(input_ids))
         for layer in self.layers:
             hidden = hidden + torch.tanh(layer(hidden))
-        logits = self.head(hidden)
+        logits = self.head(self.scaled(hidden))
         found = {"logits": logits}
         if labels is not None:
-            found["loss"] = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=5)
+            found["loss"] = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=self.ignored
+            )
         return found
+
+
+class ScaledTwice(OtherLabel):
+    """A model with a parameter of its own, beside those of its modules, which the first unit and the last use."""
+
+    ignored = -100
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8) + 1)
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale
+
+
+UNITS = tuple(Entry(parse(path), word) for path, word in (("embed", "first"), ("layers.*", "layer"), ("head", "last")))
+
+
+@pytest.mark.parametrize("options", [{"zero": 0}, {"zero": 3}, {"zero": 1, "pipeline": 2}, {"zero": 3, "pipeline": 2}], ids=str)
+def test_a_module_has_parameters_of_its_own_beside_those_of_its_children(options: dict[str, Any]) -> None:
+    policy = shardcomp.Policy("other", (), UNITS, {"data": 2, "precision": "fp64", **options})
+    found = verify(ScaledTwice(), policy, kinds=("causal",))
+    assert found.ok, found.worst
 
 
 def test_what_fills_up_a_micro_batch_has_the_label_that_the_model_ignores() -> None:
     dense_model = OtherLabel()
-    units = tuple(Entry(parse(path), word) for path, word in (("embed", "first"), ("layers.*", "layer"), ("head", "last")))
-    policy = shardcomp.Policy("other", (), units, {"pipeline": 2, "micro_batch": 2, "precision": "fp32"})
+    policy = shardcomp.Policy("other", (), UNITS, {"pipeline": 2, "micro_batch": 2, "precision": "fp32"})
     lowered = shardcomp.lower(dense_model, policy, 2, seq=4)
     assert lowered.blueprint().ignored_label == 5
     tokens = torch.arange(12).view(3, 4) % 23

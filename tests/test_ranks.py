@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardcomp import collectives
+from shardcomp import collectives, ranks
 from shardcomp.errors import PlanError, VerifyError
 from shardcomp.mesh import Mesh
 from shardcomp.ranks import run_ranks
@@ -88,3 +89,17 @@ def test_a_failing_rank_ends_the_others_and_its_error_is_raised() -> None:
     with pytest.raises(VerifyError, match="ZeroDivisionError"):
         run_ranks(2, lambda rank: 1 // rank)
     assert run_ranks(2, lambda rank: rank) == [0, 1]
+
+
+def test_a_failing_rank_ends_the_run_also_where_others_wait_for_a_new_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GRACE", 0.5)
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            raise PlanError("rank one does not like it")
+        dist.new_group([0, 1])
+
+    began = time.monotonic()
+    with pytest.raises(PlanError, match="rank one"):
+        run_ranks(2, work)
+    assert time.monotonic() - began < 30

@@ -99,6 +99,18 @@ def test_a_split_backward_needs_no_weight_that_was_put_back_in_pieces() -> None:
     assert found.ok, found.worst
 
 
+def test_a_call_with_a_mask_has_units_of_its_own_in_a_later_stage() -> None:
+    policy = shardcomp.Policy.load("gpt2", precision="fp64", pipeline=2)
+    found = verify(tiny_config("gpt2"), policy, shrink=WHOLE, kinds=("causal", "padded"))
+    assert found.ok and found.batches == ("causal", "padded"), found.worst
+
+
+def test_a_position_that_sees_nothing_does_not_count() -> None:
+    policy = shardcomp.Policy.load("gemma2", precision="fp64", data=4)  # rows with more padding than the window is wide
+    found = verify(tiny_config("gemma2"), policy, shrink=WHOLE, kinds=("causal", "padded"))
+    assert found.ok, found.worst
+
+
 def test_a_frozen_stage_agrees_with_the_dense_model() -> None:
     model = shardcomp.initialize(presets.build(tiny(num_hidden_layers=4)), 0)
     for name, parameter in model.named_parameters():

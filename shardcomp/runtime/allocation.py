@@ -59,6 +59,11 @@ class Chunk:
         """Whether the host keeps a group's parameters, gradients and optimizer states."""
         return all(unit.offload for unit in self.users(module))
 
+    @property
+    def whole_backward(self) -> bool:
+        """Whether the gradients of its inputs and of its weights are computed together."""
+        return any(unit.whole_backward for unit in self.units)
+
     def lay_down(self) -> None:
         """Put the parameters in pieces, which an optimizer updates, in the place of gathered copies."""
         for module in self.groups:
@@ -199,15 +204,23 @@ def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str
     readers = _readers(units, names)
     common = {path for path, indices in readers.items() if len(indices) > 1}
     apart = all(units[index].reshard for path in common for index in readers[path])
-    shared = Shared([tree.get_submodule(path) for path in readers if path in common], apart) if common else None
+    shared = Shared([_alone(tree.get_submodule(path)) for path in readers if path in common], apart) if common else None
     homes = []
     for unit in units:
         held = {**{short: names[name] for short, name in unit.parameters.items()}, **unit.buffers}
         places = {short: (_descend(tree, n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in held.items()}
         owned = dict.fromkeys(names[n].rpartition(".")[0] for n in unit.parameters.values())
-        own = [tree.get_submodule(path) for path in owned if path not in common]
+        own = [_alone(tree.get_submodule(path)) for path in owned if path not in common]
         homes.append(Home(places, own, shared if common & owned.keys() else None, unit.path, unit.recompute))
     return homes, shared
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    """A module that has the parameters of another as that one has them, now and later, without its children: these may belong
+    to other units."""
+    found = nn.Module()
+    found._parameters = module._parameters
+    return found
 
 
 def _readers(units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> dict[str, set[int]]:

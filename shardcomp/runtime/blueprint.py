@@ -64,6 +64,7 @@ class UnitPlan:
     recompute: str = "none"
     reshard: bool = False
     offload: bool = False
+    whole_backward: bool = False
 
 
 @dataclass(frozen=True)

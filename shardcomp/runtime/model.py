@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from shardcomp.runtime.gradients import (
 from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
-from shardcomp.runtime.stage import ModelStage, Pipeline, gather_apart, prepare
-from shardcomp.runtime.unit import Stage
+from shardcomp.runtime.stage import ModelStage, Pipeline, forget_forwards, gather_apart, prepare, reset
+from shardcomp.runtime.unit import Home, Stage
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
 
@@ -133,7 +134,8 @@ class ShardedModel(nn.Module):
             inputs["num_items_in_batch"] = torch.as_tensor(count, device=self.device)
         [chunk] = self._chunks
         prepare(chunk, reduce=True, last=True)
-        found = chunk.root(code.stages[0].forward, **inputs)
+        with self._restoring():
+            found = chunk.root(code.stages[0].forward, **inputs)
         if not torch.is_grad_enabled():
             self._lay_down()
         if "loss" in found:
@@ -161,10 +163,28 @@ class ShardedModel(nn.Module):
         """Put the parameters themselves back where a forward without a backward left its copies. FSDP takes them up again."""
         for chunk in self._chunks:
             chunk.lay_down()
+            forget_forwards(chunk)
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """Where what runs within fails on every rank, parameters and random numbers are as before."""
+        before = self.random.state_dict()
+        try:
+            yield
+        except Exception:
+            for chunk in self._chunks:
+                reset(chunk, self.device)
+            self.random.load_state_dict(before)
+            raise
 
     def train_step(self, **batch: Tensor) -> StepResult:
         """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over data-parallel
-        ranks, and add to gradients that stand."""
+        ranks, and add to gradients that stand.
+
+        A step that fails on every rank, such as one with a token that is not in the vocabulary, leaves no gradients at all, and
+        the next is made as if it had not been. Where ranks wait for one that failed, or under a pipeline, whose stages are at
+        different micro-batches, training starts again from a checkpoint.
+        """
         self._check(batch)
         if "labels" not in batch:
             raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
@@ -174,15 +194,17 @@ class ShardedModel(nn.Module):
         pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
         scale = self._begin_backward(code)
         try:
-            if code.pipeline is None:
-                losses = [self._backward(code, piece, scale, last=piece is pieces[-1]) for piece in pieces]
-            else:
-                losses = [found["loss"] for found in code.pipeline.train(pieces, scale)]
-            self._lay_down()
-            loss, bad = self._agree(losses, self._end_backward(code))
+            with self._restoring():
+                if code.pipeline is None:
+                    losses = [self._backward(code, piece, scale, last=piece is pieces[-1]) for piece in pieces]
+                else:
+                    losses = [found["loss"] for found in code.pipeline.train(pieces, scale)]
+                self._lay_down()
+                loss, bad = self._agree(losses, self._end_backward(code))
         except BaseException:
             code.partial.forget()
-            self._scaled = False
+            self._scaled, self._bad = False, None
+            self.zero_grad()
             raise
         self._note(bad)
         return StepResult(loss, tokens, bad > 0)
@@ -197,11 +219,12 @@ class ShardedModel(nn.Module):
         code = self._code(pieces[0], ("loss", "logits") if return_logits else ("loss",))
         tokens = self._tokens(code, *pieces)
         pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
-        if code.pipeline is None:
-            with torch.no_grad():
-                found = [self._chunks[0].root(code.stages[0].forward, **piece) for piece in pieces]
-        else:
-            found = code.pipeline.evaluate(pieces)
+        with self._restoring():
+            if code.pipeline is None:
+                with torch.no_grad():
+                    found = [self._chunks[0].root(code.stages[0].forward, **piece) for piece in pieces]
+            else:
+                found = code.pipeline.evaluate(pieces)
         self._lay_down()
         loss, bad = self._agree([each["loss"] for each in found], torch.zeros((), device=self.device))
         logits = None
@@ -422,7 +445,7 @@ class ShardedModel(nn.Module):
                 return self._codes[call, shape]
         blueprint = self._blueprint_for(call, (rows, length))
         stages = [
-            blueprint.module(chunk.index).Model(chunk.homes, self._unit_axes, self.device, self.random)
+            blueprint.module(chunk.index).Model(self._homes(blueprint, chunk), self._unit_axes, self.device, self.random)
             for chunk in self._chunks
         ]
         pipeline = self._pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
@@ -430,6 +453,31 @@ class ShardedModel(nn.Module):
             blueprint, stages, self._partial_gradients(blueprint), pipeline
         )
         return loaded
+
+    def _homes(self, blueprint: Blueprint, chunk: Chunk) -> list[Home]:
+        """The homes of the units that a call has in a stage. Each call has units of its own that have no parameters: what it
+        computes again in a stage, such as masks."""
+        kept = {unit.path: home for unit, home in zip(chunk.units, chunk.homes, strict=True) if unit.parameters}
+        units = [unit for unit in blueprint.units if unit.stage == chunk.index]
+        return [
+            kept[unit.path]
+            if unit.parameters
+            else Home({short: self._buffer(blueprint, name) for short, name in unit.buffers.items()}, [], path=unit.path)
+            for unit in units
+        ]
+
+    def _buffer(self, blueprint: Blueprint, name: str) -> tuple[nn.Module, str]:
+        """The module that has a buffer, and the attribute: one of the model, or one made here where this rank's stages have no
+        use for it in the first call."""
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = self.get_submodule(path)
+        except AttributeError:
+            module = nn.Module()
+        if getattr(module, leaf, None) is None:
+            module = nn.Module()
+            module.register_buffer(leaf, blueprint.buffers[name].to(self.device), persistent=False)
+        return module, leaf
 
     def _pipeline(self, blueprint: Blueprint, stages: list[Stage]) -> Pipeline:
         axis, count, schedule = self._axes["pp"], len(blueprint.sources), SCHEDULES[blueprint.schedule]

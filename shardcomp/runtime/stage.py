@@ -7,6 +7,7 @@ more to learn shapes that are known, and drops accumulated gradients when it doe
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 
@@ -142,7 +144,8 @@ class ModelStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """The gradients of the inputs, and where `full_backward` or nothing comes before this stage, those of the weights."""
+        """The gradients of the inputs, and where `full_backward` or the plan says so, those of the weights. Where nothing comes
+        before this stage, all of them come with the weights."""
         if bwd_chunk_id >= self.count:
             return
         outputs, inputs = self._live.pop(bwd_chunk_id)
@@ -150,8 +153,10 @@ class ModelStage(PipelineStage):
             gradients: list[Tensor | None] = [torch.full_like(outputs[0], self.scale)]
         else:
             gradients = self._gradients.pop(bwd_chunk_id)
-        if full_backward:
+        if full_backward or self.chunk.whole_backward:
             self._returned[bwd_chunk_id] = self._full(outputs, gradients, inputs)
+            if not full_backward:
+                self._weights[bwd_chunk_id] = lambda: None
         elif not any(held.requires_grad for held in inputs):
             self._returned[bwd_chunk_id] = [None] * len(inputs)
             self._weights[bwd_chunk_id] = lambda: self._full(outputs, gradients, inputs)
@@ -234,14 +239,61 @@ def gather_apart(chunk: Chunk) -> None:
             module._set_unshard_async_op(True)
 
 
+def forget_forwards(chunk: Chunk) -> None:
+    """Drop FSDP's list of the forwards that were made. It guesses from it what to gather ahead, which `_prefetch` says, and
+    clears it in a backward, which frozen units and evaluation never have."""
+    getattr(chunk.root._get_fsdp_state()._comm_ctx, "post_forward_order", []).clear()  # type: ignore[operator]
+    for module in chunk.groups:
+        for group in _parameter_groups(module):
+            group._post_forward_indices.clear()
+
+
+def reset(chunk: Chunk, device: torch.device) -> None:
+    """Bring FSDP back to where it is between two steps, behind an exception in a forward or a backward: parameters are in
+    pieces, and gradients that were not yet summed over dp are lost."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)  # what was under way in other streams
+    for module in chunk.groups:
+        state = module._get_fsdp_state()
+        state._training_state = TrainingState.IDLE
+        getattr(state, "_modules_to_run_forward", set()).clear()
+        for group in _parameter_groups(module):
+            work = group._all_gather_result and group._all_gather_result.all_gather_work
+            if isinstance(work, dist.Work):
+                with contextlib.suppress(RuntimeError):  # the exception at hand is the one to tell of
+                    work.wait()
+            group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+            group._reshard_after_forward_event = group._partial_reduce_output = None
+            group._training_state = TrainingState.IDLE
+            for each in group.fsdp_params:
+                each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):
+                    each._unsharded_param.grad = None
+            group._to_sharded()
+    root = chunk.root._get_fsdp_state()  # type: ignore[operator]
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
+    for name in ("all_gather_state", "reduce_scatter_state"):  # the second is a list from torch 2.13 on
+        if hasattr(root._comm_ctx, name):
+            setattr(root._comm_ctx, name, None)
+    for name in ("reduce_scatter_states", "_last_post_reduce_events"):
+        getattr(root._comm_ctx, name, []).clear()
+    forget_forwards(chunk)
+
+
+def _parameter_groups(module: Any) -> list[Any]:
+    """The groups of a module's parameters: one in torch 2.11, several in later ones."""
+    state = module._get_fsdp_state()
+    return getattr(state, "_fsdp_param_groups", None) or [group for group in [state._fsdp_param_group] if group]
+
+
 def tensors(chunk: Chunk) -> Iterator[tuple[str, Tensor, bool]]:
     """What FSDP holds of a stage: role, this rank's tensor, and whether its unit is one that the host keeps."""
     for module in chunk.groups:
         state = module._get_fsdp_state()
         on_host = chunk.offloads(module)
         results = [state._comm_ctx.all_gather_state and state._comm_ctx.all_gather_state.all_gather_result]
-        # One group in torch 2.11, several of a module in later ones.
-        for group in getattr(state, "_fsdp_param_groups", None) or [g for g in [state._fsdp_param_group] if g]:
+        for group in _parameter_groups(module):
             results.append(group._all_gather_result)
             for each in group.fsdp_params:
                 yield "parameters", each.sharded_param, on_host

@@ -278,3 +278,70 @@ def test_one_backward_of_two_losses_is_scaled_once_and_gathers_what_it_needs(opt
         assert together.optimizer_step(torch.optim.SGD(together.parameters(), lr=0.1))
 
     run_ranks(lowered.mesh.world_size, work)
+
+
+FAILURES = [
+    *((where, {"zero": zero, "data": 2, "tied": zero > 1}) for where in ("forward", "backward") for zero in range(4)),
+    ("backward", {"zero": 3, "tensor": 2, "data": 2}),
+]
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(("where", "options"), FAILURES, ids=str)
+def test_a_step_behind_one_that_failed_is_as_on_a_fresh_model(where: str, options: dict[str, Any]) -> None:
+    lowered = lowered_for(**options, recompute="full" if where == "backward" else "none")
+    good = batches(97, 4 * lowered.mesh.dp, 8, 0)["causal"]
+
+    def work(rank: int) -> None:
+        fresh, used = allocate(lowered, weights_of(lowered)), allocate(lowered, weights_of(lowered))
+        used.train_step(**part(good, used))  # gradients stand
+        mine = part(good, used)
+        if where == "forward":  # the second micro-batch has a token that is no token
+            mine["input_ids"] = mine["input_ids"].clone()
+            mine["input_ids"][2:] = 1 << 40
+            with pytest.raises(Exception):  # noqa: B017
+                used.train_step(**mine)
+        else:
+
+            def fail(gradient: Tensor) -> None:
+                raise ValueError("in a backward")
+
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                seen.append(module)
+                if len(seen) == 2:  # of the second micro-batch
+                    output.register_hook(fail)
+
+            seen: list[Any] = []
+            handle = used._chunks[0].homes[1].register_forward_hook(hook)
+            with pytest.raises(ValueError, match="in a backward"):
+                used.train_step(**mine)
+            handle.remove()
+        assert not gradients(used)
+        held = used.held_bytes()
+        assert held["device"]["gathered"] == held["device"]["unreduced"] == 0
+        losses = [model.train_step(**part(good, model)).loss for model in (fresh, used)]
+        assert torch.equal(*losses)
+        wanted = gradients(fresh)
+        for name, gradient in gradients(used).items():
+            assert torch.equal(gradient, wanted[name]), name
+
+    run_ranks(lowered.mesh.world_size, work)
+
+
+def test_frozen_stages_and_evaluation_leave_nothing_behind() -> None:
+    model = initialize(presets.build(tiny(num_hidden_layers=4)), 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("model.embed_tokens", *(f"model.layers.{i}." for i in range(3)))))
+    policy = shardcomp.Policy.load("llama", precision="fp32", pipeline=2, data=2, zero=3, micro_batch=2)
+    lowered = shardcomp.lower(model, policy, seq=8)
+    batch = batches(97, 4, 8, 0)["causal"]
+
+    def work(rank: int) -> None:
+        sharded = allocate(lowered, weights_of(lowered))
+        for step in (sharded.train_step, sharded.eval_step):
+            for _ in range(2):
+                step(**part(batch, sharded))
+                [chunk] = sharded._chunks
+                assert not chunk.root._get_fsdp_state()._comm_ctx.post_forward_order
+
+    run_ranks(4, work)
