@@ -151,7 +151,7 @@ def resume_check(
             middle = undisturbed.checkpoints / directory.name_of(steps // 2)
             other = _Ranks(job(1, "onto", middle))
             other.finish()
-            found.onto = _compare(undisturbed, other, onto, middle)
+            found.onto = _compare(undisturbed, other, onto)
         found.ok = found.losses_equal and found.files_equal and found.onto.get("ok", True)
         return found
 
@@ -278,7 +278,7 @@ def _train(job: _Job, rank: int) -> None:
     saver.close()
 
 
-def _compare(undisturbed: _Ranks, other: _Ranks, onto: Policy, middle: Path) -> dict[str, Any]:
+def _compare(undisturbed: _Ranks, other: _Ranks, onto: Policy) -> dict[str, Any]:
     """How far the run on the other topology is from the undisturbed one."""
     tolerance = TOLERANCE[onto.options.precision]
     mine, theirs = undisturbed.numbers(), other.numbers()
