@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardcomp import __version__
 from shardcomp.errors import InternalError, PlanError, ShardError
-from shardcomp.options import add_option_flags, options_from
+from shardcomp.options import add_option_flags, joined, options_from
 
 if TYPE_CHECKING:
     from shardcomp.policy import Policy
@@ -28,7 +28,7 @@ _EPILOG = "exit status: 0 good, 1 the answer is no, 2 bad input, 3 a fault of sh
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Raises SystemExit(2) where the command line itself is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(words)
+    args = _parser().parse_args(joined(words))
     try:
         # Whatever a library prints goes to stderr: stdout is the answer's alone.
         with contextlib.redirect_stdout(sys.stderr):
@@ -212,7 +212,7 @@ def _resume(args: argparse.Namespace) -> tuple[int, str]:
         other.add_argument("--world", type=_count)
         other.add_argument("--policy", default=args.policy)
         add_option_flags(other)
-        asked = other.parse_args(shlex.split(args.onto))
+        asked = other.parse_args(joined(shlex.split(args.onto)))
         onto, world = _policy(argparse.Namespace(**{**vars(asked), "model": args.model})), asked.world
         if asked.precision is None:
             onto = onto.replace(precision=policy.options.precision)

@@ -18,7 +18,7 @@ from shardcomp.inspect.diff import diff
 from shardcomp.inspect.listing import sources
 from shardcomp.inspect.report import report
 from shardcomp.mesh import Mesh
-from shardcomp.passes import canonicalize, emit, pipeline, recompute, tensor, unflatten, units, unpack, zero
+from shardcomp.passes import canonicalize, emit, pipeline, recompute, substitute, tensor, unflatten, units, unpack, zero
 from shardcomp.policy import Policy
 from shardcomp.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
@@ -29,6 +29,7 @@ PASSES = [
     unflatten,  # unmerged: leading dimensions that the model merges and takes apart again stay apart
     unpack,  # parts: weights that hold several in one are parameters of their own
     units,  # units: the model is cut where the policy says; alike units share a body
+    substitute,  # kernels: what a fused kernel computes is a call of it, where that is proved
     tensor,  # layouts: every value says how it lies; every message is a collective in the graph
     pipeline,  # stages: every unit is in a stage; what a stage needs of others is sent to it or computed in it again
     recompute,  # recompute: what every unit's backward computes again; the calls that are not run again are marked

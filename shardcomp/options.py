@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -58,6 +58,23 @@ def _is_counts(value: object) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(type(n) is int and n > 0 for n in value)
 
 
+def _is_kernels(value: object) -> bool:
+    """A word, or names of kernels with a minus: one as text, several as a list or with commas between them."""
+    return value in KERNELS or _is_list(value) and all(name in _LEFT_OUT for name in _names(value))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, str) or isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+
+
+def _names(value: Any) -> list[str]:
+    return [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
+
+
+KERNELS = ("all", "none")
+PLACED = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "geglu")
+"""The kernels that a policy may leave out."""
+_LEFT_OUT = tuple(f"-{name}" for name in PLACED)
 RECOMPUTE = ("none", "full", "selective")
 OFFLOAD = ("none", "optimizer", "parameters", "all")
 _SWITCH = Legal("true or false", "{true,false}", lambda v: type(v) is bool)
@@ -108,6 +125,21 @@ class Options:
     )
     micro_batch: int | None = _option(None, _from(1), "samples per micro-batch (default: the whole batch)")
     precision: str = _option("bf16", _word("bf16", "fp32", "fp16", "fp64"), "the dtype to compute in (default bf16)")
+    kernels: str | tuple[str, ...] = _option(
+        "all",
+        Legal(
+            f"{', '.join(KERNELS)}, or a list of {', '.join(_LEFT_OUT)}",
+            "{all,none,-NAME}",
+            _is_kernels,
+            (*KERNELS, *_LEFT_OUT),
+        ),
+        "the fused kernels that are put in the place of what computes the same: -NAME,-NAME for all but these (default all)",
+    )
+    numerics: str = _option(
+        "hf",
+        _word("hf", "fp32"),
+        "how kernels round: with the model's own bits, or once, from float32, wherever that means the same (default hf)",
+    )
     seed: int = _option(0, _from(0), "seed of the initial weights and of dropout (default 0)")
 
     def __post_init__(self) -> None:
@@ -121,6 +153,10 @@ class Options:
         if self.virtual_stages is None:
             object.__setattr__(self, "virtual_stages", SCHEDULES[self.schedule].stages_per_rank if self.pipeline > 1 else 1)
         raise_all(PolicyError, "options", self._conflicts())
+
+    def places(self, kernel: str) -> bool:
+        """Whether this kernel may be put in the place of what computes the same."""
+        return self.kernels != "none" and f"-{kernel}" not in _names(self.kernels)
 
     @property
     def ranks(self) -> int:
@@ -209,7 +245,23 @@ def options_from(args: argparse.Namespace) -> dict[str, Any]:
 def flags(asked: Mapping[str, Any]) -> list[str]:
     """The flags that ask for these options: what `options_from` reads back."""
     shown = {name: value for name, value in asked.items() if value is not None}
-    return [word for name, value in shown.items() for word in ("--" + name.replace("_", "-"), _text(value))]
+    return [word for name, value in shown.items() for word in _words("--" + name.replace("_", "-"), _text(value))]
+
+
+def _words(flag: str, text: str) -> list[str]:
+    """A flag and its value; in one word where the value could be taken for a flag."""
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--kernels -name` as `--kernels=-name`, which alone argparse takes for a value."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--kernels" and word.startswith("-") and not word.startswith("--"):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -15,7 +15,7 @@ from typing import Any
 
 from shardcomp.errors import PolicyError, raise_all
 from shardcomp.mesh import Mesh
-from shardcomp.options import Options, add_option_flags, flags, options_from, violations
+from shardcomp.options import PLACED, Options, add_option_flags, flags, options_from, violations
 from shardcomp.patterns import Entry, Fault, claim, nearest, parse
 
 __all__ = ["Entry", "Options", "Policy", "add_option_flags", "flags", "options_from"]
@@ -25,6 +25,8 @@ WEIGHTS = ("colwise", "rowwise", "vocab", "whole")
 UNITS = ("first", "layer", "last")
 """What a unit is to the model."""
 _TABLES = {"weights": WEIGHTS, "units": UNITS}
+COUNTED = (*PLACED, "attention", "cross_entropy")
+"""The kernels that a policy may expect."""
 _SHIPPED = "policies"
 AUTO = "auto"
 """The name of the policy that is derived from the model."""
@@ -44,6 +46,8 @@ class Policy:
     source: str = "policy"
     automatic: bool = False
     """The entries are still to be found from the model, when it is lowered."""
+    kernels: tuple[tuple[str, int, bool], ...] = ()
+    """The kernels that are expected: name, how many at least, and whether that is for each layer."""
 
     def __post_init__(self) -> None:
         raise_all(PolicyError, self.source, violations(self.asked) or self._unsplit())
@@ -94,6 +98,10 @@ class Policy:
             "units": {entry.pattern.text: entry.value for entry in self.units},
             "options": self.options.as_dict(),
         }
+
+    def expected_kernels(self, layers: int) -> dict[str, int]:
+        """Kernel -> how many of it a model with so many layers should have, at least."""
+        return {name: count * layers if each else count for name, count, each in self.kernels}
 
     def mesh(self, world_size: int) -> Mesh:
         """The mesh over `world_size` ranks; data parallelism takes what the other degrees leave. Raises PolicyError."""
@@ -205,9 +213,9 @@ def _read(text: bytes, source: str, options: Mapping[str, Any]) -> Policy:
 
     faults = []
     for key in parsed:
-        if key not in ("family", "options", *_TABLES):
-            close = nearest(key, ("family", "options", *_TABLES))
-            hint = f"did you mean {close!r}?" if close else "a policy has 'family', [weights], [units] and [options]"
+        if key not in ("family", "options", "kernels", *_TABLES):
+            close = nearest(key, ("family", "options", "kernels", *_TABLES))
+            hint = f"did you mean {close!r}?" if close else "a policy has 'family', [weights], [units], [kernels] and [options]"
             faults.append(f"{place(key, '') or place('', key)}unknown key or table {key!r}: {hint}")
     family = parsed.get("family")
     if not isinstance(family, str) or not family:
@@ -219,8 +227,30 @@ def _read(text: bytes, source: str, options: Mapping[str, Any]) -> Policy:
         faults.append(f"{place('', 'options')}options is a table: write [options] on a line of its own")
         written_options = {}
     faults += violations(written_options, lambda name: place("options", name))
+    kernels = _kernels(parsed.get("kernels", {}), lambda name: place("kernels", name), faults)
     raise_all(PolicyError, source, faults + violations(options))
-    return Policy(str(family), entries["weights"], entries["units"], {**written_options, **options}, source)
+    return Policy(str(family), entries["weights"], entries["units"], {**written_options, **options}, source, kernels=kernels)
+
+
+def _kernels(written: Any, place: Callable[[str], str], faults: list[str]) -> tuple[tuple[str, int, bool], ...]:
+    """The entries of [kernels]; what is wrong with them goes to `faults`."""
+    if not isinstance(written, dict):
+        faults.append("kernels is not a table: write [kernels] on a line of its own, and the entries below it")
+        return ()
+    found = []
+    for name, value in written.items():
+        each = re.fullmatch(r"(\d+) per layer", value) if isinstance(value, str) else None
+        count = int(each[1]) if each else value
+        if name not in COUNTED:
+            close = nearest(name, COUNTED)
+            hint = f"did you mean {close!r}?" if close else f"use {', '.join(COUNTED)}"
+            faults.append(f"{place(name)}unknown kernel {name!r}: {hint}")
+        elif type(count) is not int or count < 0:
+            shown = json.dumps(value, default=repr)
+            faults.append(f'{place(name)}{name} = {shown}: use a number, such as 32, or "1 per layer"')
+        else:
+            found.append((name, count, each is not None))
+    return tuple(found)
 
 
 def _entries(table: str, written: Any, lines: Mapping[tuple[str, str], int], faults: list[str]) -> tuple[Entry, ...]:

@@ -165,6 +165,14 @@ class Degraded:
 
 
 @dataclass(frozen=True)
+class Missed:
+    """A place where a kernel might have been meant, and why none was put there."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StageOf:
     """Which stage of how many a Program is, and the values that it receives from the one before and sends to the next."""
 
@@ -199,6 +207,7 @@ class Program:
     static_shape: tuple[int, int] | None = None
     """(b, s) where the model exports for that one shape only."""
     degraded: list[Degraded] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
     source: dict[str, str] = field(default_factory=dict)
     """File name -> emitted Python."""
     stage: StageOf | None = None

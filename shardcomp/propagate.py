@@ -19,7 +19,7 @@ from torch import fx
 from shardcomp.conversion import bytes_of, traffic
 from shardcomp.layout import PARTIAL, WHOLE, Placement, Size, copied, divides, split
 from shardcomp.program import PARAMETER, B, Body, Value, stored, tensor_arguments
-from shardcomp.rules import Factoring, Form, factoring
+from shardcomp.rules import HEADS, Factoring, Form, factoring
 
 _FORBIDDEN = float("inf")
 _WEIGHT = 1e6
@@ -240,7 +240,8 @@ def _cut(
             size = _operand_value(operand, node).shape[dims.index(factor)]
             if not divides(size, n) and n % int(size) == 0:
                 copies[i] = n // int(size)
-    sizes = _sizes(operands, node, rule, factor, without=frozenset(i for i, held in enumerate(copies) if held > 1))
+    few = frozenset(i for i, held in enumerate(copies) if held > 1)
+    sizes = _sizes(operands, node, rule, factor, without=few)
     if not all(divides(size, n) for size in sizes):
         uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), n)
         already = all(at == _at(dims, factor) for at, dims in zip(current, rule.operands, strict=True) if factor in dims)
@@ -248,7 +249,9 @@ def _cut(
             return None
     choice = _choice(rule, factor, tuple(copies), 1)
     whole = tuple(WHOLE if held == n else placement for held, placement in zip(copies, choice.operands, strict=True))
-    return replace(choice, operands=whole, partial_gradient=tuple(placement.is_whole for placement in whole))
+    held_of = {result: copies[operand] for result, operand in rule.alike.items() if operand in few}
+    results = tuple(copied(n) if held_of.get(j) == n else placement for j, placement in enumerate(choice.results))
+    return replace(choice, operands=whole, results=results, partial_gradient=tuple(placement.is_whole for placement in whole))
 
 
 def _choice(rule: Factoring, factor: str, copies: tuple[int, ...], made_copies: int) -> Choice:
@@ -259,7 +262,10 @@ def _choice(rule: Factoring, factor: str, copies: tuple[int, ...], made_copies: 
         made = (PARTIAL if form.partial else WHOLE,) * len(rule.results)
     else:
         contracted = all(factor not in dims for dims in rule.results)
-        made = tuple(PARTIAL if contracted else _at(dims, factor, made_copies) for dims in rule.results)
+        of_results = [copies[rule.alike[j]] if j in rule.alike else made_copies for j in range(len(rule.results))]
+        made = tuple(
+            PARTIAL if contracted else _at(dims, factor, held) for dims, held in zip(rule.results, of_results, strict=True)
+        )
     return Choice(needed, made, tuple(placement.is_whole for placement in needed), form)
 
 
@@ -288,8 +294,9 @@ def _at(dims: tuple[str | None, ...], factor: str, copies: int = 1) -> Placement
 def _sizes(
     operands: list[fx.Node], node: fx.Node, rule: Factoring, factor: str, without: frozenset[int] = frozenset()
 ) -> list[Size]:
-    """The sizes of a factor in the operands, but for those `without`, and in the results."""
+    """The sizes of a factor in the operands, but for those `without`, and in the results, but for those that lie as these."""
     shapes = [_operand_value(operand, node).shape for operand in operands] + [v.shape for v in values(node)]
+    without = without | {len(operands) + result for result, operand in rule.alike.items() if operand in without}
     every = enumerate(zip((*rule.operands, *rule.results), shapes, strict=True))
     return [shape[dims.index(factor)] for i, (dims, shape) in every if factor in dims and i not in without]
 
@@ -375,9 +382,9 @@ def _lost_cuts(
             continue
         if dims[now.dim] is None:
             # A head that is cut through: there are fewer heads than ranks.
-            heads = [_operand_value(operand, node).shape[d] for d, factor in enumerate(dims) if factor in rule.results[0]]
-            if i in rule.coarse and len(heads) > 1 and not divides(heads[1], n // now.copies):
-                yield Indivisible(node, int(heads[1]), done.origins[operand])
+            heads = _operand_value(operand, node).shape[dims.index(HEADS)] if i in rule.coarse and HEADS in dims else 0
+            if not divides(heads, n // now.copies):
+                yield Indivisible(node, int(heads), done.origins[operand])
             continue
         pieces = n // now.copies
         bad = [size for size in _sizes(operands, node, rule, str(dims[now.dim])) if not divides(size, pieces)]
@@ -414,21 +421,32 @@ def _push_back(body: Body, done: Propagation) -> None:
     """Let a partial gradient pass back through calls with one operand that has a gradient, so that it is reduced once, not per
     use, and a weight's with the other weights'. A backward is linear in the gradient that it is given, whatever the call."""
     for node in reversed(body.graph.nodes):
-        choice = done.choices.get(node)
-        if choice is None or not all(placement.is_whole for placement in (*choice.operands, *choice.results[:1])):
+        if node not in done.choices:
             continue
-        operands = tensor_arguments(node)
-        passed = tuple(values(operand)[0].requires_grad for operand in operands)
-        rule = factoring(node)
-        uses = [(user, i) for user in node.users for i, a in enumerate(tensor_arguments(user)) if a is node]
-        graded = [(user, i) for user, i in uses if _flows(user)]
-        if rule is None or sum(passed) != 1 or not graded or any(user.op == "output" for user, _ in graded):
-            continue
-        if bytes_of(values(node)[0]) < bytes_of(values(operands[passed.index(True)])[0]):
-            continue
-        if all(done.choices[user].operands[i].is_whole and done.choices[user].partial_gradient[i] for user, i in graded):
-            done.choices[node] = replace(choice, partial_gradient=passed)
+        if _may_pass(node, done):
+            passed = tuple(values(operand)[0].requires_grad for operand in tensor_arguments(node))
+            done.choices[node] = replace(done.choices[node], partial_gradient=passed)
             done.passed_back.add(node)
+        elif not isinstance(node.meta["value"], Value):
+            for item in done.passed_back & set(node.users):  # they led here, and no further
+                done.choices[item] = replace(done.choices[item], partial_gradient=(False,))
+                done.passed_back.remove(item)
+
+
+def _may_pass(node: fx.Node, done: Propagation) -> bool:
+    """Whether a partial gradient of a call's result may become one of its operand."""
+    choice = done.choices[node]
+    if not all(placement.is_whole for placement in (*choice.operands, *choice.results[:1])):
+        return False
+    operands = tensor_arguments(node)
+    passed = [values(operand)[0].requires_grad for operand in operands]
+    uses = [(user, i) for user in node.users for i, a in enumerate(tensor_arguments(user)) if a is node]
+    graded = [(user, i) for user, i in uses if _flows(user)]
+    if factoring(node) is None or sum(passed) != 1 or not graded or any(user.op == "output" for user, _ in graded):
+        return False
+    if bytes_of(values(node)[0]) < bytes_of(values(operands[passed.index(True)])[0]):
+        return False
+    return all(done.choices[user].operands[i].is_whole and done.choices[user].partial_gradient[i] for user, i in graded)
 
 
 def _flows(user: fx.Node) -> bool:

@@ -32,6 +32,8 @@ from shardcomp.program import Value, tensor_arguments
 aten = torch.ops.aten
 Dims = tuple[str | None, ...]
 """The factor of each dimension; None for one that must stay whole or is broadcast."""
+HEADS = "n"
+"""The factor of the heads, of which keys and values may have fewer than queries."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Factoring:
     """A rule applied to one call: the factors of its tensor operands, in order, and of its results.
 
     coarse: operands of which a factor may have fewer pieces than elsewhere, such as the heads of keys and values.
+    alike: result -> the one operand that it is made of; it lies as that where that has fewer pieces.
     """
 
     operands: tuple[Dims, ...]
@@ -59,6 +62,7 @@ class Factoring:
     additive: frozenset[int] = frozenset()
     forms: Mapping[str, Form] = field(default_factory=dict)
     coarse: frozenset[int] = frozenset()
+    alike: Mapping[int, int] = field(default_factory=dict)
 
     def factors(self) -> list[str]:
         """Every factor that may be cut, in order of appearance."""
@@ -325,9 +329,9 @@ def scaled_attention(node: fx.Node) -> Factoring | None:
     operands = []
     for i, tensor in enumerate(tensors):
         b, n, *_ = _value(tensor).shape
-        front = ("b" if same(b, batch) else None, "n" if same(n, heads) or i in (1, 2) else None)
+        front = ("b" if same(b, batch) else None, HEADS if same(n, heads) or i in (1, 2) else None)
         operands.append((*front, None, "e" if i == 2 else None))
-    return Factoring(tuple(operands), (("b", "n", None, "e"),), coarse=frozenset({1, 2}))
+    return Factoring(tuple(operands), (("b", HEADS, None, "e"),), coarse=frozenset({1, 2}))
 
 
 def stack(node: fx.Node) -> Factoring:

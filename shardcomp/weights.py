@@ -6,6 +6,7 @@ that an embedding looks up or a head makes. So a weight may be stored in any ori
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -132,7 +133,16 @@ def _made_with(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         elif each.target is torch.ops.aten.linear.default:
             products.append(each)
         else:
-            new = [operand for operand in tensor_arguments(each) if operand not in seen]
+            new = [operand for operand in _operands(each) if operand not in seen]
             seen.update(new)
             pending += new
     return products, parameters
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """What a value is made of: where it is one of several results, the operand that this one alone is made of."""
+    call = node.args[0] if node.target is operator.getitem else None
+    rule = factoring(call) if isinstance(call, fx.Node) else None
+    if rule is None or not isinstance(call, fx.Node) or node.args[1] not in rule.alike:
+        return tensor_arguments(node)
+    return [tensor_arguments(call)[rule.alike[node.args[1]]]]  # type: ignore[index]

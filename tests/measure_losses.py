@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import shardcomp
-from shardcomp.options import add_option_flags, flags, options_from
+from shardcomp.options import add_option_flags, flags, joined, options_from
 
 ROOT = Path(__file__).parents[1]
 PLAN = {"tensor": 2, "pipeline": 2, "data": 2, "zero": 1, "schedule": "interleaved"}
@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     add_option_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(joined(sys.argv[1:]))
     options = {"precision": "fp32", **(options_from(args) or PLAN)}
     ranks = shardcomp.Policy.load("llama", **options).options
     mine = run(args.steps, SAMPLES, options)

@@ -100,6 +100,8 @@ def test_inspect_json_is_one_object_with_the_keys_of_a_report(capsys: pytest.Cap
         "flops",
         "collectives",
         "memory",
+        "kernels",
+        "missed",
         "degraded",
         "split",
         "replicated",
@@ -128,7 +130,7 @@ def test_the_listing_is_python_and_can_be_had_after_each_pass(capsys: pytest.Cap
 def test_a_diff_shows_what_a_pass_changed(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "inspect", *PLAN, "--diff", "tensor")
     assert status == 0
-    assert out.startswith("--- units\n+++ tensor\n")
+    assert out.startswith("--- substitute\n+++ tensor\n")
     assert any(line.startswith("+") and "reducescatter_allgather" in line for line in out.splitlines())
 
 

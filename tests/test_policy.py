@@ -170,6 +170,8 @@ def test_a_report_of_a_policy_has_every_entry_and_every_option_resolved() -> Non
         "offload": "none",
         "micro_batch": None,
         "precision": "bf16",
+        "kernels": "all",
+        "numerics": "hf",
         "seed": 0,
     }
 

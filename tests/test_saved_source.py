@@ -57,8 +57,8 @@ def test_saved_source_trains_without_the_compiler_and_an_edit_changes_the_result
     losses = run(tmp_path)
     assert run(tmp_path) == losses
     source = (tmp_path / "model.py").read_text()
-    assert source.count("silu(") == 1
-    (tmp_path / "model.py").write_text(source.replace("silu(", "torch.sigmoid("))
+    assert source.count("swiglu(gate_proj, up_proj") == 1
+    (tmp_path / "model.py").write_text(source.replace("swiglu(gate_proj, up_proj", "swiglu(up_proj, gate_proj"))
     assert run(tmp_path) != losses
 
 

@@ -33,7 +33,7 @@ import data
 import shardcomp
 from interruptions import Interval
 from shardcomp import checkpoint, presets
-from shardcomp.options import add_option_flags, options_from
+from shardcomp.options import add_option_flags, joined, options_from
 from shardcomp.runtime.health import DivergedError
 from training import Run, RunError, held_out_loss
 
@@ -197,7 +197,7 @@ def agree_on_text(fingerprint: str) -> None:
 
 def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
     """Check everything, then train. Raises InputError or shardcomp.ShardError for what the caller can mend."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args(joined(sys.argv[1:] if argv is None else argv))
     if found := problems_with_files(args):
         raise InputError("; ".join(found))
     model = presets.build(presets.config_of(args.config or str(args.load or "tiny")))

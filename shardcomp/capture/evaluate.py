@@ -49,12 +49,14 @@ def ancestors(wanted: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def call(node: fx.Node, env: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol, int]) -> Any:
-    """The result of one call, given those of the nodes it reads."""
+def call(node: fx.Node, env: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol, int], dtype: torch.dtype | None = None) -> Any:
+    """The result of one call, given those of the nodes it reads. dtype: what stands in for every floating dtype it names."""
 
     def concrete(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return env[argument]
+        if dtype is not None and isinstance(argument, torch.dtype) and argument.is_floating_point:
+            return dtype
         if isinstance(argument, sympy.Basic):
             number = argument.subs(sizes)
             return bool(number) if number.is_Boolean else int(number) if number.is_integer else float(number)

@@ -18,6 +18,7 @@ from shardcomp.cost.communication import held_by, messages, stages_of
 from shardcomp.cost.compute import Share, of_units
 from shardcomp.cost.sharing import Held, held_in, local_numel
 from shardcomp.errors import PlanError
+from shardcomp.kernels.placed import kernel_counts
 from shardcomp.program import B, Program, S
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
     flops: those of products and attention, forward and backward. model: this rank's part of what the captured model asks;
     hardware: what it runs, with what is computed on several ranks or computed again. split: the part of the parameters that
     tensor-parallel ranks share.
+    kernels: how many calls of each fused kernel these stages have, and in which modules; missed: where in the model one might
+    have been meant, and why it was not put there.
     memory: what is held between two micro-batches: the parameters that the optimizer updates, with the copy that a forward
     computes with where it stays, their gradients, and two moments of each; in `host` what the host holds instead of the device.
     """
@@ -66,6 +69,8 @@ def report(lowered: Lowered, rank: int = 0) -> dict[str, Any]:
         "units": _units(lowered, stages, coordinates),
         "flops": _flops(lowered, stages, coordinates, micro_batches),
         "memory": asdict(sum((held_in(program, stage, options, coordinates) for stage in stages), Held())),
+        "kernels": kernel_counts(program.in_stages(stages)),
+        "missed": [asdict(missed) for missed in program.missed],
         "degraded": [asdict(degraded) for degraded in program.degraded],
     }
 
@@ -143,6 +148,8 @@ def render(found: dict[str, Any]) -> str:
         f"step      {step['global_batch']} samples of {step['seq']} tokens, {step['micro_batch']} in a micro-batch of a rank",
         *_shares(found),
         f"flops     {scaled(flops['model'])} of the model in a rank's step, {scaled(flops['hardware'])} run",
+        "kernels   " + ", ".join(f"{entry['count']} {name}" for name, entry in found["kernels"].items()),
+        *(f"missed    {entry['where']}: {entry['reason']}" for entry in found["missed"]),
         *(f"degraded  {entry['what']}: {entry['why']}" for entry in found["degraded"]),
     ]
     memory = _table("a rank holds between micro-batches", "bytes")

@@ -95,7 +95,8 @@ def test_passes_in_an_impossible_order_are_refused_before_any_runs() -> None:
 def test_a_pass_or_rank_that_does_not_exist_is_named() -> None:
     lowered = lower()
     with pytest.raises(
-        PlanError, match="there are capture, canonicalize, unflatten, unpack, units, tensor, pipeline, recompute, zero, emit"
+        PlanError,
+        match="there are capture, canonicalize, unflatten, unpack, units, substitute, tensor, pipeline, recompute, zero, emit",
     ):
         lowered.listing(after="fuse")
     with pytest.raises(PlanError, match="rank 7"):

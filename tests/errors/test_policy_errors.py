@@ -35,7 +35,7 @@ def own(folder: Path, text: str) -> Policy:
         (HEAD + "[weight]\n", "line 2: unknown key or table 'weight': did you mean 'weights'?"),
         (
             HEAD + "colour = 1\n",
-            "line 2: unknown key or table 'colour': a policy has 'family', [weights], [units] and [options]",
+            "line 2: unknown key or table 'colour': a policy has 'family', [weights], [units], [kernels] and [options]",
         ),
         ("[weights]\n", 'no family: write family = "..." with the model_type'),
         ("family = 3\n", "line 1: family = 3: write family"),

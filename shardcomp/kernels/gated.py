@@ -1,0 +1,76 @@
+"""The product of an activated gate and another value, as gated MLPs take it. The backward activates the gate once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shardcomp.kernels.operators import define, differentiate, laid_out, widened
+from shardcomp.rules import RULES, Rule, pointwise
+
+aten = torch.ops.aten
+
+
+def swiglu(gate: Tensor, up: Tensor, *, round_first: bool = False) -> Tensor:
+    """silu(gate) · up.
+
+    gate, up: of one shape and floating dtype. round_first: silu(gate) is rounded to that dtype before the product is; else all
+    of it is computed in float32, or float64 for float64, and rounded once. Result: in their shape and dtype.
+    """
+    return torch.ops.shardcomp.gated(gate, up, "silu", round_first)
+
+
+def geglu(gate: Tensor, up: Tensor, *, tanh: bool = False, round_first: bool = False) -> Tensor:
+    """gelu(gate) · up. tanh: gelu by its approximation with a tanh. The rest is that of `swiglu`."""
+    return torch.ops.shardcomp.gated(gate, up, "gelu_tanh" if tanh else "gelu", round_first)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": aten.silu_backward,
+    "gelu": aten.gelu_backward,
+    "gelu_tanh": lambda gradient, x: aten.gelu_backward(gradient, x, approximate="tanh"),
+}
+
+
+def _forward(gate: Tensor, up: Tensor, activation: str, round_first: bool) -> Tensor:
+    inner, other = (gate, up) if round_first else (widened(gate), widened(up))
+    return laid_out((_ACTIVATIONS[activation](inner) * other).to(gate.dtype), gate)
+
+
+def _back(gradient: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up, each rounded once."""
+    wide, inner = widened(gradient), widened(gate)
+    of_gate = _BACKWARDS[activation](wide * widened(up), inner).to(gate.dtype)
+    return laid_out(of_gate, gate), laid_out((wide * _ACTIVATIONS[activation](inner)).to(up.dtype), up)
+
+
+def _shapes(gate: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _shapes_back(gradient: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.activation, _ = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.shardcomp.gated_bwd(gradient, *ctx.saved_tensors, ctx.activation), None, None
+
+
+define("gated(Tensor gate, Tensor up, str activation, bool round_first) -> Tensor", _forward, _shapes)
+define("gated_bwd(Tensor gradient, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)", _back, _shapes_back)
+differentiate("gated", _backward, _save)
+RULES[swiglu] = RULES[geglu] = Rule(function=pointwise)

@@ -1,0 +1,43 @@
+"""How a fused operator is made: a schema, a reference in plain PyTorch, and the shapes of its results.
+
+The reference is the operator's specification and what runs where nothing better is registered; a binary that registers an
+operator of the same name for a device takes its place there, in graphs that exist already as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("shardcomp", "FRAGMENT")
+
+
+def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Make `torch.ops.shardcomp.<name>` of its schema, `name(arguments) -> results`. shapes: what it gives on fake tensors."""
+    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shardcomp::{name}", shapes, lib=LIBRARY)
+
+
+def differentiate(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> None:
+    """Give an operator its gradient. save(ctx, inputs, output) keeps what `backward(ctx, *gradients)` needs."""
+    torch.library.register_autograd(f"shardcomp::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in the dtype that operators compute in: float32, or float64 where it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def summed_rows(x: Tensor) -> Tensor:
+    """The sum over all dimensions but the last."""
+    return (x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)).sum(0)
+
+
+def laid_out(made: Tensor, like: Tensor) -> Tensor:
+    """`made`, with the strides that `torch.empty_like(like)` has."""
+    wanted = torch.empty_like(like)
+    return made if made.stride() == wanted.stride() else wanted.copy_(made)
