@@ -107,7 +107,9 @@ class _Rewriting:
                 piece, proposal = candidate.piece, candidate.proposals[verdict.chosen]
                 if not (escaped := piece.escapes()):
                     return piece, proposal, ""
-                verdict = Verdict(None, f"it is {proposal.name}, but {_shown(escaped[0])} inside it is used elsewhere", 5)
+                verdict = Verdict(
+                    None, f"it is {proposal.name}, but {candidates.shown(escaped[0])} inside it is used elsewhere", 5
+                )
             nearest = max(nearest, verdict, key=lambda each: each.progress)
         return None, None, nearest.reason
 
@@ -165,10 +167,6 @@ class _Rewriting:
                 waiting.append((place.anchor, piece, proposal))
         for anchor, *_ in (each for waiting in singles.values() for each in waiting):
             self.missed.append((anchor.meta["path"], "it is rotary, but nothing else is turned by the same tables"))
-
-
-def _shown(node: fx.Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 _Single = tuple[fx.Node, Piece, Proposal]

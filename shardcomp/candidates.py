@@ -66,7 +66,10 @@ def norms(body: Body) -> Iterator[Place]:
         hint = "" if packet in _NORMS or _over_last(anchor) else "it is not taken over the last dimension alone"
         sources = list(_above([anchor.args[0]], _is_elementwise))  # type: ignore[list-item]
         found = [] if hint else [c for out in reversed(below) for x in reversed(sources) for c in _norm(out, x)]
-        yield Place(anchor, tuple(found), hint or "what is scaled by it does not begin and end in one value of one shape")
+        end = below[-1]
+        if not hint and len(end.users) > 1:
+            hint = f"{shown(end)}, on the way to what it scales, is used elsewhere"
+        yield Place(anchor, tuple(found), hint or "what it scales does not begin and end in one value of one shape")
 
 
 def _norm(out: fx.Node, x: fx.Node) -> Iterator[Candidate]:
@@ -232,6 +235,11 @@ def _made_of(node: fx.Node) -> set[fx.Node]:
             found.update(more)
             pending += more
     return found
+
+
+def shown(node: fx.Node) -> str:
+    """The operator of a call, for messages."""
+    return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
 def _packet(node: fx.Node) -> Any:
