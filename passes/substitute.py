@@ -41,7 +41,7 @@ def run(program: Program, context: Context) -> Program:
             rewritten[id(unit.body)] = _Rewriting(unit, program, context)
         done = rewritten[id(unit.body)]
         units.append(replace(unit, body=done.body))
-        missed.update((Missed(place_of(unit.path, path), reason), None) for path, reason in done.missed)
+        missed.update((Missed(place_of(unit, node), reason), None) for node, reason in done.missed)
     found = replace(program, units=units, missed=list(missed))
     raise_all(PolicyError, context.policy.source, _shortfalls(found, context))
     return found
@@ -62,11 +62,11 @@ def _shortfalls(program: Program, context: Context) -> Iterator[str]:
 
 
 class _Rewriting:
-    """One body with its kernels, and what was missed: (path below the unit, reason)."""
+    """One body with its kernels, and what was missed: where, and why."""
 
     def __init__(self, unit: Unit, program: Program, context: Context) -> None:
         self.body = unit.body.copy()
-        self.missed: list[tuple[str, str]] = []
+        self.missed: list[tuple[fx.Node, str]] = []
         options = context.policy.options
         self.places, self.bits = options.places, options.numerics == "hf"
         self.ranks = context.mesh.tp
@@ -93,7 +93,7 @@ class _Rewriting:
             if why:
                 misses.append((place.anchor, why))
         left = self._alive()
-        self.missed += [(anchor.meta["path"], why) for anchor, why in misses if anchor in left]
+        self.missed += [(anchor, why) for anchor, why in misses if anchor in left]
 
     def _alive(self) -> set[fx.Node]:
         return set(self.body.graph.nodes)
@@ -156,7 +156,7 @@ class _Rewriting:
         for place in list(candidates.rotations(self.body)):
             piece, proposal, why = self._best(place)
             if piece is None or proposal is None:
-                self.missed.append((place.anchor.meta["path"], why))
+                self.missed.append((place.anchor, why))
                 continue
             alike = (proposal.args[2:], tuple(proposal.kwargs.items()))
             waiting = singles.setdefault(alike, [])
@@ -166,7 +166,7 @@ class _Rewriting:
             else:
                 waiting.append((place.anchor, piece, proposal))
         for anchor, *_ in (each for waiting in singles.values() for each in waiting):
-            self.missed.append((anchor.meta["path"], "it is rotary, but nothing else is turned by the same tables"))
+            self.missed.append((anchor, "it is rotary, but nothing else is turned by the same tables"))
 
 
 _Single = tuple[fx.Node, Piece, Proposal]

@@ -251,6 +251,7 @@ def _body(name: str, piece: _Piece, inputs: list[fx.Node], outputs: list[fx.Node
         copy = graph.node_copy(node, lambda n: copies[n])
         copy.meta = dict(node.meta)
         copy.meta["path"] = relative(node.meta["path"], piece.path) if node.meta["path"] != piece.path else ""
+        copy.meta["elsewhere"] = copy.meta["path"] == node.meta["path"] != ""
         copies[node] = copy
     graph.output(tuple(copies[n] for n in outputs))
     return Body(name, graph)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import fx
+
 from shardcomp.kernels.add_rms_norm import add_rms_norm
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
@@ -31,12 +33,13 @@ def kernel_counts(units: Iterable[Unit]) -> dict[str, dict[str, Any]]:
             if name is not None:
                 entry = found.setdefault(name, {"count": 0, "where": {}})
                 entry["count"] += 1
-                entry["where"][place_of(unit.path, node.meta.get("path", ""))] = None
+                entry["where"][place_of(unit, node)] = None
     order = [name for name in NAMES if name in found]
     return {name: {"count": found[name]["count"], "where": list(found[name]["where"])} for name in order}
 
 
-def place_of(unit: str, path: str) -> str:
+def place_of(unit: Unit, node: fx.Node) -> str:
     """The module that a call of a unit lies in, `*` for numbers, as alike units have it."""
-    whole = ".".join(part for part in (unit, path) if part)
+    path = node.meta.get("path", "")
+    whole = path if node.meta.get("elsewhere") else ".".join(part for part in (unit.path, path) if part)
     return ".".join("*" if part.isdigit() else part for part in whole.split("."))

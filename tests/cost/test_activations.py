@@ -163,3 +163,16 @@ def test_full_keeps_the_input_alone_and_selective_less_than_all() -> None:
         size[recompute] = unit_activations(lowered.program, unit, 2, LENGTH, lowered.mesh.coordinates(0)).bytes
     assert size["full"] == 2 * LENGTH * 32 * 2
     assert size["full"] < size["selective"] < size["none"]
+
+
+@pytest.mark.parametrize("kernels", ["all", "none"])
+def test_kernels_leave_what_they_promise(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    h, f, a, g = 32, 48, 4, 2
+    config = tiny(hidden_size=h, intermediate_size=f, num_attention_heads=a, num_key_value_heads=g)
+    lowered = lowered_for(config, precision="bf16", kernels=kernels)
+    check(monkeypatch, lowered, 97)
+    layer = next(unit for unit in lowered.program.units if unit.kind == "layer")
+    saved = unit_activations(lowered.program, layer, 1, LENGTH, lowered.mesh.coordinates(0)).bytes
+    with_kernels = LENGTH * (12 * h + 4 * h * g // a + 6 * f + 4 * a + 16)
+    without = LENGTH * (20 * h + 4 * h * g // a + 8 * f + 4 * a + 8)
+    assert (saved <= with_kernels) if kernels == "all" else (with_kernels < saved <= 1.5 * without)
