@@ -57,8 +57,10 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> bytes:
-    """`checkpoint.json`. Numbers are written so that reading gives the same bits."""
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+    """`checkpoint.json`, a line for each tensor. Numbers are written so that reading gives the same bits."""
+    head = json.dumps({key: held for key, held in manifest.items() if key != "tensors"}, indent=1)
+    lines = [f"  {json.dumps(name)}: {json.dumps(held)}" for name, held in manifest.get("tensors", {}).items()]
+    return (head.removesuffix("\n}") + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n").encode()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
