@@ -157,6 +157,7 @@ class Writer(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Clear away what an interrupted save left. The other ranks write only after this, when they get their plan."""
         if is_coordinator:
+            directory.refuse_others(self.path)
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
