@@ -30,6 +30,7 @@ def check(config: Any, **options: Any) -> None:
     assert set(found.deviation) == compared
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, True), (2, False), (4, True), (4, False)])
