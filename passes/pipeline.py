@@ -29,6 +29,7 @@ from shardcomp.capture.evaluate import ancestors
 from shardcomp.collectives import EXCHANGES
 from shardcomp.cost.compute import Share, of_node
 from shardcomp.errors import InternalError, PlanError
+from shardcomp.passes.recompute import is_dear, kinds
 from shardcomp.program import (
     BUFFER,
     INPUT,
@@ -64,7 +65,7 @@ def run(program: Program, context: Context) -> Program:
     _check(len(atoms) if any(unit.kind == LAYER for unit in program.units) else 0, context.policy.options)
     if asked is None:
         costs = _costs(program, context)
-        ends = balance([sum(costs[id(unit.body)] for unit in atom) for atom in atoms], stages)
+        ends = balance([sum(costs[id(unit)] for unit in atom) for atom in atoms], stages)
     else:
         ends = list(accumulate(asked))
     units = []
@@ -121,20 +122,25 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _costs(program: Program, context: Context) -> dict[int, float]:
-    """By the id of each body: what a rank takes for its forward and backward, in operations."""
+    """By the id of each unit: what a rank takes for its forward, its backward and what that computes again, in operations."""
     share = Share(program.mesh.as_dict())
     batch, length = program.static_shape or (context.batch, context.length)
     sizes = {B: batch, S: length}
-    found = {}
+
+    def operations(work: Any) -> float:
+        flops, traffic = (float(sympy.sympify(each).subs(sizes)) for each in (work.flops, work.bytes))
+        return max(flops, INTENSITY * traffic)
+
+    totals: dict[tuple[int, str], float] = {}
     for body in program.bodies():
-        total = 0.0
-        for node in body.calls():
-            cost = of_node(node, share)
-            for work in (cost.forward, cost.backward):
-                flops, traffic = (float(sympy.sympify(each).subs(sizes)) for each in (work.flops, work.bytes))
-                total += max(flops, INTENSITY * traffic)
-        found[id(body)] = total
-    return found
+        costs = [(node, of_node(node, share)) for node in body.calls()]
+        forward = [(node, operations(cost.forward)) for node, cost in costs]
+        once = sum(each for _, each in forward) + sum(operations(cost.backward) for _, cost in costs)
+        totals[id(body), "none"] = once
+        totals[id(body), "full"] = once + sum(each for _, each in forward)
+        totals[id(body), "selective"] = once + sum(each for node, each in forward if not is_dear(node))
+    again = kinds(program, context.policy.options.recompute)
+    return {id(unit): totals[id(unit.body), again.get(id(unit), "none")] for unit in program.units}
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:

@@ -35,24 +35,30 @@ _LINEAR = {aten.to, aten._to_copy, dropout}
 
 
 def run(program: Program, context: Context) -> Program:
-    asked = context.policy.options.recompute
-    if asked == "none":
+    chosen = kinds(program, context.policy.options.recompute)
+    if not chosen:
         return program
-    kind, _, number = asked.partition(":")
-    layers = [unit for unit in program.units if unit.kind == LAYER]
-    step = int(number) if number else 1
-    chosen = {id(unit) for unit in layers[::step] if _differentiable(unit)}
     marked: dict[int, Body] = {}
     units = []
     for unit in program.units:
         if id(unit) in chosen:
-            unit = replace(unit, plan=replace(unit.plan, recompute="full" if kind == "every" else kind))
+            kind = chosen[id(unit)]
+            unit = replace(unit, plan=replace(unit.plan, recompute=kind))
             if kind == "selective":
                 if id(unit.body) not in marked:
                     marked[id(unit.body)] = _marked(unit.body)
                 unit = replace(unit, body=marked[id(unit.body)])
         units.append(unit)
     return replace(program, units=units)
+
+
+def kinds(program: Program, asked: str) -> dict[int, str]:
+    """By the id of each unit that the option has run again: full or selective."""
+    if asked == "none":
+        return {}
+    kind, _, number = asked.partition(":")
+    layers = [unit for unit in program.units if unit.kind == LAYER]
+    return {id(unit): "full" if number else kind for unit in layers[:: int(number or 1)] if _differentiable(unit)}
 
 
 def _differentiable(unit: Unit) -> bool:
@@ -64,7 +70,7 @@ def _marked(body: Body) -> Body:
     """A copy whose calls that are not run again are marked."""
     body = body.copy()
     calls = list(body.calls())
-    dear = {node for node in calls if _is_dear(node)}
+    dear = {node for node in calls if is_dear(node)}
     needed: set[fx.Node] = set()
     for node in reversed(calls):
         if any(_reads(user, dear, needed) for user in node.users):
@@ -74,7 +80,7 @@ def _marked(body: Body) -> Body:
     return body
 
 
-def _is_dear(node: fx.Node) -> bool:
+def is_dear(node: fx.Node) -> bool:
     """Whether a call is not to be run again."""
     if not any(held.requires_grad for held in values(node)) or len(values(node)) > 1:
         return False

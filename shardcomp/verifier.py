@@ -242,7 +242,7 @@ def _run(
             sharded.loss_scale.update(skipped=True)
             step = sharded.train_step(**mine(batch))
         found.loss[kind] = step.loss
-        found.gradients[kind] = _joined({n: _full(p.grad) for n, p in sharded.named_parameters() if p.grad is not None}, parts)
+        found.gradients[kind] = _joined(_held(sharded, lambda p: p.grad), parts)
         found.norm[kind] = sharded.clip_grad_norm_(math.inf)
         sharded.zero_grad()
     if with_logits:
@@ -260,7 +260,22 @@ def _run(
             if optimizer is not None:  # all of this rank's stages may be frozen
                 optimizer.step()
                 optimizer.zero_grad()
-        found.weights = _joined({name: _full(p) for name, p in sharded.named_parameters()}, parts)
+        found.weights = _joined(_held(sharded, lambda p: p), parts)
+    return found
+
+
+def _held(sharded: ShardedModel, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """Something of every parameter of this rank, whole. Raises _Disagreement where two stages on it hold a tied weight and do
+    not agree."""
+    mine = dict(sharded.named_parameters())
+    found: dict[str, Tensor] = {}
+    for name, held in ((name, held) for chunk in sharded._chunks for name, held in chunk.names.items()):
+        given = of(mine[held])
+        if given is None:
+            continue
+        full = whole(given.detach()).clone()
+        if not torch.equal(found.setdefault(name, full), full):
+            raise _Disagreement(f"two stages of one rank disagree about {name}: their copies differ")
     return found
 
 
@@ -268,11 +283,6 @@ def _joined(held: dict[str, Tensor], parts: Mapping[str, Part | None]) -> dict[s
     """The same by the names of the dense model: parts of a packed weight are joined."""
     names = [name for name, pieces in packed(parts).items() if any(piece in held for piece in pieces)]
     return {name: held[name] if name in held else join(name, parts, held) for name in names}
-
-
-def _full(held: Tensor | None) -> Tensor:
-    assert held is not None
-    return whole(held.detach()).clone()
 
 
 @dataclass

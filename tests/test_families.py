@@ -45,6 +45,7 @@ PARALLEL = {"cohere", "falcon", "gpt_neox"}
 TOPOLOGIES = [(2, True), (4, False)] if not LONG else [(2, True), (2, False), (4, True), (4, False)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), TOPOLOGIES)
 @pytest.mark.parametrize("kind", families() if LONG else GATE)
 def test_auto_agrees_with_the_dense_model(kind: str, tensor: int, sequence_parallel: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from shardcomp.patterns import Entry, parse
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import Outcome, batches, dense
 from shardcomp.runtime.initialisation import initialize
+from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.whole import whole
 from shardcomp.schedules import SCHEDULES
 from shardcomp.sharding import allocate, weights_of
@@ -39,8 +41,12 @@ LAYERS = 8
 LENGTH = 6
 
 
+def ranks(plan: dict[str, Any]) -> int:
+    return int(plan["pipeline"] * plan["tensor"] * plan["data"])
+
+
 def legal(plan: dict[str, Any]) -> bool:
-    return int(plan["pipeline"] * plan["tensor"] * plan["data"]) <= MOST_RANKS
+    return ranks(plan) <= MOST_RANKS
 
 
 def covering() -> list[dict[str, Any]]:
@@ -83,32 +89,29 @@ def reference(tied: bool, samples: int) -> Outcome:
     return dense(model(tied), "fp64", {"causal": batches(97, samples, LENGTH, 0)["causal"]}, [])
 
 
-def run(plan: dict[str, Any], policy: shardcomp.Policy) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    """(loss, norm, gradients) of every rank."""
-    samples = rows(plan["micro_batches"], plan["data"])
-    world = plan["pipeline"] * plan["tensor"] * plan["data"]
-    lowered = shardcomp.lower(model(plan["tied"]), policy, world, seq=LENGTH)
-    weights, batch = weights_of(lowered), batches(97, samples, LENGTH, 0)["causal"]
-
-    def work(rank: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        sharded = allocate(lowered, weights)
-        place = sharded.mesh.get_local_rank("dp")
-        step = sharded.train_step(**{name: held.chunk(plan["data"])[place] for name, held in batch.items()})
-        assert not step.skipped
-        gradients = {name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
-        return step.loss, sharded.clip_grad_norm_(float("inf")), gradients
-
-    return run_ranks(world, work)
+Found = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""(loss, norm, gradients) of a rank."""
 
 
-@pytest.mark.parametrize("plan", covering(), ids=lambda plan: "-".join(str(value) for value in plan.values()))
-def test_a_plan_gives_the_loss_and_the_gradients_of_the_dense_model(plan: dict[str, Any]) -> None:
+def policy_of(plan: dict[str, Any]) -> shardcomp.Policy:
     options = {name: value for name, value in plan.items() if name not in ("micro_batches", "tied")}
-    policy = shardcomp.Policy.load("llama", **options, micro_batch=2, precision="fp64")
+    return shardcomp.Policy.load("llama", **options, micro_batch=2, precision="fp64")
+
+
+def step(plan: dict[str, Any], sharded: ShardedModel) -> Found:
+    samples, place = rows(plan["micro_batches"], plan["data"]), sharded.mesh.get_local_rank("dp")
+    batch = batches(97, samples, LENGTH, 0)["causal"]
+    done = sharded.train_step(**{name: held.chunk(plan["data"])[place] for name, held in batch.items()})
+    assert not done.skipped
+    gradients = {name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+    return done.loss, sharded.clip_grad_norm_(float("inf")), gradients
+
+
+def compare(plan: dict[str, Any], found: Iterable[Found]) -> None:
     exact = reference(plan["tied"], rows(plan["micro_batches"], plan["data"]))
     every = float(exact.norm["causal"])
     seen: set[str] = set()
-    for loss, norm, gradients in run(plan, policy):
+    for loss, norm, gradients in found:
         assert abs(float(loss - exact.loss["causal"])) <= 1e-9 * float(exact.loss["causal"])
         assert abs(float(norm) - every) <= 1e-9 * every
         for name, gradient in gradients.items():
@@ -116,6 +119,13 @@ def test_a_plan_gives_the_loss_and_the_gradients_of_the_dense_model(plan: dict[s
             assert float((gradient - known).norm()) <= 1e-9 * max(float(known.norm()), 1e-6 * every), name
         seen |= gradients.keys()
     assert seen >= exact.gradients["causal"].keys()
+
+
+@pytest.mark.parametrize("plan", covering(), ids=lambda plan: "-".join(str(value) for value in plan.values()))
+def test_a_plan_gives_the_loss_and_the_gradients_of_the_dense_model(plan: dict[str, Any]) -> None:
+    lowered = shardcomp.lower(model(plan["tied"]), policy_of(plan), ranks(plan), seq=LENGTH)
+    weights = weights_of(lowered)
+    compare(plan, run_ranks(ranks(plan), lambda rank: step(plan, allocate(lowered, weights))))
 
 
 def test_every_pair_of_choices_is_covered() -> None:

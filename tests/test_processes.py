@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import test_plans
 import torch
 from models import tiny
 
 from shardcomp import presets
 from shardcomp.reference import batches, dense
 from shardcomp.runtime.initialisation import initialize
+
+LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+SLOW = pytest.mark.skipif(not LONG, reason="runs for minutes: make long")
 
 SCRIPT = """
 import sys
@@ -37,18 +43,49 @@ dist.destroy_process_group()
 """
 
 
-def test_four_processes_agree_with_the_dense_model_and_save_it_together(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+PLANS = """
+import json
+import sys
+import torch
+import torch.distributed as dist
+import test_plans
+import shardcomp
+
+folder, plans = sys.argv[1], json.loads(sys.argv[2])
+for index, plan in enumerate(plans):
+    sharded = shardcomp.shard(test_plans.model(plan["tied"]), test_plans.policy_of(plan))
+    torch.save(test_plans.step(plan, sharded), f"{folder}/{index}-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def launch(folder: Path, script: str, processes: int, *arguments: str) -> None:
+    (folder / "train.py").write_text(script)
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [*launch, str(tmp_path / "train.py"), str(tmp_path)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        + [str(folder / "train.py"), str(folder), *arguments],
         env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("processes", [4, pytest.param(6, marks=SLOW), pytest.param(8, marks=SLOW)])
+def test_plans_with_a_pipeline_agree_with_the_dense_model(processes: int, tmp_path: Path) -> None:
+    plans = [plan for plan in test_plans.covering() if plan["pipeline"] > 1 and test_plans.ranks(plan) == processes]
+    plans = plans if LONG else plans[:2]
+    assert len(plans) > 1
+    launch(tmp_path, PLANS, processes, json.dumps(plans))
+    for index, plan in enumerate(plans):
+        found = [torch.load(tmp_path / f"{index}-{rank}.pt", weights_only=True) for rank in range(processes)]
+        test_plans.compare(plan, found)
+
+
+def test_four_processes_agree_with_the_dense_model_and_save_it_together(tmp_path: Path) -> None:
+    launch(tmp_path, SCRIPT, 4)
     found = torch.load(tmp_path / "result.pt", weights_only=True)
     model = initialize(presets.build(tiny(tie_word_embeddings=True)), 4)
     batch = batches(97, 4, 16, 0)["causal"]

@@ -13,6 +13,7 @@ from models import tiny
 
 import shardcomp
 from shardcomp import VerifyError, capture, presets
+from shardcomp.runtime.gradients import PartialGradients
 from shardcomp.verifier import TOLERANCE, verify
 
 WHOLE = {"none": True}
@@ -29,6 +30,7 @@ def check(config: Any, **options: Any) -> None:
     assert set(found.deviation) == compared
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, True), (2, False), (4, True), (4, False)])
@@ -103,6 +105,22 @@ def test_a_call_with_a_mask_has_units_of_its_own_in_a_later_stage() -> None:
     policy = shardcomp.Policy.load("gpt2", precision="fp64", pipeline=2)
     found = verify(tiny_config("gpt2"), policy, shrink=WHOLE, kinds=("causal", "padded"))
     assert found.ok and found.batches == ("causal", "padded"), found.worst
+
+
+def test_two_copies_of_a_tied_weight_on_one_rank_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PartialGradients.add_up
+
+    def twice(self: PartialGradients) -> None:
+        whole(self)
+        for copies in (each.copies for each in self._partial if len(each.copies) > 1):
+            copies[1].grad.mul_(2)
+
+    policy = shardcomp.Policy.load("llama", precision="fp64", pipeline=2, schedule="zbv")
+    config = tiny(num_hidden_layers=4, tie_word_embeddings=True)
+    assert verify(config, policy, shrink=WHOLE, kinds=("causal",)).ok
+    monkeypatch.setattr(PartialGradients, "add_up", twice)
+    with pytest.raises(VerifyError, match="their copies differ"):
+        verify(config, policy, shrink=WHOLE, kinds=("causal",))
 
 
 def test_a_position_that_sees_nothing_does_not_count() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +35,12 @@ class Interval:
         if not 0 < number < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is neither a number of steps, such as 200, nor of minutes, such as 10m")
         return Interval(minutes=number) if minutes else Interval(steps=int(number))
+
+
+def end_with_the_launcher() -> None:
+    """Have the system send SIGTERM to this process when torchrun is killed, which would leave it running. On Linux only."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Interruptions:

@@ -31,7 +31,7 @@ from transformers import set_seed
 
 import data
 import shardcomp
-from interruptions import Interval
+from interruptions import Interval, end_with_the_launcher
 from shardcomp import checkpoint, presets
 from shardcomp.options import add_option_flags, joined, options_from
 from shardcomp.runtime.health import DivergedError
@@ -240,6 +240,7 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     rank = int(os.environ.get("RANK", "0"))
+    end_with_the_launcher()
     try:
         pretrain(argv, say=lambda line: print(line, flush=True) if rank == 0 else None)
     except (InputError, shardcomp.ShardError, RunError) as error:

@@ -25,6 +25,7 @@ FORMAT = 1
 SUMS, MANIFEST, CONFIG, LOCK = "SHA256SUMS", "checkpoint.json", "config.json", ".lock"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
 _NAME = re.compile(r"step-(\d+)")
+_ASIDE = re.compile(r"(damaged|superseded)-.*")
 _HIDDEN = re.compile(r"\.(step-\d+)\.(partial|previous|removed)")
 PIECE = 4 * 2**20
 """Bytes that are read or written at a time."""
@@ -41,13 +42,31 @@ def partial(path: Path) -> Path:
 
 
 def checkpoints(directory: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in a run's directory, the newest last. Only their names are looked at; none of them is
-    partly written, but one may have been damaged since."""
+    """(step, path) of the checkpoints in a directory, the highest step last. None of them is partly written, but one may have
+    been damaged since: those of a `Saver` are told by their names, others by what they hold."""
     root = Path(directory).expanduser()
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return sorted(found)
+    visible = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    found = {path: _step_of(path) for path in visible if not _ASIDE.fullmatch(path.name)}
+    return sorted((step, path) for path, step in found.items() if step is not None)
+
+
+def _step_of(path: Path) -> int | None:
+    if match := _NAME.fullmatch(path.name):
+        return int(match[1])
+    try:
+        return int(json.loads((path / MANIFEST).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def refuse_others(path: Path) -> None:
+    """Raise CheckpointError where something else than a checkpoint stands at `path`: it would be replaced."""
+    if path.is_symlink() or path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is no directory: name a new one for the checkpoint")
+    if path.exists() and any(path.iterdir()) and not ((path / MANIFEST).exists() and (path / SUMS).exists()):
+        raise CheckpointError(f"{path} holds something else than a checkpoint, so it is not overwritten: name a new directory")
 
 
 def latest(directory: str | Path) -> Path | None:
@@ -57,8 +76,10 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> bytes:
-    """`checkpoint.json`. Numbers are written so that reading gives the same bits."""
-    return (json.dumps(manifest, indent=1) + "\n").encode()
+    """`checkpoint.json`, a line for each tensor. Numbers are written so that reading gives the same bits."""
+    head = json.dumps({key: held for key, held in manifest.items() if key != "tensors"}, indent=1)
+    lines = [f"  {json.dumps(name)}: {json.dumps(held)}" for name, held in manifest.get("tensors", {}).items()]
+    return (head.removesuffix("\n}") + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n").encode()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -204,10 +225,11 @@ def _free_places(path: Path) -> Iterator[Path]:
 
 
 def prune(directory: Path, keep: int | None, keep_every: int | None) -> None:
-    """Delete all checkpoints but the last `keep` and those of every `keep_every`-th step. None keeps all of them."""
+    """Delete a run's checkpoints, those called `step-00000100` and so on, but the last `keep` and those of every
+    `keep_every`-th step. None keeps all of them."""
     if keep is None:
         return
-    for step, path in checkpoints(directory)[:-keep]:
+    for step, path in [(step, path) for step, path in checkpoints(directory) if _NAME.fullmatch(path.name)][:-keep]:
         if not (keep_every and step % keep_every == 0):
             remove(path)
 

@@ -108,6 +108,9 @@ class SavePlanner(DefaultSavePlanner):
 class LoadPlanner(DefaultLoadPlanner):
     """Which pieces a rank reads, into the memory that its state already has."""
 
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """As torch's, without allocating anything."""
         self.state_dict = self.original_state_dict = state_dict
@@ -154,6 +157,7 @@ class Writer(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Clear away what an interrupted save left. The other ranks write only after this, when they get their plan."""
         if is_coordinator:
+            directory.refuse_others(self.path)
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)

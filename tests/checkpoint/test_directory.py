@@ -47,6 +47,31 @@ def test_the_last_k_and_every_mth_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000100"]
 
 
+def test_checkpoints_of_other_names_are_found_and_never_deleted(tmp_path: Path) -> None:
+    made(tmp_path, 5, 6)
+    for name, step in (("mine", 9), ("damaged-step-00000008", 8), ("superseded-step-00000010", 10), (".hidden", 11)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / directory.MANIFEST).write_text(f'{{"step": {step}}}')
+    (tmp_path / "other").mkdir()
+    assert [(step, path.name) for step, path in directory.checkpoints(tmp_path)] == [
+        (5, "step-00000005"),
+        (6, "step-00000006"),
+        (9, "mine"),
+    ]
+    directory.prune(tmp_path, keep=1, keep_every=None)
+    assert [step for step, _ in directory.checkpoints(tmp_path)] == [6, 9]
+
+
+def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "empty").mkdir()
+    directory.refuse_others(tmp_path / "empty")
+    directory.refuse_others(tmp_path / "new")
+    for path, said in ((tmp_path, "holds something else"), (tmp_path / "thesis.tex", "is no directory")):
+        with pytest.raises(CheckpointError, match=said):
+            directory.refuse_others(path)
+
+
 def test_a_checkpoint_takes_its_place_whole_and_replaces_one(tmp_path: Path) -> None:
     [path] = made(tmp_path, 1)
     new = directory.partial(path)

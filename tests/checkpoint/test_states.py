@@ -140,6 +140,10 @@ def test_states_that_lie_in_no_known_way_are_refused_before_anything_is_written(
     with pytest.raises(CheckpointError, match=r"extra cannot be saved .object is no plain value"):
         on_ranks(TIED, lambda sharded: checkpoint.save(tmp_path / "step-1", sharded, step=1, extra={"a": object()}))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match="holds something else than a checkpoint"):
+        on_ranks(TIED, lambda sharded: checkpoint.save(tmp_path, sharded, step=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_frozen_parameters_and_those_that_never_had_a_gradient(tmp_path: Path) -> None:

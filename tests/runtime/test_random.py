@@ -302,6 +302,7 @@ class Places(Stream):
     """
 
     def __init__(self, name: str, shapes: list[torch.Size], sharded: ShardedModel, calls: list[int], writes: bool) -> None:
+        super().__init__(0, sharded.device)
         self.name, self.shapes, self.calls, self.writes = name, shapes, calls, writes
         self.dp, self.dp_rank = sharded.mesh["dp"].size(), sharded.mesh.get_local_rank("dp")
         self.tp, self.tp_rank = sharded.mesh["tp"].size(), sharded.mesh.get_local_rank("tp")
