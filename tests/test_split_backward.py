@@ -132,3 +132,12 @@ def test_the_usual_models_are_split(kind: str, tensor: int) -> None:
 def test_a_weight_used_behind_its_own_result_is_right_where_it_stays_gathered(what: str, zero: int) -> None:
     assert verify(Model(READS[what]), policy(zero=zero), kinds=("causal",)).ok
     assert whole(shardcomp.lower(Model(READS[what]), policy(zero=zero), seq=8)) == [False, True]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_weights_of_calls_with_several_results_have_their_gradients(recompute: str) -> None:
+    chosen = shardcomp.Policy.load("llama", **OPTIONS, recompute=recompute)
+    assert verify(tiny(num_hidden_layers=4), chosen, kinds=("causal",)).ok
+    lowered = shardcomp.lower(tiny(num_hidden_layers=4), chosen, seq=8)
+    assert "add_rms_norm(" in lowered.listing()
+    assert not any(whole(lowered))

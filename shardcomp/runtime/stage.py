@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_input
 
 from shardcomp.runtime.allocation import Chunk
 from shardcomp.runtime.recompute import split_backward
@@ -185,7 +186,7 @@ class ModelStage(PipelineStage):
 
     def _weights_only(self, weights: list[Tensor], groups: Any) -> None:
         self.done += 1
-        stage_backward_weight(iter(weights), groups)
+        _gradients_of_weights(weights, groups)
         self._reduce(self.zero >= 2 or self.done == self.count)
 
     # -- FSDP ------------------------------------------------------------------------------------------------------------
@@ -213,6 +214,33 @@ class ModelStage(PipelineStage):
 
     def clear_runtime_states(self) -> None:
         """`begin` does that."""
+
+
+def _gradients_of_weights(weights: list[Tensor], groups: list[dict[str, Any]]) -> None:
+    """The second half of a split backward, from the calls that `stage_backward_input` noted in `groups` to the weights.
+
+    As torch's `stage_backward_weight`, but that one, before 2.13, adds up the gradients of all results of a call and takes the
+    sum for that of the first.
+    """
+    of_node = {_get_grad_fn_or_grad_acc(weight): weight for weight in weights}
+    for group in groups:
+        calls, nodes = group.pop("intermediates"), list(group["params"])
+        noted = [(call, given) for call, given in zip(calls, group.pop("grads", []), strict=False) if given is not None]
+        edges = [(GradientEdge(call, i), each) for call, given in noted for i, each in enumerate(given) if each is not None]
+        if not edges:
+            continue
+        # A call that another one of them leads to would get that one's gradient once more.
+        handles = [call.register_prehook(lambda _, given=given: given) for call, given in noted] if len(noted) > 1 else []
+        try:
+            found = torch.autograd.grad(
+                [edge for edge, _ in edges], [GradientEdge(node, 0) for node in nodes], [each for _, each in edges]
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for node, gradient in zip(nodes, found, strict=True):
+            weight = of_node[node]
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
 
 def _or_zeros(gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
