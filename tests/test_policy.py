@@ -12,7 +12,7 @@ import pytest
 from shardcomp import patterns
 from shardcomp.errors import PolicyError
 from shardcomp.mesh import Mesh
-from shardcomp.options import Options, add_option_flags, flags, options_from
+from shardcomp.options import Options, add_option_flags, flags, joined, options_from
 from shardcomp.policy import Policy
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -202,3 +202,13 @@ def test_flags_that_are_not_legal_are_reported_together_by_the_policy() -> None:
     options = options_from(parser().parse_args(["--tensor", "two", "--precision", "bf8", "--sequence-parallel", "yes"]))
     with pytest.raises(PolicyError, match="3 problems"):
         Policy.load("llama", **options)
+
+
+def test_a_kernel_is_left_out_by_a_word_that_begins_with_a_minus() -> None:
+    for words in (["--kernels", "-rotary,-swiglu", "--tensor", "2"], ["--tensor", "2", "--kernels=-rotary,-swiglu"]):
+        found = options_from(parser().parse_args(joined(words)))
+        assert found == {"kernels": "-rotary,-swiglu", "tensor": 2}
+        assert options_from(parser().parse_args(flags(found))) == found
+    options = Options(kernels=("-rotary", "-swiglu"))
+    assert [name for name in ("rms_norm", "rotary", "swiglu") if options.places(name)] == ["rms_norm"]
+    assert not Options(kernels="none").places("rms_norm")
