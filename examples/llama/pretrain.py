@@ -211,7 +211,6 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
     if found := problems_with_sizes(args, model.config, corpus, batch):
         raise InputError("; ".join(found))
 
-    set_seed(policy.options.seed)  # Python's, NumPy's and torch's generators, which checkpoints hold as well
     sharded = shardcomp.shard(model, policy, checkpoint=args.load)
     agree_on_text(corpus.fingerprint)
     degrees = " · ".join(f"{axis} {sharded.mesh[axis].size()}" for axis in sharded.mesh.mesh_dim_names)
@@ -220,6 +219,7 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
         f"{model.config.model_type}: {parameters:,} parameters on {degrees}; {len(corpus.train):,} training sequences, "
         f"{len(corpus.held_out):,} held out"
     )
+    set_seed(policy.options.seed)  # Python's, NumPy's and torch's generators, which checkpoints hold as well
     run = Run(sharded, corpus, args, policy.options.seed, say)
     try:
         run.open()

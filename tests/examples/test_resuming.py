@@ -40,6 +40,7 @@ def steps(log: Path) -> dict[int, tuple[Any, ...]]:
 
 def test_a_run_in_two_parts_is_one_run(capsys: Capture, command: list[str], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    ran(capsys, command, "--steps", 1)  # what a first run in a process imports may draw from Python's generator
     ran(capsys, command, "--steps", 9, "--log-file", whole, "--checkpoint-dir", tmp_path / "a", "--save-interval", 9)
     run = ["--steps", 9, "--checkpoint-dir", tmp_path / "b", "--save-interval", 2, "--keep", 2, "--keep-every", 4]
     ran(capsys, command, *run, "--log-file", parts, "--time-limit", 1e-9)  # ends after one step
