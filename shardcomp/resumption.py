@@ -156,14 +156,42 @@ def resume_check(
         return found
 
 
-class _Ranks:
-    """The processes of one run, and what they leave."""
+class Trace:
+    """What a run leaves in `folder`: its checkpoints, and a log with a JSON object a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints, self.log = folder / "checkpoints", folder / "log.jsonl"
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The log's lines, but for one that a kill cut off or that is being written."""
+        for line in self.log.read_text().splitlines() if self.log.exists() else ():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def numbers(self) -> dict[int, tuple[float, float, str]]:
+        """Loss, norm and digest of each step, as it was done last."""
+        return {each["step"]: (each["loss"], each["norm"], each["digest"]) for each in self.entries() if "loss" in each}
+
+    def partials(self) -> list[str]:
+        """Saves that are under way, or were cut off."""
+        return sorted(path.name for path in self.checkpoints.glob(".step-*.partial"))
+
+    def last(self) -> str:
+        """The name and the sums of all files of the last checkpoint."""
+        newest = directory.latest(self.checkpoints)
+        return f"{newest.name}\n{(newest / directory.SUMS).read_text()}" if newest else ""
+
+
+class _Ranks(Trace):
+    """The processes of one run."""
 
     def __init__(self, job: _Job) -> None:
+        super().__init__(Path(job.folder))
         self.job = job
-        self.folder = Path(job.folder)
         self.folder.mkdir()
-        self.checkpoints, self.log = self.folder / "checkpoints", self.folder / "log.jsonl"
         self.starts = 0
         self.start()
 
@@ -180,16 +208,15 @@ class _Ranks:
     def finish(self) -> None:
         """Wait for the end. Raises VerifyError with a failed rank's words."""
         ends = time.monotonic() + PATIENCE
-        while any(process.is_alive() for process in self.processes):
-            failed = [rank for rank, process in enumerate(self.processes) if process.exitcode]
-            if failed or time.monotonic() > ends:
-                self.kill()
-                words = [path.read_text() for path in sorted(self.folder.glob("failed-*.txt"))]
-                raise VerifyError("\n".join(words) or f"rank {failed[0]} failed" if failed else "the ranks hang")
+        while any(process.exitcode is None for process in self.processes) and time.monotonic() < ends:
+            if any(process.exitcode for process in self.processes):
+                break
             time.sleep(0.02)
-        if any(process.exitcode for process in self.processes):
+        codes = [process.exitcode for process in self.processes]
+        if any(code != 0 for code in codes):
+            self.kill()
             words = [path.read_text() for path in sorted(self.folder.glob("failed-*.txt"))]
-            raise VerifyError("\n".join(words) or "a rank failed")
+            raise VerifyError("\n".join(words) or f"the ranks ended with {codes}, where None did not end")
 
     def kill(self) -> None:
         for process in self.processes:
@@ -207,25 +234,10 @@ class _Ranks:
             time.sleep(0.001)
         time.sleep(share * 0.05)
         self.kill()
-        return any(self.checkpoints.glob(".step-*.partial"))
-
-    def entries(self) -> Iterator[dict[str, Any]]:
-        for line in self.log.read_text().splitlines() if self.log.exists() else ():
-            try:
-                yield json.loads(line)
-            except ValueError:  # cut off by the kill, or half written
-                continue
-
-    def numbers(self) -> dict[int, tuple[float, float, str]]:
-        """Loss, norm and digest of each step, as it was done last."""
-        return {each["step"]: (each["loss"], each["norm"], each["digest"]) for each in self.entries() if "loss" in each}
+        return bool(self.partials())
 
     def resumed_from(self) -> int:
         return [each["start"] for each in self.entries() if "start" in each][-1]
-
-    def last(self) -> str:
-        newest = directory.latest(self.checkpoints)
-        return f"{newest.name}\n{(newest / directory.SUMS).read_text()}" if newest else ""
 
 
 def _rank(job: _Job, rank: int, store: str) -> None:

@@ -21,12 +21,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from shardcomp.checkpoint import directory
+from shardcomp.resumption import Trace
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -66,17 +65,16 @@ class Result:
         return self.losses_equal and self.files_equal
 
 
-class Job:
+class Job(Trace):
     """The driver under torchrun, on a directory of its own."""
 
     def __init__(self, folder: Path, steps: int, plan: str, ranks: int) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.steps, self.plan, self.ranks = steps, plan, ranks
         folder.mkdir(parents=True, exist_ok=True)
         self.config, self.text = folder.parent / "config.json", folder.parent / "text.txt"
         self.config.write_text(json.dumps(CONFIG))
         self.text.write_bytes(b"".join(b"%d bottles of beer on the wall\n" % n for n in range(4000)))
-        self.checkpoints, self.log = folder / "checkpoints", folder / "log.jsonl"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
@@ -132,31 +130,6 @@ class Job:
                 os.kill(each, signal.SIGKILL)
         self.process.wait()
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The log's lines, but for one that was cut off."""
-        if not self.log.exists():
-            return []
-        found = []
-        for line in self.log.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
-
-    def numbers(self) -> dict[int, tuple[float, float, str]]:
-        """Loss, norm and digest of every step, the last time that it was done."""
-        return {each["step"]: (each["loss"], each["norm"], each["digest"]) for each in self.entries() if "loss" in each}
-
-    def partials(self) -> list[str]:
-        """Saves under way, or cut off."""
-        return sorted(path.name for path in self.checkpoints.glob(".step-*.partial")) if self.checkpoints.exists() else []
-
-    def last(self) -> str:
-        """The sums of all files of the last checkpoint."""
-        newest = directory.latest(self.checkpoints)
-        return newest.name + "\n" + (newest / directory.SUMS).read_text() if newest else ""
-
 
 def descendants(process: int) -> list[int]:
     """The children of a process, theirs, and so on."""
@@ -185,15 +158,15 @@ def measure(folder: Path, kills: int, inside: int, plan: str, ranks: int, seed: 
     found: list[Kill] = []
     job.start()
     while len(found) < kills:
-        began = len(job.entries())
-        started = job.until(lambda: len(job.entries()) > began)  # noqa: B023
-        first = job.entries()[began] if started else {}
+        began = len(list(job.entries()))
+        started = job.until(lambda: len(list(job.entries())) > began)  # noqa: B023
+        first = list(job.entries())[began] if started else {}
         if found and started:
             found[-1].resumed = first["step"]
         done = sum(bool(each.partial) for each in found)
         within = kills - len(found) <= inside - done or draw.random() < 0.5
         more = draw.randrange(5)
-        alive = job.until(lambda: sum("loss" in each for each in job.entries()[began:]) >= more)  # noqa: B023
+        alive = job.until(lambda: sum("loss" in each for each in list(job.entries())[began:]) >= more)  # noqa: B023
         if within:
             alive = alive and job.until(lambda: bool(job.partials()))
             time.sleep(draw.random() * 0.004)
@@ -205,9 +178,9 @@ def measure(folder: Path, kills: int, inside: int, plan: str, ranks: int, seed: 
         found.append(Kill(max(job.numbers(), default=0), ", ".join(job.partials())))
         say(f"kill {len(found)} of {kills}: after step {found[-1].step}, {found[-1].partial or 'between saves'}")
         job.start()
-    began = len(job.entries())
-    job.until(lambda: len(job.entries()) > began)
-    found[-1].resumed = job.entries()[began]["step"]
+    began = len(list(job.entries()))
+    job.until(lambda: len(list(job.entries())) > began)
+    found[-1].resumed = list(job.entries())[began]["step"]
     job.wait()
     return Result(found, job.numbers() == undisturbed.numbers(), job.last() == undisturbed.last())
 

@@ -46,7 +46,7 @@ def end_with_the_launcher() -> None:
 class Interruptions:
     """What one rank knows of it. Ranks agree on each step, by adding up what `asked` returns."""
 
-    def __init__(self, interval: Interval | None, time_limit: float | None, first: bool) -> None:
+    def __init__(self, interval: Interval, time_limit: float | None, first: bool) -> None:
         self.interval = interval
         self.ends = BEGAN + 60 * time_limit if time_limit else None
         self.first = first  # whether this is the first rank, whose clock counts
@@ -70,11 +70,8 @@ class Interruptions:
         """1 or 0 each: a signal came, time is up, a save is due."""
         now = time.monotonic()
         over = self.first and self.ends is not None and now >= self.ends
-        due = False
-        if self.interval is not None and self.interval.steps:
-            due = self.first and step % self.interval.steps == 0
-        elif self.interval is not None:
-            due = self.first and now - self.saved >= 60 * self.interval.minutes
+        by_steps, since = self.interval.steps, now - self.saved
+        due = self.first and (step % by_steps == 0 if by_steps else since >= 60 * self.interval.minutes)
         if due:
             self.saved = now
         return int(self.signal is not None), int(over), int(due)

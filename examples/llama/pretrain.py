@@ -94,7 +94,7 @@ def parser() -> Parser:
     add(
         "--export-hf", action="store_true", help="also write each checkpoint as a HuggingFace directory, DIR/huggingface/step-N"
     )
-    add("--patience", metavar="S", type=number(float, 0), default=60.0, help="seconds to wait for a job that has DIR (60)")
+    add("--patience", metavar="S", type=number(float, 0), help="seconds to wait for a job that has DIR (60)")
     add("--time-limit", metavar="MIN", type=number(float, 0, above=True), help="save and end after so many minutes")
     add("--log-file", metavar="FILE", type=Path, help="append a JSON object for each step: loss, norm, digest of the batch")
     add("--timeout", metavar="S", type=number(float, 1), default=300.0, help="seconds without a step that end a run (300)")
@@ -140,21 +140,20 @@ def problems_with_folder(flag: str, path: Path) -> list[str]:
 
 
 def problems_with_checkpoints(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags about checkpoints. Gives those that were left out their defaults."""
+    """What is wrong with the flags about checkpoints."""
     if args.checkpoint_dir is None:
         given = {
             "--save-interval": args.save_interval,
             "--keep": args.keep,
             "--keep-every": args.keep_every,
             "--export-hf": args.export_hf or None,
+            "--patience": args.patience,
         }
         found = [
             f"{flag} says how checkpoints are kept: give --checkpoint-dir as well" for flag, v in given.items() if v is not None
         ]
     else:
         found = problems_with_folder("--checkpoint-dir", args.checkpoint_dir)
-        args.save_interval = args.save_interval or Interval(minutes=30)
-        args.keep = args.keep or 3
     if args.resume not in ("auto", "never"):
         path = Path(args.resume)
         if not path.is_dir():
@@ -211,7 +210,6 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
     if found := problems_with_sizes(args, model.config, corpus, batch):
         raise InputError("; ".join(found))
 
-    set_seed(policy.options.seed)  # Python's, NumPy's and torch's generators, which checkpoints hold as well
     sharded = shardcomp.shard(model, policy, checkpoint=args.load)
     agree_on_text(corpus.fingerprint)
     degrees = " · ".join(f"{axis} {sharded.mesh[axis].size()}" for axis in sharded.mesh.mesh_dim_names)
@@ -220,6 +218,7 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
         f"{model.config.model_type}: {parameters:,} parameters on {degrees}; {len(corpus.train):,} training sequences, "
         f"{len(corpus.held_out):,} held out"
     )
+    set_seed(policy.options.seed)  # Python's, NumPy's and torch's generators, which checkpoints hold as well
     run = Run(sharded, corpus, args, policy.options.seed, say)
     try:
         run.open()

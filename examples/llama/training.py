@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import shardcomp
 from data import Corpus
-from interruptions import Interruptions
+from interruptions import Interruptions, Interval
 from shardcomp import checkpoint
 from shardcomp.runtime.health import LossMonitor
 from shardcomp.runtime.stream import digest_text
@@ -26,6 +26,9 @@ from shardcomp.runtime.watchdog import Watchdog
 
 HELD_OUT_SEQUENCES = 256
 """How many held-out sequences the final loss is taken over, at most."""
+
+INTERVAL, KEPT, PATIENCE = Interval(minutes=30), 3, 60.0
+"""What --save-interval, --keep and --patience are where they are left out."""
 
 
 class RunError(Exception):
@@ -99,7 +102,7 @@ class Run:
         self.speaks_for_batch = all(sharded.mesh[name].get_local_rank() == 0 for name in others)
         first = dist.get_rank() == 0
         self.log = Log(args.log_file, first)
-        self.interruptions = Interruptions(args.save_interval, args.time_limit, first)
+        self.interruptions = Interruptions(args.save_interval or INTERVAL, args.time_limit, first)
         self.monitor = LossMonitor(factor=args.spike, limit=args.bad_steps)
         self.step = 0
         self.saved_at: int | None = None  # the step of the newest checkpoint
@@ -113,10 +116,10 @@ class Run:
         if args.checkpoint_dir:
             self.saver = checkpoint.Saver(
                 args.checkpoint_dir,
-                keep=args.keep,
+                keep=args.keep or KEPT,
                 keep_every=args.keep_every,
                 export=args.export_hf,
-                patience=args.patience,
+                patience=PATIENCE if args.patience is None else args.patience,
                 say=self.say,
             )
             if args.resume != "never":

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,21 +168,29 @@ def sync_directory(path: Path) -> None:
 
 
 def publish(path: Path) -> None:
-    """Rename a complete checkpoint to its place. One that stands there is replaced; killed between the two renames, `recover`
-    puts that one back."""
+    """Rename a complete checkpoint to its place. One that stands there is replaced; killed between the two renames, `put_back`
+    brings that one back."""
     sync_directory(partial(path))
-    previous = path.with_name(f".{path.name}.previous")
     if path.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        path.rename(previous)
+        shutil.rmtree(_previous(path), ignore_errors=True)
+        path.rename(_previous(path))
     try:
         partial(path).rename(path)
     except OSError:
-        if previous.exists():
-            previous.rename(path)
+        put_back(path)
         raise
     sync_directory(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(_previous(path), ignore_errors=True)
+
+
+def put_back(path: Path) -> None:
+    """Bring back the checkpoint that `publish` was replacing when it was interrupted."""
+    if _previous(path).exists() and not path.exists():
+        _previous(path).rename(path)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
 
 
 def remove(path: Path) -> None:
@@ -198,30 +207,18 @@ def recover(directory: Path) -> list[str]:
     for path in found:
         match = _HIDDEN.fullmatch(path.name)
         assert match is not None
-        whole = directory / match[1]
-        if match[2] == "previous" and not whole.exists():
-            path.rename(whole)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        put_back(directory / match[1])
+        shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in found]
 
 
 def set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that no run takes it for its newest, and keep it: `step-00000100` is now
     `damaged-step-00000100`."""
-    for place in _free_places(path.with_name(f"{why}-{path.name}")):
-        path.rename(place)
-        return place
-    raise AssertionError
-
-
-def _free_places(path: Path) -> Iterator[Path]:
-    number = 0
-    while True:
-        place = path if number == 0 else path.with_name(f"{path.name}.{number}")
-        if not place.exists():
-            yield place
-        number += 1
+    names = itertools.chain([f"{why}-{path.name}"], (f"{why}-{path.name}.{number}" for number in itertools.count(1)))
+    place = next(place for name in names if not (place := path.with_name(name)).exists())
+    path.rename(place)
+    return place
 
 
 def prune(directory: Path, keep: int | None, keep_every: int | None) -> None:

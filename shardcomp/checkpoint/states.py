@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def capture(
     problems: list[str] = []
     names = {id(parameter): name for name, each in held.items() for parameter in each.parameters}
     for group in optimizer.param_groups if optimizer else ():
-        options = {key: _number(option) for key, option in group.items() if key != "params"}
+        options = {key: option for key, option in group.items() if key != "params"}
         stray = sum(id(parameter) not in names for parameter in group["params"])
         if stray:
             problems.append(f"{stray} parameters of the optimizer are not the model's")
@@ -89,6 +90,7 @@ def capture(
         "step": step,
         "model": type(sharded.config).__name__,
         "mesh": asdict(blueprint.mesh),
+        "device": sharded.device.type,
         "policy": blueprint.policy,
         "versions": versions(),
         "optimizer": type(optimizer).__name__ if optimizer else None,
@@ -114,8 +116,8 @@ def restore(
     scheduler: Any = None,
 ) -> bool:
     """Put a checkpoint into a run, which may be cut in any other way. Returns whether the random numbers go on where they were:
-    they do on the mesh that they were saved from. No collectives. Raises CheckpointError before anything is changed where the
-    checkpoint is of something else."""
+    they do on the mesh and the kind of device that they were saved from. No collectives. Raises CheckpointError before anything
+    is changed where the checkpoint is of something else."""
     held = sharded.held_parameters()
     stored = Stored(path, manifest)
     raise_all(CheckpointError, f"{path} does not fit", _misfits(stored, sharded, optimizer, scheduler))
@@ -130,12 +132,11 @@ def restore(
     if sharded.loss_scale.enabled and stored.precision == "fp16":
         sharded.loss_scale.load_state_dict(manifest["loss_scale"])
     sharded.skipped_steps = manifest["skipped_steps"]
-    same = manifest["mesh"] == asdict(sharded.blueprint.mesh) and stored.policy_option("seed") == sharded.blueprint.seed
+    was = (manifest["mesh"], manifest["device"], stored.policy_option("seed"))
+    same = was == (asdict(sharded.blueprint.mesh), sharded.device.type, sharded.blueprint.seed)
     if same:
         rank = torch.distributed.get_rank()
-        generators = {name: f"rng/{rank}/{name}" for name in _generators(sharded)}
-        found = {name: stored.whole(key) for name, key in generators.items() if key in stored}
-        _set_generators(sharded, found)
+        _set_generators(sharded, {name: stored.whole(f"rng/{rank}/{name}") for name in _generators(sharded)})
     else:
         sharded.random.restart(manifest["step"])
     return same
@@ -227,11 +228,11 @@ def _prepare(
     for group in optimizer.param_groups:
         saved = next(stored.group_of(original(names[id(p)], plans)) for p in group["params"]) if group["params"] else {}
         for key, option in saved.get("options", {}).items():
-            group[key] = _like(option, group.get(key))
+            group[key] = _like(unplain(option), group.get(key))
         for parameter in group["params"]:
             name = names[id(parameter)]
             [first, *_] = stored.packed[original(name, plans)]
-            states: dict[str, Any] = dict(stored.manifest["values"].get(first, {}))
+            states: dict[str, Any] = unplain(stored.manifest["values"].get(first, {}))
             for key in stored.states_of(first):
                 state, piece = _new_state(stored, f"optimizer/{first}/{key}", parameter, held[name], group)
                 states[key] = state
@@ -353,7 +354,7 @@ def _set_generators(sharded: ShardedModel, found: Mapping[str, Tensor]) -> None:
     kind, keys, *rest = json.loads(bytes(found["numpy"].tolist()))
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(found["torch"])
-    if sharded.device.type == "cuda" and "cuda" in found:
+    if "cuda" in found:
         torch.cuda.set_rng_state(found["cuda"], sharded.device)
 
 
@@ -362,43 +363,52 @@ def _bytes(value: Any) -> Tensor:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A value that JSON holds, numbers in tensors included. Raises CheckpointError for any other. `unplain` gives it back with
-    the same bits."""
-    try:
-        found = json.loads(json.dumps(value, default=_written))
-    except (TypeError, ValueError) as problem:
-        raise CheckpointError(
-            f"{where} cannot be saved ({problem}): only numbers, texts, lists and dictionaries of them are, so that loading "
-            "unpickles nothing"
-        ) from problem
-    return found
-
-
-def _written(value: Any) -> dict[str, Any]:
-    if not (isinstance(value, Tensor) and not value.dim()):
-        raise TypeError(f"{type(value).__name__} is no plain value")
-    return {"tensor": value.item(), "dtype": DTYPES[value.dtype]}
+    """A value as JSON holds it, such that `unplain` gives back the same, to the bit: numbers, also in tensors, texts, lists,
+    tuples, dictionaries with any such keys. Raises CheckpointError for any other."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor) and not value.dim() and value.dtype in DTYPES:
+        return {"__tensor__": [value.item(), DTYPES[value.dtype]]}
+    if type(value) is list:
+        return [plain(each, where) for each in value]
+    if type(value) is tuple:
+        return {"__tuple__": [plain(each, where) for each in value]}
+    if type(value) is dict and all(type(key) is str and not key.startswith("__") for key in value):
+        return {key: plain(held, where) for key, held in value.items()}
+    if type(value) in (dict, Counter):
+        pairs = [[plain(key, where), plain(held, where)] for key, held in value.items()]
+        return {"__counter__" if isinstance(value, Counter) else "__dict__": pairs}
+    raise CheckpointError(
+        f"{where} cannot be saved: {type(value).__name__} is no plain value; only numbers, texts, lists, tuples and "
+        "dictionaries of them are, so that loading unpickles nothing"
+    )
 
 
 def unplain(value: Any) -> Any:
     """What `plain` was given."""
-    if isinstance(value, dict):
-        if value.keys() == {"tensor", "dtype"}:
-            return torch.tensor(value["tensor"], dtype=NAMED[value["dtype"]])
+    if isinstance(value, list):
+        return [unplain(held) for held in value]
+    if not isinstance(value, dict):
+        return value
+    [kind, *more] = value or [""]
+    if more or kind not in _KINDS:
         return {key: unplain(held) for key, held in value.items()}
-    return [unplain(held) for held in value] if isinstance(value, list) else value
+    return _KINDS[kind](value[kind])
 
 
-def _number(option: Any) -> Any:
-    """An option of an optimizer, a tensor as its number."""
-    return option.item() if isinstance(option, Tensor) else option
+_KINDS: dict[str, Callable[[list[Any]], Any]] = {
+    "__tensor__": lambda held: torch.tensor(held[0], dtype=NAMED[held[1]]),
+    "__tuple__": lambda held: tuple(unplain(held)),
+    "__dict__": lambda held: dict(unplain(held)),
+    "__counter__": lambda held: Counter(dict(unplain(held))),
+}
 
 
 def _like(option: Any, now: Any) -> Any:
-    """An option that was saved, as the type that it has now."""
+    """An option that was saved, a number in a tensor where it is in one now."""
     if isinstance(now, Tensor):
         return torch.as_tensor(option, dtype=now.dtype, device=now.device)
-    return tuple(option) if isinstance(now, tuple) else option
+    return option.item() if isinstance(option, Tensor) else option
 
 
 def versions() -> dict[str, str]:

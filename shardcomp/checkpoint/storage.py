@@ -125,10 +125,9 @@ class LoadPlanner(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class _Written:
-    """Where a piece went."""
+    """The file that a piece went into, and the SHA-256 of that."""
 
     file: str
-    key: str
     digest: str
 
 
@@ -144,7 +143,6 @@ class Writer(StorageWriter):
         self.planner = planner
         self.manifest = manifest
         self.files = files
-        self.file = ""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept from one save to the next."""
@@ -157,6 +155,7 @@ class Writer(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Clear away what an interrupted save left. The other ranks write only after this, when they get their plan."""
         if is_coordinator:
+            directory.put_back(self.path)
             directory.refuse_others(self.path)
             if self.partial.exists():
                 shutil.rmtree(self.partial)
@@ -207,7 +206,7 @@ def key_of(name: str, offsets: Any) -> str:
 
 
 def _write(file: BinaryIO, plan: SavePlan, planner: Any) -> list[WriteResult]:
-    """A safetensors file: the length of the header, the header, then the bytes of the tensors. Returns where each went."""
+    """A safetensors file: the length of the header, the header, then the bytes of the tensors. Returns where they went."""
     header: dict[str, Any] = {}
     at = 0
     for item in plan.items:
@@ -234,11 +233,8 @@ def _write(file: BinaryIO, plan: SavePlan, planner: Any) -> list[WriteResult]:
     for item in plan.items:
         held = planner.resolve_data(item).detach().contiguous().cpu()
         put(held.reshape(-1).view(torch.uint8).numpy())
-    keys = zip(plan.items, header, strict=True)
-    return [
-        WriteResult(item.index, item.tensor_storage_size() or 0, _Written(plan.storage_data, key, digest.hexdigest()))
-        for item, key in keys
-    ]
+    written = _Written(plan.storage_data, digest.hexdigest())
+    return [WriteResult(item.index, item.tensor_storage_size() or 0, written) for item in plan.items]
 
 
 class Reader(StorageReader):

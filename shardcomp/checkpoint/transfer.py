@@ -27,8 +27,9 @@ class Restored:
     """What a checkpoint said of its run.
 
     path: which one it was; step, extra: what `save` was given; policy, versions: what it was saved under. random: whether the
-    generators go on where they were, as on the same mesh; on another one, dropout draws new numbers that depend on the step,
-    and Python's, NumPy's and torch's generators are left as they are. passed_over: newer checkpoints that are damaged, and why.
+    generators go on where they were, as on the same mesh and kind of device; else dropout draws new numbers that depend on the
+    step, and Python's, NumPy's and torch's generators are left as they are. passed_over: newer checkpoints that are damaged,
+    and why.
     """
 
     path: Path
@@ -138,8 +139,7 @@ def write(path: Path, captured: Captured, files: Mapping[str, bytes], group: Any
     try:
         dcp.save(dict(captured.pieces), storage_writer=writer, planner=planner, process_group=group)
     except dcp.api.CheckpointException as problem:
-        if dist.get_rank() == 0:
-            shutil.rmtree(writer.partial, ignore_errors=True)
+        agreed(lambda: shutil.rmtree(writer.partial, ignore_errors=True) if dist.get_rank() == 0 else None, group)
         rank, (cause, _) = min(problem.failures.items())
         if isinstance(cause, ShardError):
             raise cause from problem

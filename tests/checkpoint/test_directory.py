@@ -81,6 +81,13 @@ def test_a_checkpoint_takes_its_place_whole_and_replaces_one(tmp_path: Path) -> 
     assert names(tmp_path) == [path.name] and (path / "content").read_text() == "new"
 
 
+def test_one_of_any_name_that_a_kill_hid_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".mine.previous").mkdir()
+    directory.put_back(tmp_path / "mine")
+    directory.put_back(tmp_path / "other")
+    assert names(tmp_path) == ["mine"]
+
+
 def test_what_a_kill_left_is_cleared_away_and_what_it_hid_comes_back(tmp_path: Path) -> None:
     made(tmp_path, 1)
     for name in (".step-00000002.partial", ".step-00000003.previous", ".step-00000004.removed", ".step-00000001.previous"):

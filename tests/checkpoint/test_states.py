@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,26 @@ def test_every_optimizer_of_torch_goes_on_bit_for_bit(name: str, tmp_path: Path)
     same(train(TIED, 4, load=tmp_path, optimizer=OPTIMIZERS[name]), whole)
 
 
+def test_a_schedule_whose_state_has_numbers_for_keys_goes_on(tmp_path: Path) -> None:
+    def rates(sharded: ShardedModel, load: bool) -> list[float]:
+        optimizer = adamw(sharded)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 4], gamma=0.5)
+        if load:
+            checkpoint.load(tmp_path, sharded, optimizer, scheduler=scheduler)
+        found = []
+        for step in range(scheduler.last_epoch, 5):
+            if step == 1 and not load:
+                checkpoint.save(tmp_path / "step-1", sharded, optimizer, step=1, scheduler=scheduler)
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    whole = on_ranks(TIED, lambda sharded: rates(sharded, False))
+    assert whole[0] == [3e-3, 3e-3, 1.5e-3, 1.5e-3, 0.75e-3]
+    assert on_ranks(TIED, lambda sharded: rates(sharded, True)) == [each[1:] for each in whole]
+
+
 def test_each_tensor_is_saved_once_and_nothing_is_pickled(tmp_path: Path) -> None:
     train(TIED, 1, save=tmp_path / "step-1")
     path = tmp_path / "step-1"
@@ -95,6 +116,7 @@ def test_generators_of_every_kind_go_on(tmp_path: Path) -> None:
 
 def test_what_was_said_comes_back_with_the_same_bits(tmp_path: Path) -> None:
     extra = {"position": 2**40, "best": 0.1 + 0.2, "worst": math.inf, "names": ["ä", None, True]}
+    extra |= {"pair": (1, "2"), "milestones": Counter({30: 1}), "by number": {1: 2, "1": 3}, "odd": {"__tuple__": []}}
     on_ranks(TIED, lambda sharded: checkpoint.save(tmp_path / "mine", sharded, step=7, extra=extra))
     [found, *_] = on_ranks(TIED, lambda sharded: checkpoint.load(tmp_path / "mine", sharded))
     assert found.extra == extra and found.step == 7 and found.path == tmp_path / "mine"
@@ -137,7 +159,7 @@ def test_states_that_lie_in_no_known_way_are_refused_before_anything_is_written(
 
     with pytest.raises(CheckpointError, match=r"its state row of .* is \(3,\)"):
         on_ranks(TIED, attempt)
-    with pytest.raises(CheckpointError, match=r"extra cannot be saved .object is no plain value"):
+    with pytest.raises(CheckpointError, match="extra cannot be saved: object is no plain value"):
         on_ranks(TIED, lambda sharded: checkpoint.save(tmp_path / "step-1", sharded, step=1, extra={"a": object()}))
     assert not list(tmp_path.iterdir())
     (tmp_path / "thesis.tex").write_text("precious")
