@@ -262,8 +262,13 @@ def _count_labels(body: Body, program: Program) -> None:
         losses = body.graph.call_function(cross_entropy, (logits, labels, ignored))
         total = body.graph.call_function(aten.sum.default, (losses,))
         mean = body.graph.call_function(aten.div.Tensor, (total, count))
-    for node, shape in ((losses, value(labels).shape), (total, ()), (mean, ())):
-        node.meta = {**loss.meta, "value": Value(shape, held.dtype)}
+        made = [(losses, value(labels).shape), (total, ()), (mean, ())]
+        wide = torch.promote_types(held.dtype, torch.float32)
+        if wide != held.dtype:
+            mean = body.graph.call_function(aten.to.dtype, (mean, held.dtype))
+    for node, shape in made:
+        node.meta = {**loss.meta, "value": Value(shape, wide)}
+    mean.meta = {**loss.meta, "value": Value((), held.dtype)}
     loss.replace_all_uses_with(mean)
 
 

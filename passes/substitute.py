@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from shardcomp import candidates
+from shardcomp import candidates, heads
 from shardcomp.candidates import Candidate, Place
 from shardcomp.errors import PolicyError, raise_all
 from shardcomp.kernels.placed import kernel_counts, place_of
@@ -78,6 +78,25 @@ class _Rewriting:
             self._rotate()
         self._each(candidates.gates(self.body), ("swiglu", "geglu"), self._put)
         self._each(candidates.norms(self.body), ("rms_norm", "layer_norm", "add_rms_norm"), self._norm)
+        if self.places("linear_cross_entropy"):
+            # With all forwards before all backwards, the gradients of each would stand until then; and in float16 they would be
+            # too small before the loss is scaled.
+            waits = options.pipeline > 1 and options.schedule == "gpipe"
+            self._losses(early=not waits and options.precision != "fp16")
+
+    def _losses(self, early: bool) -> None:
+        """The loss and the product that makes its logits as one."""
+        for head in list(heads.heads(self.body)):
+            if head.product is None:
+                self.missed.append((head.losses, f"it is no linear_cross_entropy: {head.obstacle}"))
+                continue
+            head = heads.moved(self.body, head)
+            piece, proposal = heads.proposed(head, early)
+            verdict = prove(piece, [proposal], bits=False)  # one number, whose last bit is the order of a sum
+            if verdict.chosen is None:
+                self.missed.append((head.losses, verdict.reason))
+            else:
+                _replace(self.body, piece, proposal)
 
     def _each(self, found: Iterable[Place], names: tuple[str, ...], put: Callable[[Piece, Proposal], str | None]) -> None:
         """Put a kernel at each place where one passes the proof; where none does, say what comes nearest to it."""

@@ -72,7 +72,7 @@ def _names(value: Any) -> list[str]:
 
 
 KERNELS = ("all", "none")
-PLACED = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "geglu")
+PLACED = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "linear_cross_entropy")
 """The kernels that a policy may leave out."""
 _LEFT_OUT = tuple(f"-{name}" for name in PLACED)
 RECOMPUTE = ("none", "full", "selective")

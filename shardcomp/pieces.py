@@ -38,6 +38,8 @@ class Piece:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    draw: Callable[[fx.Node, torch.Generator], Tensor] | None = field(default=None, compare=False)
+    """Draws an input, floating ones in float64, where they cannot be any numbers of their shape."""
 
     def escapes(self) -> list[fx.Node]:
         """The calls whose results are used outside, though they are none of the outputs."""
@@ -236,9 +238,14 @@ class _Trials:
         found = {}
         for node in self.piece.inputs:
             held = value(node)
-            shape = [int(sympy.sympify(size).subs(self.sizes)) for size in held.shape]
-            drawn = magnitude * torch.randn(shape, generator=draw, dtype=torch.float64)
-            found[node] = drawn.to(dtype or held.dtype).requires_grad_(held.requires_grad)
+            if self.piece.draw is not None:
+                drawn = self.piece.draw(node, draw)
+            else:
+                shape = [int(sympy.sympify(size).subs(self.sizes)) for size in held.shape]
+                drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
+            if drawn.is_floating_point():
+                drawn = (magnitude * drawn).to(dtype or held.dtype)
+            found[node] = drawn.requires_grad_(held.requires_grad)
         return found
 
 

@@ -8,6 +8,7 @@ from shardcomp.kernels.dropout import dropout, dropped_attention
 from shardcomp.kernels.embedding import vocab_embedding
 from shardcomp.kernels.gated import geglu, swiglu
 from shardcomp.kernels.layer_norm import layer_norm
+from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy, vocab_linear_cross_entropy
 from shardcomp.kernels.mean import split_mean
 from shardcomp.kernels.rms_norm import rms_norm
 from shardcomp.kernels.rotary import rotary
@@ -20,10 +21,12 @@ __all__ = [
     "dropped_attention",
     "geglu",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "rotary",
     "split_mean",
     "swiglu",
     "vocab_cross_entropy",
     "vocab_embedding",
+    "vocab_linear_cross_entropy",
 ]

@@ -13,13 +13,15 @@ from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
 from shardcomp.kernels.dropout import dropped_attention
 from shardcomp.kernels.gated import geglu, swiglu
 from shardcomp.kernels.layer_norm import layer_norm
+from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy, vocab_linear_cross_entropy
 from shardcomp.kernels.rms_norm import rms_norm
 from shardcomp.kernels.rotary import rotary
 from shardcomp.program import Unit
 
-_KERNELS = (rms_norm, add_rms_norm, layer_norm, rotary, swiglu, geglu, attention, cross_entropy)
+_KERNELS = (rms_norm, add_rms_norm, layer_norm, rotary, swiglu, geglu, attention, cross_entropy, linear_cross_entropy)
 _NAMES: dict[Any, str] = {each: each.__name__ for each in _KERNELS}
 _NAMES |= {dropped_attention: "attention", vocab_cross_entropy: "cross_entropy"}
+_NAMES[vocab_linear_cross_entropy] = "linear_cross_entropy"
 NAMES = tuple(dict.fromkeys(_NAMES.values()))
 """The kernels that reports and policies count."""
 

@@ -19,12 +19,14 @@ from shardcomp.kernels import (
     dropped_attention,
     geglu,
     layer_norm,
+    linear_cross_entropy,
     rms_norm,
     rotary,
     split_mean,
     swiglu,
     vocab_cross_entropy,
     vocab_embedding,
+    vocab_linear_cross_entropy,
 )
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.model import ShardedModel, build
@@ -53,6 +55,7 @@ __all__ = [
     "identity_allreduce",
     "keep",
     "layer_norm",
+    "linear_cross_entropy",
     "local",
     "narrow",
     "once",
@@ -64,4 +67,5 @@ __all__ = [
     "swiglu",
     "vocab_cross_entropy",
     "vocab_embedding",
+    "vocab_linear_cross_entropy",
 ]

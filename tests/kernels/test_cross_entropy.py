@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from torch.nn import functional
 
 from shardcomp.kernels import cross_entropy, vocab_cross_entropy
 from shardcomp.mesh import Mesh
+from shardcomp.pieces import equal_bits
 from shardcomp.ranks import run_ranks
 from shardcomp.runtime import world
 
@@ -77,3 +79,43 @@ def test_tokens_that_do_not_count_are_zero_and_give_no_gradient() -> None:
     logits, labels = case(6, 10)
     losses, gradient = split(logits, torch.full_like(labels, -100), 2, torch.ones(6, dtype=torch.float64))
     assert not losses[0].any() and not gradient.any()
+
+
+def test_a_rank_whose_columns_are_all_masked_adds_nothing() -> None:
+    logits, labels = case(5, 8)
+    logits[:, :4] = float("-inf")
+    labels = torch.where(labels >= 0, labels % 4 + 4, labels)
+    losses, gradient = split(logits, labels, 2, torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(losses[0], functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none"))
+    assert bool((gradient[:, :4] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_logits_give_wide_losses_and_the_gradient_that_widening_them_gives(dtype: torch.dtype) -> None:
+    logits, labels = case(67, 131, dtype)
+    whole, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = functional.cross_entropy(whole.float(), labels, ignore_index=-100, reduction="none")
+    made = cross_entropy(ours, labels, -100)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, expected)
+    expected.backward(torch.ones(67))
+    made.backward(torch.ones(67))
+    assert whole.grad is not None and ours.grad is not None and ours.grad.dtype == dtype
+    assert equal_bits(ours.grad, whole.grad) > 0.999 or dtype == torch.float32
+    torch.testing.assert_close(ours.grad, whole.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_its_operators_are_well_formed(tokens: int, dtype: torch.dtype) -> None:
+    logits, labels = case(tokens, 9, dtype)
+    counted = labels != -100
+    statistics = torch.ops.shardcomp.cross_entropy_statistics(logits, labels, counted, 2)
+    normaliser = statistics[:2]
+    opcheck(torch.ops.shardcomp.cross_entropy_statistics.default, (logits, labels, counted, 2))
+    given = (labels, counted, normaliser, torch.ones_like(normaliser[0]), 2)
+    opcheck(torch.ops.shardcomp.cross_entropy_gradient.default, (logits, *given))
+    opcheck(torch.ops.shardcomp.cross_entropy_gradient_.default, (logits.clone(), *given))
+    over = logits.clone()
+    torch.ops.shardcomp.cross_entropy_gradient_(over, *given)
+    assert torch.equal(over, torch.ops.shardcomp.cross_entropy_gradient(logits, *given))
