@@ -96,7 +96,10 @@ class _Rewriting:
             if verdict.chosen is None:
                 self.missed.append((head.losses, verdict.reason))
             else:
-                _replace(self.body, piece, proposal)
+                rows = proposal.args[0]
+                _replace(self.body, piece, heads.rows_apart(proposal))
+                if rows is not None and not rows.users and rows.op == "call_function":
+                    self.body.graph.erase_node(rows)
 
     def _each(self, found: Iterable[Place], names: tuple[str, ...], put: Callable[[Piece, Proposal], str | None]) -> None:
         """Put a kernel at each place where one passes the proof; where none does, say what comes nearest to it."""

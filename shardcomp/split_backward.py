@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from shardcomp.kernels.embedding import vocab_embedding
+from shardcomp.kernels.linear_cross_entropy import is_early, linear_cross_entropy, vocab_linear_cross_entropy
 from shardcomp.passes.recompute import passes_on
 from shardcomp.program import INPUT, PARAMETER, Program, Unit, tensor_arguments
 from shardcomp.propagate import values
@@ -25,6 +26,8 @@ _PRODUCTS = {aten.linear, aten.mm, aten.bmm, aten.addmm, aten.matmul, aten.mul}
 """Their gradient by one factor reads the other alone."""
 _INDIFFERENT = {aten.embedding, aten.index, vocab_embedding}
 """Their backward reads no weight."""
+_MAYBE_EARLY = {linear_cross_entropy, vocab_linear_cross_entropy}
+"""Nor does theirs where their forward computes the gradients."""
 _PIECES = {aten.split, aten.chunk, aten.split_with_sizes, aten.unbind}
 """Their results lie in the memory of their operand."""
 
@@ -95,7 +98,8 @@ def _fault(node: fx.Node, operands: list[fx.Node], known: Mapping[fx.Node, _Orig
     if again:
         return f"{min(again)} is used again behind its own result"
     packet = getattr(node.target, "overloadpacket", node.target)
-    if not from_weights or packet in _INDIFFERENT or packet in _PIECES or passes_on(node):
+    reads_none = packet in _INDIFFERENT | _PIECES or packet in _MAYBE_EARLY and is_early(node)
+    if not from_weights or reads_none or passes_on(node):
         return None
     rule = factoring(node) if packet in _PRODUCTS else None
     added = rule.additive if rule else frozenset()

@@ -41,8 +41,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum over tokens of `cross_entropy(steps(linear(x, weight, bias)), labels, ignore_index)`, divided by `count`.
 
-    x: [t, h] floating. weight: [v, h], bias: [v], in its dtype. labels: [t] int64. count: integer or floating, [], needs no
-    gradient. chunks: the number of pieces. steps: done one after the other, each rounded to the dtype that it has.
+    x: [.., h] floating, in which t tokens lie in order. weight: [v, h], bias: [v], in its dtype. labels: [t] int64. count:
+    integer or floating, [], needs no gradient. chunks: the number of pieces. steps: done one after the other, each rounded to the dtype that it has.
     Result: [] in float32, or float64 for float64. The gradient of the weight is summed over the pieces in that dtype. The
     gradients are rounded when they are divided by `count`; where the gradient of the loss is no power of two, `early` rounds
     them once more.
@@ -104,7 +104,7 @@ def _apply(
 ) -> Tensor:
     wanted = [torch.is_grad_enabled() and held is not None and held.requires_grad for held in (x, weight, bias)]
     job = _Job(ignore_index, chunks, early and any(wanted), steps, first, axis, tuple(wanted))  # type: ignore[arg-type]
-    return _LinearCrossEntropy.apply(x, weight, bias, labels, count, job)
+    return _LinearCrossEntropy.apply(x.flatten(0, -2), weight, bias, labels, count, job)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -216,12 +216,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def is_early(call: fx.Node) -> bool:
+    """Whether a call, whole or of the split form, computes its gradients in the forward."""
+    return bool(call.args[7] if call.target is vocab_linear_cross_entropy else call.kwargs.get("early", True))
+
+
 def _exchanges(node: fx.Node) -> list[tuple[str, str, tuple[Size, ...], torch.dtype]]:
     x, weight = value(node.args[0]), value(node.args[1])  # type: ignore[arg-type]
-    chunks, early = node.args[6], node.args[7]
-    pieces = int(chunks) if early and (x.requires_grad or weight.requires_grad) else 1  # type: ignore[arg-type]
+    pieces = int(node.args[6]) if is_early(node) and (x.requires_grad or weight.requires_grad) else 1  # type: ignore[arg-type]
     wide = torch.promote_types(x.dtype, torch.float32)
-    return [("all_gather", "forward", (1, 3, x.shape[0] / pieces), wide)] * pieces
+    return [("all_gather", "forward", (1, 3, value(node.args[2]).shape[0] / pieces), wide)] * pieces
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -233,6 +237,6 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
 
 register(
     linear_cross_entropy,
-    "t h, v h, t, , v -> ",
+    "... h, v h, t!, , v -> ",
     {"v": Form(vocab_linear_cross_entropy, _arguments, exchanges=_exchanges)},
 )

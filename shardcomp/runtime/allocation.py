@@ -266,7 +266,7 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
             holder.to_empty(device="cpu" if on_host else device)
     splits = blueprint.mesh.pp > 1 and SCHEDULES[blueprint.schedule].splits_backward
     for home, unit in zip(chunk.homes, chunk.units, strict=True):
-        home.copies_vectors = unit.reshard and splits
+        home.copies_vectors, home.splits = unit.reshard and splits, splits
     _prefetch(blueprint, chunk)
 
 

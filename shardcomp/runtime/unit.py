@@ -27,10 +27,13 @@ class Home(nn.Module):
     path, recompute: the unit's, see `UnitPlan`.
     copies_vectors: whether the code computes with copies of biases and of norms' weights. The second half of a split backward
     reads some of them, such as a LayerNorm's weight, when what was gathered is gone.
+    splits: whether its backward comes in two halves. What FSDP hangs on the call that a result comes from would then run in
+    the second half once more, where weights meet that very call: its results get a call of their own.
     """
 
     shared: Shared | None
     copies_vectors = False
+    splits = False
 
     def __init__(
         self,
@@ -50,11 +53,26 @@ class Home(nn.Module):
 
     def forward(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
         self.gathered = [getattr(module, attribute) for module, attribute in self.places.values()]
-        return body(*inputs)
+        results = body(*inputs)
+        if not self.splits:
+            return results
+        return tuple(_Apart.apply(each) for each in results) if isinstance(results, tuple) else _Apart.apply(results)
 
     def run(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
         """`body` with all parameters of the unit gathered."""
         return self(body, *inputs) if self.shared is None or not self.shared.apart else self.shared(self, body, *inputs)
+
+
+class _Apart(torch.autograd.Function):
+    """The same numbers as the result of another call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
 class Shared(nn.Module):
