@@ -42,10 +42,10 @@ def linear_cross_entropy(
     """The sum over tokens of `cross_entropy(steps(linear(x, weight, bias)), labels, ignore_index)`, divided by `count`.
 
     x: [.., h] floating, in which t tokens lie in order. weight: [v, h], bias: [v], in its dtype. labels: [t] int64. count:
-    integer or floating, [], needs no gradient. chunks: the number of pieces. steps: done one after the other, each rounded to the dtype that it has.
-    Result: [] in float32, or float64 for float64. The gradient of the weight is summed over the pieces in that dtype. The
-    gradients are rounded when they are divided by `count`; where the gradient of the loss is no power of two, `early` rounds
-    them once more.
+    integer or floating, [], needs no gradient. chunks: the number of pieces. steps: done one after the other, each rounded to
+    the dtype that it has. Result: [] in float32, or float64 for float64. The gradient of the weight is summed over the pieces
+    in that dtype. The gradients are rounded when they are divided by `count`; where the gradient of the loss is no power of
+    two, `early` rounds them once more.
     """
     return _apply(x, weight, labels, count, bias, ignore_index, chunks, early, steps, 0, None)
 

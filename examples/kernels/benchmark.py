@@ -1,0 +1,462 @@
+"""How fast the fused operators are, beside others that compute the same: forward and backward, in one run.
+
+    python examples/kernels/benchmark.py [--device cpu] [--dtype bf16] [--shapes 7b 65b llama3] [--operators rms_norm ...]
+                                         [--rows 2048] [--json FILE] [--chart FILE] [--seconds 0.5]
+
+For every operator, shape and implementation: the median time and its spread, the fewest bytes that have to be moved (each
+operand and result once, in its dtype), and what share that is of what a plain copy moves in the same time, measured here as
+well. Products of matrices have no such share. `extra` is the memory that a call holds at most beyond its operands and results,
+where the device counts it (CUDA), on the CPU what the process grows by meanwhile.
+
+An implementation that is not installed or does not run here is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.benchmark import Timer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+import shardcomp
+from shardcomp import kernels
+from shardcomp.environment import environment
+from shardcomp.kernels import library
+
+EPS = 1e-5
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model: features, those of its MLP, heads of queries and of keys, their features, words."""
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head: int
+    words: int
+
+
+SHAPES = {
+    "7b": Shape(4096, 11008, 32, 32, 128, 32000),
+    "65b": Shape(8192, 22016, 64, 64, 128, 32000),
+    "llama3": Shape(4096, 14336, 32, 8, 128, 128256),
+}
+
+Operands = list[Tensor]
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at one shape. make: its operands. least: bytes forward and backward, None where products decide. calls: what
+    computes it, by name, or why that does not run."""
+
+    operator: str
+    shape: str
+    make: Callable[[], Operands]
+    least: tuple[int, int] | None
+    calls: dict[str, Call | str]
+    backward: bool = True
+
+
+@dataclass
+class Row:
+    """What one implementation took. forward, backward: medians in seconds; spreads: between their quartiles. shares: of the
+    bandwidth of a copy that the fewest bytes in this time are. extra: bytes, see above. failed: why there is none of these."""
+
+    operator: str
+    shape: str
+    dtype: str
+    implementation: str
+    forward: float | None = None
+    forward_spread: float | None = None
+    forward_share: float | None = None
+    backward: float | None = None
+    backward_spread: float | None = None
+    backward_share: float | None = None
+    extra: int | None = None
+    failed: str = ""
+
+
+@dataclass
+class Setting:
+    """Where and how long it is measured."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    seconds: float
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def draw(setting: Setting, *shape: int, graded: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    made = torch.randn(shape, device=setting.device, dtype=dtype or setting.dtype)
+    return made.requires_grad_(graded)
+
+
+def hf_norm(x: Tensor, weight: Tensor) -> Tensor:
+    norm = LlamaRMSNorm(x.shape[-1], EPS)
+    del norm.weight
+    norm.weight = weight  # type: ignore[assignment]
+    return norm(x)
+
+
+def added_norm(norm: Call, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return norm(total, weight), total
+
+
+def hf_head(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(functional.linear(x, weight).float(), labels)
+
+
+def hf_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels)
+
+
+def hf_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+def f_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def liger(name: str, device: torch.device) -> Call | str:
+    """An operator of Liger-Kernel, or why there is none."""
+    if device.type == "cpu":
+        return "Liger-Kernel needs a GPU"
+    try:
+        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError as error:
+        return f"Liger-Kernel is not installed ({error})"
+    calls: dict[str, Call] = {
+        "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
+        "rotary": lambda q, k, cos, sin: LigerRopeFunction.apply(q, k, cos, sin),
+        "swiglu": LigerSiLUMulFunction.apply,
+        "cross_entropy": lambda logits, labels: LigerCrossEntropyFunction.apply(logits, labels, None)[0],
+        "linear_cross_entropy": lambda x, w, labels: LigerFusedLinearCrossEntropyFunction.apply(x, w, labels)[0],
+    }
+    return calls.get(name, "Liger-Kernel has no such operator")
+
+
+def compiled(call: Call) -> Call:
+    return torch.compile(call, dynamic=False)
+
+
+def cases(name: str, setting: Setting, wanted: set[str]) -> Iterator[Case]:
+    """The operators at one shape, those that are asked for."""
+    shape, device, rows = SHAPES[name], setting.device, setting.rows
+    size = torch.empty((), dtype=setting.dtype).itemsize
+    h, f, v, d = shape.hidden, shape.inner, shape.words, shape.head
+    make = partial(draw, setting)
+
+    def labels() -> Tensor:
+        return torch.randint(0, v, (rows,), device=device)
+
+    def case(operator: str, operands: Callable[[], Operands], least: tuple[int, int] | None, ours: Call, **others: Any) -> Case:
+        calls: dict[str, Call | str] = {"shardcomp": ours, "HuggingFace": others.pop("HuggingFace")}
+        calls["torch.compile"] = compiled(calls["HuggingFace"])  # type: ignore[arg-type]
+        calls |= {key.replace("_", " "): call for key, call in others.items()}
+        return Case(operator, name, operands, least, {**calls, "Liger": liger(operator, device)})
+
+    if "rms_norm" in wanted:
+        yield case(
+            "rms_norm", lambda: [make(rows, h), make(h)], (2 * rows * h * size, 3 * rows * h * size),
+            lambda x, w: kernels.rms_norm(x, w, eps=EPS, round_first=True),
+            HuggingFace=hf_norm, F_rms_norm=f_norm,
+        )  # fmt: skip
+    if "add_rms_norm" in wanted:
+        yield case(
+            "add_rms_norm", lambda: [make(rows, h), make(rows, h), make(h)], (4 * rows * h * size, 4 * rows * h * size),
+            lambda x, r, w: kernels.add_rms_norm(x, r, w, eps=EPS, round_first=True),
+            HuggingFace=partial(added_norm, hf_norm), F_rms_norm=partial(added_norm, f_norm),
+        )  # fmt: skip
+    if "layer_norm" in wanted:
+        yield case(
+            "layer_norm", lambda: [make(rows, h), make(h), make(h)], (2 * rows * h * size, 3 * rows * h * size),
+            lambda x, w, b: kernels.layer_norm(x, w, b, eps=EPS),
+            HuggingFace=lambda x, w, b: functional.layer_norm(x, (h,), w, b, EPS),
+        )  # fmt: skip
+    if "rotary" in wanted:
+        moved = rows * d * (shape.heads + shape.key_heads) * size
+
+        def turned() -> Operands:
+            q, k = (make(1, rows, n, d).transpose(1, 2) for n in (shape.heads, shape.key_heads))
+            angles = torch.rand(1, rows, d // 2, device=device).mul_(6.28).repeat(1, 1, 2)
+            return [q, k, angles.cos().to(setting.dtype), angles.sin().to(setting.dtype)]
+
+        yield case(
+            "rotary", turned, (2 * moved, 2 * moved),
+            lambda q, k, cos, sin: kernels.rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1), round_each=True),
+            HuggingFace=apply_rotary_pos_emb,
+        )  # fmt: skip
+    if "swiglu" in wanted:
+        yield case(
+            "swiglu", lambda: [make(rows, f), make(rows, f)], (3 * rows * f * size, 5 * rows * f * size),
+            partial(kernels.swiglu, round_first=True), HuggingFace=hf_gate,
+        )  # fmt: skip
+    if "cross_entropy" in wanted:
+        yield case(
+            "cross_entropy", lambda: [make(rows, v), labels()], (rows * v * size, 2 * rows * v * size),
+            lambda logits, labels: kernels.cross_entropy(logits, labels, -100).sum() / labels.numel(), HuggingFace=hf_loss,
+        )  # fmt: skip
+    if "linear_cross_entropy" in wanted:
+        chunks = math.ceil(v / (2 * h))
+        yield case(
+            "linear_cross_entropy", lambda: [make(rows, h), (make(v, h, graded=False) / h**0.5).requires_grad_(), labels()],
+            None,
+            lambda x, w, labels: kernels.linear_cross_entropy(x, w, labels, labels.numel(), ignore_index=-100, chunks=chunks),
+            HuggingFace=hf_head,
+        )  # fmt: skip
+    if "adamw" in wanted:
+        yield adamw(name, setting, 4 * h * h)
+
+
+def adamw(name: str, setting: Setting, numbers: int) -> Case:
+    """A step of the optimizer on a layer's attention weights, in float32 whatever the dtype of the others."""
+
+    def step(kind: Any, **options: Any) -> Call:
+        weights = [nn.Parameter(torch.randn(numbers // 4, device=setting.device)) for _ in range(4)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer = kind(weights, lr=1e-4, weight_decay=0.1, **options)
+        return lambda: optimizer.step()
+
+    calls: dict[str, Call | str] = {
+        "shardcomp": step(shardcomp.AdamW),
+        "torch foreach": step(torch.optim.AdamW, foreach=True),
+        "torch fused": step(torch.optim.AdamW, fused=True),
+    }
+    return Case("adamw", name, list, (28 * numbers, 0), calls, backward=False)
+
+
+def several(case: Case, setting: Setting) -> list[Operands]:
+    """So many sets of operands that none is still in a cache when its turn comes again; on the CPU they are large enough."""
+    first = case.make()
+    if setting.device.type == "cpu" or not first:
+        return [first]
+    cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
+    copies = min(8, math.ceil(3 * cache / sum(t.nbytes for t in first)))
+    return [first, *(case.make() for _ in range(copies - 1))]
+
+
+def timed(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
+    """The median of a call in seconds, and the spread between quartiles."""
+    call()
+    timer = Timer("call()", globals={"call": call}, num_threads=setting.threads)
+    found = timer.blocked_autorange(min_run_time=setting.seconds)
+    return found.median, found.iqr
+
+
+def results(made: Any) -> list[Tensor]:
+    every = made if isinstance(made, (tuple, list)) else (made,)
+    return [each for each in every if isinstance(each, Tensor) and each.requires_grad]
+
+
+def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: float) -> Row:
+    """One implementation of a case; whatever it cannot do is told of in the row."""
+    row = Row(case.operator, case.shape, str(setting.dtype).removeprefix("torch."), name)
+    sets = several(case, setting)
+    try:
+        turn = itertools.cycle(sets)
+        row.forward, row.forward_spread = timed(lambda: call(*next(turn)), setting)
+        if case.backward:
+            graphs = []
+            for operands in sets:
+                made = results(call(*operands))
+                graded = [held for held in operands if held.requires_grad]
+                graphs.append((made, graded, [torch.randn_like(each) for each in made]))
+            turned = itertools.cycle(graphs)
+            row.backward, row.backward_spread = timed(lambda: torch.autograd.grad(*next(turned), retain_graph=True), setting)
+            del graphs, made, turned
+            row.extra = extra(call, sets[0], setting.device)
+        if case.least is not None:
+            row.forward_share = case.least[0] / row.forward / bandwidth
+            row.backward_share = case.least[1] / row.backward / bandwidth if row.backward else None
+    except Exception as error:
+        row.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return row
+
+
+def extra(call: Call, operands: Operands, device: torch.device) -> int | None:
+    """What a forward and a backward hold at most beside operands, results and gradients; None where nobody counts it."""
+    graded = [held for held in operands if held.requires_grad]
+    before = _held(device, reset=True)
+    if before is None:
+        return None
+    made = results(call(*operands))
+    seeds = [torch.ones_like(each) for each in made]
+    gradients = torch.autograd.grad(made, graded, seeds)
+    most = _held(device)
+    known = sum(held.nbytes for held in (*made, *seeds, *gradients))
+    return None if most is None else max(0, most - before - known)
+
+
+def _held(device: torch.device, reset: bool = False) -> int | None:
+    """The most bytes held since the last reset, or those held now with a reset."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def copied(setting: Setting) -> float:
+    """The bytes per second that a copy of a large tensor reads and writes."""
+    size = 2**28 if setting.device.type == "cpu" else 2**30
+    source = torch.ones(size, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return 2 * size / timed(lambda: target.copy_(source), setting)[0]
+
+
+OPERATORS = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "cross_entropy", "linear_cross_entropy", "adamw")
+
+
+def table(rows: list[Row], title: str) -> Table:
+    found = Table(title=title, title_justify="left")
+    found.add_column("operator")
+    found.add_column("shape")
+    found.add_column("implementation")
+    for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "extra MB"):
+        found.add_column(column, justify="right")
+    before = None
+    for row in rows:
+        if before not in (None, (row.operator, row.shape)):
+            found.add_section()
+        before = row.operator, row.shape
+        numbers = [
+            _number(row.forward, 1e3, 3), _number(row.forward_spread, 1e3, 3), _number(row.forward_share, 100, 0, "%"),
+            _number(row.backward, 1e3, 3), _number(row.backward_spread, 1e3, 3), _number(row.backward_share, 100, 0, "%"),
+            _number(row.extra, 1e-6, 1),
+        ]  # fmt: skip
+        found.add_row(row.operator, row.shape, row.implementation, *([row.failed] if row.failed else numbers))
+    return found
+
+
+def _number(value: float | None, times: float, digits: int, unit: str = "") -> str:
+    return "" if value is None else f"{value * times:.{digits}f}{unit}"
+
+
+def chart(rows: list[Row], path: str, title: str) -> None:
+    """Bars: forward and backward of every implementation, relative to HuggingFace's, a panel for each operator and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if not row.failed:
+            groups.setdefault((row.operator, row.shape), []).append(row)
+    columns = min(4, len(groups))
+    figure, axes = pyplot.subplots(
+        math.ceil(len(groups) / columns),
+        columns,
+        figsize=(4.2 * columns, 2.6 * math.ceil(len(groups) / columns)),
+        squeeze=False,
+    )
+    for panel in axes.flat[len(groups) :]:
+        panel.axis("off")
+    for panel, ((operator, shape), some) in zip(axes.flat, groups.items(), strict=False):
+        names = [row.implementation for row in some]
+        forward = [(row.forward or 0) * 1e3 for row in some]
+        panel.barh(names, forward, label="forward")
+        panel.barh(names, [(row.backward or 0) * 1e3 for row in some], left=forward, label="backward")
+        panel.invert_yaxis()
+        panel.set_title(f"{operator}, {shape}", fontsize=9)
+        panel.set_xlabel("ms", fontsize=8)
+        panel.tick_params(labelsize=8)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def described(setting: Setting, bandwidth: float) -> dict[str, Any]:
+    """What a reader needs to judge the numbers by."""
+    name = (
+        torch.cuda.get_device_name(setting.device)
+        if setting.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "date": f"{datetime.now():%Y-%m-%d}", "device": name, "threads": setting.threads, "rows": setting.rows,
+        "dtype": str(setting.dtype).removeprefix("torch."), "copy_bytes_per_second": bandwidth, "seconds": setting.seconds,
+        "kernels": library.load().kind, "versions": environment()["versions"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7b"])
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--rows", type=int, default=2048, help="tokens (default 2048)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long each call is repeated (default 0.5)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows and what they were measured on")
+    parser.add_argument("--chart", metavar="FILE", help="write a PNG with bars (needs matplotlib)")
+    asked = parser.parse_args()
+    if asked.chart and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--chart needs matplotlib: pip install matplotlib")
+    console, written = Console(), []
+    for dtype in asked.dtype:
+        setting = Setting(torch.device(asked.device), DTYPES[dtype], asked.rows, asked.seconds)
+        bandwidth = copied(setting)
+        every = [case for name in asked.shapes for case in cases(name, setting, set(asked.operators))]
+        rows = []
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=sum(len(case.calls) for case in every))
+            for case in every:
+                for name, call in case.calls.items():
+                    progress.update(task, description=f"{case.operator} {case.shape} {name}")
+                    if isinstance(call, str):
+                        rows.append(Row(case.operator, case.shape, dtype, name, failed=call))
+                    else:
+                        rows.append(measure(case, name, call, setting, bandwidth))
+                    progress.advance(task)
+        about = described(setting, bandwidth)
+        where = f"{about['device']}, {about['threads']} threads, {dtype}, {asked.rows} rows"
+        title = f"{where}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
+        console.print(table(rows, title))
+        written.append({**about, "rows_measured": [asdict(row) for row in rows]})
+        if asked.chart:
+            stem, dot, suffix = asked.chart.rpartition(".")
+            chart(rows, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
