@@ -24,12 +24,15 @@ from torch import fx
 from shardcomp.collectives import EXCHANGES
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.dropout import dropped_attention
+from shardcomp.kernels.linear_cross_entropy import is_early, linear_cross_entropy, vocab_linear_cross_entropy
 from shardcomp.layout import Size, same
 from shardcomp.program import Body, Unit, Value, tensor_arguments
 from shardcomp.rules import RULES, Factoring, apply, factoring
 
 aten = torch.ops.aten
 _ATTENTION = {attention, dropped_attention, aten.scaled_dot_product_attention}
+_MADE_AGAIN = {linear_cross_entropy, vocab_linear_cross_entropy}
+"""What makes its product again in the backward, unless it computes its gradients early."""
 _VECTOR_PRODUCTS = {aten.matmul: 0, aten.mv: 0, aten.dot: 0, aten.baddbmm: 1}
 """Products that have no rule -> the operand whose last dimension they contract."""
 
@@ -99,7 +102,7 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
         all_of_it = [i for i in holders if set(rule.factors()) <= set(rule.operands[i])]
         if len(holders) > 1:
             products = 2 * sympy.prod(_factor_size(factor, node, rule, share) for factor in rule.factors())
-            times = sum(graded[i] for i in holders)
+            times = sum(graded[i] for i in holders) + (node.target in _MADE_AGAIN and not is_early(node))
         elif all_of_it:
             others = sympy.prod(shapes[all_of_it[0]]) if floating else 0
         else:

@@ -15,6 +15,7 @@ from shardcomp.collectives import allgather_reducescatter
 from shardcomp.cost.compute import Compute, Share, Work, of_node, of_units
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
+from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
 from shardcomp.layout import Layout, split
 from shardcomp.program import INPUT, B, S, Value
 
@@ -88,6 +89,14 @@ def test_everything_else_costs_one_operation_for_each_element_of_its_result() ->
         == 97 * B * S
     )
     assert cost(aten.add.Tensor, [ids, ids], ids) == Compute(Work(0, 0, 24 * B * S))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_head_that_makes_its_logits_again_costs_one_product_more(early: bool) -> None:
+    operands = [tensor(B, S, 6), tensor(97, 6), tensor(B * S, dtype=torch.int64), tensor(dtype=torch.int64)]
+    found = cost(linear_cross_entropy, operands, tensor(), ignore_index=-100, early=early)
+    assert sympy.expand(found.forward.products - 2 * B * S * 6 * 97) == 0
+    assert sympy.expand(found.backward.products - (2 if early else 3) * found.forward.products) == 0
 
 
 def test_views_and_messages_cost_nothing_but_a_cast_does() -> None:
