@@ -12,22 +12,26 @@ constexpr float ln2_lower = 1.428606765330187045e-06f;
 
 INLINE Floats all(float x) { return Floats{} + x; }
 
-// The nearest whole number, ties to even, for |x| < 2²².
+// The nearest whole number, ties to even, for |x| < 2²²; else anything.
 INLINE Floats nearest(Floats x) {
   const Floats shift = all(0x1.8p23f);
   return (x + shift) - shift;
 }
 
-// x · 2^q for whole |q| < 300, in two steps, each of which has a float's exponent.
+// x · 2^q for whole q; anything where |q| ≥ 256.
 INLINE Floats scaled(Floats x, Floats q) {
-  typedef int32_t Ints __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)x, (__m512)q);
+#else
+  // In two steps, each of which has a float's exponent.
+  q = pick((q < all(256.0f)) & (q > all(-256.0f)), q, Floats{});
   const Ints whole = __builtin_convertvector(q, Ints), half = whole >> 1;
   return x * as_floats((Bits)(half + 127) << 23) * as_floats((Bits)(whole - half + 127) << 23);
+#endif
 }
 
 INLINE Floats exponential(Floats x) {
-  const Bits low = (Bits)(x < all(-104.0f)), high = (Bits)(x > all(100.0f));
-  const Floats q = nearest(pick(low | high, Floats{}, x) * log2_e);
+  const Floats q = nearest(x * log2_e);
   Floats s = fma(q, all(-ln2_upper), x);
   s = fma(q, all(-ln2_lower), s);
   Floats u = all(0.000198527617612853646278381f);
@@ -37,9 +41,9 @@ INLINE Floats exponential(Floats x) {
   u = fma(u, s, all(0.166666671633720397949219f));
   u = fma(u, s, all(0.5f));
   u = 1.0f + fma(s * s, u, s);
-  u = scaled(u, pick((Bits)(q == q), q, Floats{}));
-  u = pick(low, Floats{}, u);
-  return pick(high, all(__builtin_inff()), u);
+  u = scaled(u, q);
+  u = pick(x < all(-104.0f), Floats{}, u);
+  return pick(x > all(100.0f), all(__builtin_inff()), u);
 }
 
 INLINE Floats error_function(Floats x) {
@@ -122,11 +126,10 @@ INLINE Pair exponential_pair(Floats y) {
 INLINE Floats hyperbolic_tangent(Floats x) {
   const Bits sign = as_bits(x) & 0x80000000u;
   const Floats y = as_floats(as_bits(x) & 0x7fffffffu);
-  const Bits one = (Bits)(y > all(8.664339742f));
-  const Pair d = exponential_pair(pick(one | (Bits)(x != x), Floats{}, y)), e = inverse(d);
+  const Pair d = exponential_pair(y), e = inverse(d);
   const Pair made = quotient(ordered_sum(d, Pair{-e.x, -e.y}), ordered_sum(d, e));
-  const Floats value = pick(one, all(1.0f), made.x + made.y);
-  return pick((Bits)(x != x), x, as_floats(as_bits(value) ^ sign));
+  const Floats value = pick(y > all(8.664339742f), all(1.0f), made.x + made.y);
+  return pick(x != x, x, as_floats(as_bits(value) ^ sign));
 }
 
 }  // namespace shardcomp::cpu::SHARDCOMP_LEVEL

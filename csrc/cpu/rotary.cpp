@@ -4,16 +4,25 @@
 
 namespace shardcomp::cpu::SHARDCOMP_LEVEL {
 
-typedef int32_t Order8 __attribute__((vector_size(32)));
-typedef int64_t Order4 __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(SHARDCOMP_BYTES)));
 
 // Neighbours changed places.
-INLINE Floats swapped(Floats x) { return __builtin_shuffle(x, Order8{1, 0, 3, 2, 5, 4, 7, 6}); }
-INLINE Vec<double> swapped(Vec<double> x) { return __builtin_shuffle(x, Order4{1, 0, 3, 2}); }
+template <class Order, class V>
+INLINE V swapped_by(V x) {
+  Order order;
+  for (int i = 0; i < int(sizeof(x) / sizeof(x[0])); ++i) order[i] = i ^ 1;
+  return __builtin_shuffle(x, order);
+}
+INLINE Floats swapped(Floats x) { return swapped_by<Ints>(x); }
+INLINE Vec<double> swapped(Vec<double> x) { return swapped_by<Longs>(x); }
 
 // -1 where the features of a pair stand first, 1 where they stand second.
-INLINE Floats signs(float) { return Floats{-1, 1, -1, 1, -1, 1, -1, 1}; }
-INLINE Vec<double> signs(double) { return Vec<double>{-1, 1, -1, 1}; }
+template <class W>
+INLINE Vec<W> signs() {
+  Vec<W> made;
+  for (int i = 0; i < Lanes<W>::count; ++i) made[i] = i % 2 == 0 ? -1 : 1;
+  return made;
+}
 
 template <class T, bool interleaved>
 INLINE void turn(const Rotary& a, int64_t begin, int64_t end) {
@@ -33,7 +42,7 @@ INLINE void turn(const Rotary& a, int64_t begin, int64_t end) {
       store(y + i, straight + turned, n);
     };
     if constexpr (interleaved) {
-      const V sign = a.back ? -signs(W{}) : signs(W{});
+      const V sign = a.back ? -signs<W>() : signs<W>();
       each<W>(a.turned, [&](int64_t i, int n) INLINED {
         const V s = load(sin + i, n);
         put(i, n, swapped(load(x + i, n)) * sign * (a.back ? swapped(s) : s));

@@ -12,9 +12,9 @@ INLINE int log2_up(int64_t count) { return count <= 2 ? 1 : 64 - __builtin_clzll
 // The sum of f(at, n), the vectors of [0, size).
 template <class W, class F>
 INLINE W sum(int64_t size, F f) {
-  constexpr int lanes = Lanes<W>::count;
+  constexpr int lanes = 32 / sizeof(W), count = Lanes<W>::count;
   typedef Vec<W> V;
-  const int64_t vectors = size / lanes, groups = vectors / 4;
+  const int64_t groups = size / (4 * lanes), vectors = size / lanes;
   const int rest = int(size % lanes);
   const V last = rest == 0 ? V{} : f(vectors * lanes, rest);
   W made = 0;
@@ -26,15 +26,18 @@ INLINE W sum(int64_t size, F f) {
   for (int k = 0; k < rest; ++k) made += last[k];
   const int power = log2_up(groups) / 4 > 4 ? log2_up(groups) / 4 : 4;
   const int64_t step = int64_t(1) << power;
+  // A group's four vectors of `lanes`, in four vectors of this level or in two.
   V a{}, b{}, c{}, d{};
   V upper[3][4] = {};
   for (int64_t i = 0; i < groups;) {
     for (const int64_t until = i + step < groups ? i + step : groups; i < until; ++i) {
       const int64_t at = i * 4 * lanes;
-      a += f(at, lanes);
-      b += f(at + lanes, lanes);
-      c += f(at + 2 * lanes, lanes);
-      d += f(at + 3 * lanes, lanes);
+      a += f(at, count);
+      b += f(at + count, count);
+      if constexpr (count == lanes) {
+        c += f(at + 2 * count, count);
+        d += f(at + 3 * count, count);
+      }
     }
     if ((i & (step - 1)) != 0) break;
     upper[0][0] += a, upper[0][1] += b, upper[0][2] += c, upper[0][3] += d;
@@ -49,11 +52,16 @@ INLINE W sum(int64_t size, F f) {
   for (int level = 0; level < 3; ++level) {
     a += upper[level][0], b += upper[level][1], c += upper[level][2], d += upper[level][3];
   }
-  for (int64_t at = groups * 4 * lanes; at < vectors * lanes; at += lanes) a += f(at, lanes);
-  a += b;
-  a += c;
-  a += d;
-  for (int k = 0; k < lanes; ++k) made += a[k];
+  W part[4 * count];
+  memcpy(part, &a, sizeof(V));
+  memcpy(part + count, &b, sizeof(V));
+  memcpy(part + 2 * count, &c, sizeof(V));
+  memcpy(part + 3 * count, &d, sizeof(V));
+  for (int64_t at = groups * 4 * lanes; at < vectors * lanes; at += lanes) {
+    const V more = f(at, lanes);
+    for (int k = 0; k < lanes; ++k) part[k] += more[k];
+  }
+  for (int k = 0; k < lanes; ++k) made += ((part[k] + part[lanes + k]) + part[2 * lanes + k]) + part[3 * lanes + k];
   return made;
 }
 

@@ -1,4 +1,4 @@
-// Vectors of 32 bytes, and the four dtypes to and from them. All is computed in float, or in double for fp64.
+// Vectors, and the four dtypes to and from them. All is computed in float, or in double for fp64.
 //
 // Everything lies in the level's namespace and is inlined, so that no function that was compiled for one instruction set is
 // ever called from code for another.
@@ -9,8 +9,13 @@
 
 #include "kernels.h"
 
-#if defined(__FMA__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+#define SHARDCOMP_BYTES 64
+#else
+#define SHARDCOMP_BYTES 32
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -29,21 +34,20 @@ template <class W>
 struct Lanes;
 template <>
 struct Lanes<float> {
-  static constexpr int count = 8;
-  typedef float Vector __attribute__((vector_size(32)));
-  typedef uint32_t Bits __attribute__((vector_size(32)));
+  static constexpr int count = SHARDCOMP_BYTES / 4;
+  typedef float Vector __attribute__((vector_size(SHARDCOMP_BYTES)));
 };
 template <>
 struct Lanes<double> {
-  static constexpr int count = 4;
-  typedef double Vector __attribute__((vector_size(32)));
-  typedef uint64_t Bits __attribute__((vector_size(32)));
+  static constexpr int count = SHARDCOMP_BYTES / 8;
+  typedef double Vector __attribute__((vector_size(SHARDCOMP_BYTES)));
 };
 template <class W>
 using Vec = typename Lanes<W>::Vector;
 typedef Vec<float> Floats;
-typedef Lanes<float>::Bits Bits;
-typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(SHARDCOMP_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(SHARDCOMP_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(SHARDCOMP_BYTES / 2)));
 
 // The type that a dtype is computed in.
 template <class T>
@@ -60,25 +64,45 @@ using Wide = typename Widened<T>::type;
 INLINE Floats as_floats(Bits bits) { return (Floats)bits; }
 INLINE Bits as_bits(Floats x) { return (Bits)x; }
 
-// `yes` where the mask's lanes are all ones, `no` where they are zero.
-INLINE Bits pick(Bits mask, Bits yes, Bits no) { return (mask & yes) | (~mask & no); }
-INLINE Floats pick(Bits mask, Floats yes, Floats no) { return as_floats(pick(mask, as_bits(yes), as_bits(no))); }
+// What a comparison of vectors gives chooses between two.
+template <class V>
+INLINE V pick(Ints mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+INLINE Bits lengthened(Halves bits) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Bits);
+#endif
+}
+INLINE Halves shortened(Bits bits) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, Halves);
+#endif
+}
 
 // bf16, as torch rounds to it: to nearest, ties to even, one NaN.
-INLINE Floats widen(Halves bits, bf16) { return as_floats(__builtin_convertvector(bits, Bits) << 16); }
+INLINE Floats widen(Halves bits, bf16) { return as_floats(lengthened(bits) << 16); }
 
-INLINE Halves narrow(Floats x, bf16) {
-  Bits bits = as_bits(x);
-  Bits rounded = (bits + (((bits >> 16) & 1u) + 0x7fffu)) >> 16;
-  return __builtin_convertvector(pick((Bits)(x != x), Bits{} + 0x7fc0u, rounded), Halves);
+// Its bits in the upper halves, and anything in the lower ones.
+INLINE Bits rounded(Floats x) {
+  const Bits bits = as_bits(x);
+  return pick(x != x, Bits{} + 0x7fc00000u, bits + (((bits >> 16) & 1u) + 0x7fffu));
 }
+INLINE Halves narrow(Floats x, bf16) { return shortened(rounded(x) >> 16); }
 
 // fp16: its exponents are put right by one product, which is exact, subnormal ones as well.
 INLINE Floats widen(Halves bits, fp16) {
-  Bits wide = __builtin_convertvector(bits, Bits);
+  Bits wide = lengthened(bits);
   Bits magnitude = (wide & 0x7fffu) << 13;
   Bits unbiased = as_bits(as_floats(magnitude) * 0x1p112f);
-  Bits infinite = (Bits)(magnitude >= (Bits{} + 0x0f800000u)) & 0x7f800000u;
+  Bits infinite = pick(magnitude >= (Bits{} + 0x0f800000u), Bits{} + 0x7f800000u, Bits{});
   return as_floats(unbiased | infinite | ((wide & 0x8000u) << 16));
 }
 
@@ -88,18 +112,18 @@ INLINE Halves narrow(Floats x, fp16) {
   Bits magnitude = bits & 0x7fffffffu;
   Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   Bits subnormal = as_bits(as_floats(magnitude) + 0.5f) - 0x3f000000u;
-  Bits made = pick((Bits)(magnitude < (Bits{} + 0x38800000u)), subnormal, normal);
-  made = pick((Bits)(magnitude >= (Bits{} + 0x47800000u)), Bits{} + 0x7c00u, made);
-  made = pick((Bits)(magnitude > (Bits{} + 0x7f800000u)), Bits{} + 0x7e00u, made);
-  return __builtin_convertvector(made | sign, Halves);
+  Bits made = pick(magnitude < (Bits{} + 0x38800000u), subnormal, normal);
+  made = pick(magnitude >= (Bits{} + 0x47800000u), Bits{} + 0x7c00u, made);
+  made = pick(magnitude > (Bits{} + 0x7f800000u), Bits{} + 0x7e00u, made);
+  return shortened(made | sign);
 }
 
 // The first n elements at `p`, zeros behind them.
 template <class T>
 INLINE Floats load(const T* p, int n) {
   Halves bits{};
-  if (n == 8) {
-    memcpy(&bits, p, 16);
+  if (n == Lanes<float>::count) {
+    memcpy(&bits, p, sizeof(bits));
   } else {
     memcpy(&bits, p, 2 * n);
   }
@@ -109,7 +133,7 @@ template <class W>
 INLINE Vec<W> load_wide(const W* p, int n) {
   Vec<W> x{};
   if (n == Lanes<W>::count) {
-    memcpy(&x, p, 32);
+    memcpy(&x, p, sizeof(x));
   } else {
     memcpy(&x, p, sizeof(W) * n);
   }
@@ -121,8 +145,8 @@ INLINE Vec<double> load(const double* p, int n) { return load_wide<double>(p, n)
 template <class T>
 INLINE void store(T* p, Floats x, int n) {
   Halves bits = narrow(x, T{});
-  if (n == 8) {
-    memcpy(p, &bits, 16);
+  if (n == Lanes<float>::count) {
+    memcpy(p, &bits, sizeof(bits));
   } else {
     memcpy(p, &bits, 2 * n);
   }
@@ -130,7 +154,7 @@ INLINE void store(T* p, Floats x, int n) {
 template <class W>
 INLINE void store_wide(W* p, Vec<W> x, int n) {
   if (n == Lanes<W>::count) {
-    memcpy(p, &x, 32);
+    memcpy(p, &x, sizeof(x));
   } else {
     memcpy(p, &x, sizeof(W) * n);
   }
@@ -144,6 +168,10 @@ struct Round {
   static INLINED inline Floats to(Floats x) { return widen(narrow(x, T{}), T{}); }
 };
 template <>
+struct Round<bf16> {
+  static INLINED inline Floats to(Floats x) { return as_floats(rounded(x) & 0xffff0000u); }
+};
+template <>
 struct Round<float> {
   static INLINED inline Floats to(Floats x) { return x; }
 };
@@ -154,10 +182,12 @@ struct Round<double> {
 
 // a · b + c, rounded once.
 INLINE Floats fma(Floats a, Floats b, Floats c) {
-#if defined(__FMA__)
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  for (int i = 0; i < 8; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  for (int i = 0; i < Lanes<float>::count; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
 #endif
 }

@@ -20,7 +20,7 @@ TORCH_TARGET = "0x020b000000000000"
 
 _SHARED = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # What a kernel computes is written down to the last bit: nothing is contracted, and vectors are explicit.
-_KERNEL = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_KERNEL = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
 _CUDA = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false")
 
 
