@@ -1,4 +1,4 @@
-"""Builds the library of kernels into the package where `CPU_EXT=1` or `CUDA_EXT=1` asks for it; else there is nothing to build."""
+"""Builds the library of kernels into the package where `CPU_EXT=1` or `CUDA_EXT=1` asks for it; else nothing is compiled."""
 
 from __future__ import annotations
 

@@ -50,11 +50,11 @@ void check_norm(const Tensor& x, const Maybe& vector) {
                   "a norm's weight and bias have the size of the last dimension");
 }
 
-// offset + weight, of its own dtype where it meets values that were rounded, else in the dtype that is computed in.
+// offset + weight, added up in its own dtype where it meets values that were rounded, else in at least float32.
 Maybe factor(const Maybe& weight, const Tensor& x, double offset, bool round_first) {
   if (!weight) return weight;
   if (offset == 0) return widened(weight, x);
-  const Tensor held = round_first ? *weight : as(*weight, wide_of(x));
+  const Tensor held = round_first ? *weight : as(*weight, wide_of(*weight));
   return widened(torch::stable::subtract(held, torch::stable::full({}, -offset, ScalarType::Double)), x);
 }
 
@@ -143,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
                                of_x.mutable_data_ptr(), weight ? of_weight.held.mutable_data_ptr() : nullptr,
                                bias ? of_bias.held.mutable_data_ptr() : nullptr};
   parallel(cpu::layer_norm_bwd, arguments, blocks, block * rows.width);
-  const Tensor none = with_shape(x, {0}, x.scalar_type());
-  return {of_x, weight ? of_weight.sum(*weight) : none, bias ? of_bias.sum(*bias) : none};
+  const auto none = [&] { return with_shape(x, {0}, x.scalar_type()); };
+  return {of_x, weight ? of_weight.sum(*weight) : none(), bias ? of_bias.sum(*bias) : none()};
 }
 
 Tensor turned(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved, bool round_each, bool back) {

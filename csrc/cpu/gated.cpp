@@ -25,7 +25,7 @@ INLINE Floats activated(Floats x, Floats& slope) {
   if constexpr (which == Activation::silu) {
     const Floats s = sigmoid(x);
     slope = s * (1.0f + x * (1.0f - s));
-    return x / (1.0f + exponential(-x));
+    return x * s;
   } else if constexpr (which == Activation::gelu) {
     const Floats below = 0.5f * (1.0f + error_function(x * sqrt_half));
     slope = below + x * (0.5f * inner_scale * exponential(-0.5f * x * x));

@@ -90,12 +90,12 @@ INLINE Halves shortened(Bits bits) {
 // bf16, as torch rounds to it: to nearest, ties to even, one NaN.
 INLINE Floats widen(Halves bits, bf16) { return as_floats(lengthened(bits) << 16); }
 
-// Its bits in the upper halves, and anything in the lower ones.
+// Its bits in the upper halves, and anything in the lower ones; not for every NaN.
 INLINE Bits rounded(Floats x) {
   const Bits bits = as_bits(x);
-  return pick(x != x, Bits{} + 0x7fc00000u, bits + (((bits >> 16) & 1u) + 0x7fffu));
+  return bits + (((bits >> 16) & 1u) + 0x7fffu);
 }
-INLINE Halves narrow(Floats x, bf16) { return shortened(rounded(x) >> 16); }
+INLINE Halves narrow(Floats x, bf16) { return shortened(pick(x != x, Bits{} + 0x7fc00000u, rounded(x)) >> 16); }
 
 // fp16: its exponents are put right by one product, which is exact, subnormal ones as well.
 INLINE Floats widen(Halves bits, fp16) {
@@ -162,7 +162,7 @@ INLINE void store_wide(W* p, Vec<W> x, int n) {
 INLINE void store(float* p, Floats x, int n) { store_wide<float>(p, x, n); }
 INLINE void store(double* p, Vec<double> x, int n) { store_wide<double>(p, x, n); }
 
-// As a T holds it.
+// As a T holds it. What is rounded was made of numbers of that type alone: then the lower half of a NaN is empty.
 template <class T>
 struct Round {
   static INLINED inline Floats to(Floats x) { return widen(narrow(x, T{}), T{}); }

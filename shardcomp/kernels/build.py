@@ -57,7 +57,8 @@ def own_level() -> Level:
 class Recipe:
     """Everything that a build depends on.
 
-    levels: those of the CPU's kernels; more than one are chosen from when the library runs. cuda: with the kernels of csrc/cuda.
+    levels: those of the CPU's kernels; of several, the best one is chosen when the library is loaded. nvcc: what compiles the
+    kernels of csrc/cuda, None where they are left out.
     """
 
     compiler: str
@@ -72,7 +73,8 @@ class Recipe:
             seen.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
         tools = [tool for tool in (self.compiler, self.nvcc) if tool]
         versions = [_run([tool, "--version"]) for tool in tools]
-        seen.update(repr((_statements(self, Path()), tools, versions)).encode())
+        statements = "\n".join(_statements(self, Path())).replace(str(SOURCES), "")
+        seen.update(repr((statements, versions)).encode())
         return seen.hexdigest()[:24]
 
 
@@ -92,7 +94,9 @@ def recipe(levels: Sequence[Level], cuda: bool | None = None) -> Recipe:
         raise BuildError(f"the sources are missing: there is no {SOURCES / 'cpu'}")
     nvcc = _nvcc() if cuda is not False and _cuda_sources() else None
     if cuda and not _cuda_sources():
-        raise BuildError(f"there are no CUDA kernels to build: {SOURCES / 'cuda'} does not exist; CPU_EXT=1 builds those of the CPU")
+        raise BuildError(
+            f"there are no CUDA kernels to build: {SOURCES / 'cuda'} does not exist; CPU_EXT=1 builds those of the CPU"
+        )
     if cuda and nvcc is None:
         raise BuildError("nvcc was not found: install the CUDA toolkit, or name its folder in CUDA_HOME")
     return Recipe(compiler, ninja, tuple(levels), nvcc)
@@ -118,12 +122,12 @@ def build(how: Recipe, made: Path) -> None:
 
 def _statements(how: Recipe, torch: Path) -> list[str]:
     """The lines of the ninja file."""
-    extra = os.environ.get("CXXFLAGS", "").split()
+    extra = os.environ.get("CXXFLAGS", "")
     one = () if len(how.levels) > 1 else (f"-DSHARDCOMP_ONE_LEVEL={how.levels[0].name}",)
     headers = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem {torch / 'include'}")
     lines = [
         "rule compile",
-        f"  command = {how.compiler} {' '.join((*_SHARED, *extra))} $flags -c $in -o $out",
+        f"  command = {how.compiler} {' '.join(_SHARED)} $flags {extra} -c $in -o $out",
         "rule link",
         f"  command = {how.compiler} -shared -s $in -o $out $flags",
     ]
@@ -165,7 +169,9 @@ def _torch() -> Path:
     """The folder of the torch that is installed, which is not imported for this."""
     found = importlib.util.find_spec("torch")
     if found is None or not found.submodule_search_locations:
-        raise BuildError("torch, whose headers are needed, is not installed: with pip, --no-build-isolation shows it to the build")
+        raise BuildError(
+            "torch, whose headers are needed, is not installed: with pip, --no-build-isolation shows it to the build"
+        )
     return Path(found.submodule_search_locations[0])
 
 

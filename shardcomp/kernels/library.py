@@ -1,8 +1,8 @@
 """Which library of kernels runs the operators, and loading it: when the first operator runs, not when shardcomp is imported.
 
-`SHARDCOMP_KERNELS` says which: `aot` is the one that was installed with shardcomp, `jit` one that is built on this machine, once,
-and then found in a cache; `reference` is none, so that the operators' references run; `auto`, the default, is the first of these
-that there is. A log line of `shardcomp.kernels` says which it was and why.
+`SHARDCOMP_KERNELS` says which: `aot` is the one that was installed with shardcomp; `jit` one that is built on this machine,
+once, and found in a cache from then on; `reference` is none, so that the operators' references run; `auto`, the default, is the
+first of these that there is. A log line of `shardcomp.kernels` says which it was and why.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def _load(word: str) -> Library:
             path, why = find()
             _open(path)
         except (BuildError, OSError) as error:
-            against.append(f"{kind}: {error}")
+            against.append(str(error))
         else:
-            return _told(Library(kind, path, "; ".join((*against, why))))
+            return _told(Library(kind, path, "; ".join((why, *against))))
     if word != "auto":
         raise KernelError(f"{VARIABLE}={word}: {against[0]}\n{VARIABLE}=auto takes the operators' references instead")
     return _told(Library("reference", None, "; ".join(against)), logging.WARNING)
@@ -104,7 +104,7 @@ def _open(path: Path) -> None:
 
 def _packaged() -> tuple[Path, str]:
     if not PACKAGED.exists():
-        raise BuildError("not installed with shardcomp, CPU_EXT=1 pip install --no-build-isolation would")
+        raise BuildError("none is installed with shardcomp: CPU_EXT=1 pip install --no-build-isolation does")
     return PACKAGED, "installed with shardcomp"
 
 
