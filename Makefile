@@ -51,7 +51,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .matrix build runs *.egg-info
+	rm -rf .venv .matrix build runs *.egg-info shardcomp/_kernels.so
 
 # torch comes first and alone: resolved together with ranges that admit a newer release, pip may fetch that one as well.
 $(READY): pyproject.toml constraints.txt

@@ -27,6 +27,13 @@ LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 hypothesis.settings.load_profile("long" if LONG else "ci")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Build the library of kernels before tests read what is written to stderr."""
+    from shardcomp.kernels import library
+
+    library.load()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing with them")
 

@@ -263,7 +263,9 @@ def test_env_tells_versions_devices_and_what_runs_each_operator(capsys: pytest.C
     assert status == 0 and set(found) == {"versions", "devices", "kernels"}
     assert found["versions"]["shardcomp"] == shardcomp.__version__
     assert found["devices"][0]["device"] == "cpu"
-    assert {kernel["name"] for kernel in found["kernels"]} >= {"attention", "cross_entropy", "embedding"}
+    fused = {"rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "geglu"}
+    assert {kernel["name"] for kernel in found["kernels"]} == {"attention", "cross_entropy", "embedding", *fused}
+    assert all(kernel["runs"] and kernel["why"] for kernel in found["kernels"])
     assert all(kernel["ok"] for kernel in found["kernels"])
     status, out, _ = run(capsys, "env")
     assert status == 0 and "torch" in out and "attention" in out

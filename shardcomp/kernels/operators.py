@@ -1,7 +1,7 @@
 """How a fused operator is made: a schema, a reference in plain PyTorch, and the shapes of its results.
 
-The reference is the operator's specification and what runs where nothing better is registered; a binary that registers an
-operator of the same name for a device takes its place there, in graphs that exist already as well.
+The reference is the operator's specification and what runs where nothing better is registered; the library that `library.py`
+loads registers operators of the same names for a device and takes their place there, in graphs that exist already as well.
 """
 
 from __future__ import annotations
@@ -12,13 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardcomp.kernels import library
+
 LIBRARY = torch.library.Library("shardcomp", "FRAGMENT")
+REFERENCES: dict[str, Callable[..., Any]] = {}
+"""Operator -> its reference, which runs whatever library there is."""
 
 
 def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     """Make `torch.ops.shardcomp.<name>` of its schema, `name(arguments) -> results`. shapes: what it gives on fake tensors."""
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    REFERENCES[name] = reference
+
+    def first(*arguments: Any) -> Any:
+        """What runs until there is a library, and then where it has no such operator."""
+        device = next(each.device.type for each in arguments if isinstance(each, Tensor))
+        if library.provides(name, device):
+            return getattr(torch.ops.shardcomp, name).default(*arguments)
+        return reference(*arguments)
+
+    LIBRARY.impl(name, first, "CompositeExplicitAutograd")
     torch.library.register_fake(f"shardcomp::{name}", shapes, lib=LIBRARY)
 
 

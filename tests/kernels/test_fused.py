@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from implementations import references
 from torch import Tensor, fx, nn
 from torch.library import opcheck
 from torch.nn import functional
@@ -136,6 +137,14 @@ def cases(
     return {name: (as_model(theirs), ours, operands) for name, (theirs, ours, operands) in found.items()}
 
 
+@pytest.fixture(params=["library", "reference"])
+def provider(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What runs the operators: the library, where there is one, and their references."""
+    with references() if request.param == "reference" else nullcontext():
+        yield
+
+
+either = pytest.mark.usefixtures("provider")
 NAMES_OF_CASES = list(cases(torch.float64, 8, (2, 3)))
 
 
@@ -150,6 +159,7 @@ def gradients(function: Operator, operands: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(made, given, seeds))
 
 
+@either
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES_OF_CASES)
 def test_the_bits_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
@@ -159,6 +169,7 @@ def test_the_bits_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
         assert equal_bits(made, expected) >= EQUAL_BITS
 
 
+@either
 @pytest.mark.parametrize("shape", [(7, 67), (1,), (), (0, 3)])
 @pytest.mark.parametrize("name", NAMES_OF_CASES)
 def test_values_and_gradients_are_those_of_plain_operators_in_float64(name: str, shape: tuple[int, ...]) -> None:
@@ -168,6 +179,7 @@ def test_values_and_gradients_are_those_of_plain_operators_in_float64(name: str,
         torch.testing.assert_close(made, expected, rtol=1e-11, atol=1e-11)
 
 
+@either
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES_OF_CASES)
 def test_gradients_are_as_near_to_float64_as_those_of_the_model(name: str, dtype: torch.dtype) -> None:
@@ -231,6 +243,7 @@ def operator_of(name: str) -> Any:
     return operator("gated" if kernel in ("swiglu", "geglu") else kernel)
 
 
+@either
 @pytest.mark.parametrize("name", NAMES_OF_CASES)
 def test_what_is_not_finite_stays_so_where_it_is_in_the_model(name: str) -> None:
     theirs, ours, operands = cases(torch.float32)[name]
@@ -248,6 +261,7 @@ def test_the_same_numbers_come_out_every_time(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(ours, operands), gradients(ours, operands), strict=True))
 
 
+@either
 def test_the_norm_of_a_sum_may_be_unused_or_the_sum_may_be() -> None:
     x, r, w = draw(3, 8), draw(3, 8, seed=1), draw(8)
     total = add_rms_norm(x, r, w, eps=EPS)[1]
@@ -257,6 +271,7 @@ def test_the_norm_of_a_sum_may_be_unused_or_the_sum_may_be() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@either
 def test_numbers_of_one_rounding_are_nearer_to_float64() -> None:
     for name in ("rms_norm", "rotary", "swiglu"):
         _, ours, operands = cases(torch.bfloat16)[name]

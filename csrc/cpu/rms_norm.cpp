@@ -1,0 +1,82 @@
+// RMS norm, with or without a residual addition before it, and the backward of both.
+
+#include "scratch.h"
+#include "sums.h"
+
+namespace shardcomp::cpu::SHARDCOMP_LEVEL {
+
+void rms_norm(const RmsNorm& a, int64_t begin, int64_t end) {
+  of_dtype(a.dtype, [&](auto held) INLINED {
+    typedef decltype(held) T;
+    typedef Wide<T> W;
+    typedef Vec<W> V;
+    const int64_t h = a.rows.width;
+    const W* factor = static_cast<const W*>(a.factor);
+    Cursor cursor(a.rows, begin);
+    for (int64_t row = begin; row < end; ++row, cursor.next()) {
+      const T* x = static_cast<const T*>(a.x) + cursor.offset[0];
+      if (a.residual != nullptr) {
+        const T* residual = static_cast<const T*>(a.residual) + cursor.offset[1];
+        T* total = static_cast<T*>(a.total) + row * h;
+        each<W>(h, [&](int64_t i, int n) INLINED { store(total + i, load(x + i, n) + load(residual + i, n), n); });
+        x = total;
+      }
+      const W squares = sum<W>(h, [&](int64_t i, int n) INLINED {
+        const V v = load(x + i, n);
+        return v * v;
+      });
+      const W mean = squares / W(h) + W(a.eps);
+      const W rstd = W(1) / (sizeof(W) == 8 ? W(__builtin_sqrt(mean)) : W(__builtin_sqrtf(float(mean))));
+      static_cast<W*>(a.rstd)[row] = rstd;
+      T* y = static_cast<T*>(a.y) + row * h;
+      each<W>(h, [&](int64_t i, int n) INLINED {
+        V made = load(x + i, n) * rstd;
+        if (factor != nullptr) made = (a.round_first ? Round<T>::to(made) : made) * load(factor + i, n);
+        store(y + i, made, n);
+      });
+    }
+  });
+}
+
+void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
+  of_dtype(a.dtype, [&](auto held) INLINED {
+    typedef decltype(held) T;
+    typedef Wide<T> W;
+    typedef Vec<W> V;
+    const int64_t h = a.rows.width;
+    const W* factor = static_cast<const W*>(a.factor);
+    Scratch<W> scratch(a.partial == nullptr ? h : 2 * h);
+    W* products = scratch.held;
+    for (int64_t block = begin; block < end; ++block) {
+      BlockSum<W> of_weight(a.partial, scratch.held + h, block, h);
+      const int64_t first = block * a.block_rows, last = first + a.block_rows;
+      Cursor cursor(a.rows, first);
+      for (int64_t row = first; row < last && row < a.rows.count; ++row, cursor.next()) {
+        const T* gradient = static_cast<const T*>(a.gradient) + cursor.offset[0];
+        const T* x = static_cast<const T*>(a.x) + cursor.offset[2];
+        const W rstd = static_cast<const W*>(a.rstd)[row];
+        const auto scaled = [&](int64_t i, int n) INLINED {
+          const V g = load(gradient + i, n);
+          return factor == nullptr ? g : g * load(factor + i, n);
+        };
+        W* of_row = of_weight ? of_weight.row() : nullptr;
+        each<W>(h, [&](int64_t i, int n) INLINED {
+          const V normal = load(x + i, n) * rstd;
+          store(products + i, scaled(i, n) * normal, n);
+          if (of_row != nullptr) store(of_row + i, load(of_row + i, n) + load(gradient + i, n) * normal, n);
+        });
+        const W mean = sum<W>(h, [&](int64_t i, int n) INLINED { return load(products + i, n); }) / W(h);
+        T* of_x = static_cast<T*>(a.of_x) + row * h;
+        const T* added = a.added == nullptr ? nullptr : static_cast<const T*>(a.added) + cursor.offset[1];
+        each<W>(h, [&](int64_t i, int n) INLINED {
+          V made = (scaled(i, n) - load(x + i, n) * rstd * mean) * rstd;
+          if (added != nullptr) made = made + load(added + i, n);
+          store(of_x + i, made, n);
+        });
+      }
+      of_weight.finish();
+    }
+  });
+}
+
+}  // namespace shardcomp::cpu::SHARDCOMP_LEVEL

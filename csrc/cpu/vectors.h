@@ -1,0 +1,245 @@
+// Vectors, and the four dtypes to and from them. All is computed in float, or in double for fp64.
+//
+// Everything lies in the level's namespace and is inlined, so that no function that was compiled for one instruction set is
+// ever called from code for another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+#define SHARDCOMP_BYTES 64
+#else
+#define SHARDCOMP_BYTES 32
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
+
+namespace shardcomp::cpu::SHARDCOMP_LEVEL {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+template <class W>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int count = SHARDCOMP_BYTES / 4;
+  typedef float Vector __attribute__((vector_size(SHARDCOMP_BYTES)));
+};
+template <>
+struct Lanes<double> {
+  static constexpr int count = SHARDCOMP_BYTES / 8;
+  typedef double Vector __attribute__((vector_size(SHARDCOMP_BYTES)));
+};
+template <class W>
+using Vec = typename Lanes<W>::Vector;
+typedef Vec<float> Floats;
+typedef uint32_t Bits __attribute__((vector_size(SHARDCOMP_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(SHARDCOMP_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(SHARDCOMP_BYTES / 2)));
+
+// The type that a dtype is computed in.
+template <class T>
+struct Widened {
+  typedef float type;
+};
+template <>
+struct Widened<double> {
+  typedef double type;
+};
+template <class T>
+using Wide = typename Widened<T>::type;
+
+INLINE Floats as_floats(Bits bits) { return (Floats)bits; }
+INLINE Bits as_bits(Floats x) { return (Bits)x; }
+
+// What a comparison of vectors gives chooses between two.
+template <class V>
+INLINE V pick(Ints mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+INLINE Bits lengthened(Halves bits) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Bits);
+#endif
+}
+INLINE Halves shortened(Bits bits) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, Halves);
+#endif
+}
+
+// bf16, as torch rounds to it: to nearest, ties to even, one NaN.
+INLINE Floats widen(Halves bits, bf16) { return as_floats(lengthened(bits) << 16); }
+
+// Its bits in the upper halves, and anything in the lower ones; not for every NaN.
+INLINE Bits rounded(Floats x) {
+  const Bits bits = as_bits(x);
+  return bits + (((bits >> 16) & 1u) + 0x7fffu);
+}
+INLINE Halves narrow(Floats x, bf16) { return shortened(pick(x != x, Bits{} + 0x7fc00000u, rounded(x)) >> 16); }
+
+// fp16: its exponents are put right by one product, which is exact, subnormal ones as well.
+INLINE Floats widen(Halves bits, fp16) {
+  Bits wide = lengthened(bits);
+  Bits magnitude = (wide & 0x7fffu) << 13;
+  Bits unbiased = as_bits(as_floats(magnitude) * 0x1p112f);
+  Bits infinite = pick(magnitude >= (Bits{} + 0x0f800000u), Bits{} + 0x7f800000u, Bits{});
+  return as_floats(unbiased | infinite | ((wide & 0x8000u) << 16));
+}
+
+INLINE Halves narrow(Floats x, fp16) {
+  Bits bits = as_bits(x);
+  Bits sign = (bits >> 16) & 0x8000u;
+  Bits magnitude = bits & 0x7fffffffu;
+  Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Bits subnormal = as_bits(as_floats(magnitude) + 0.5f) - 0x3f000000u;
+  Bits made = pick(magnitude < (Bits{} + 0x38800000u), subnormal, normal);
+  made = pick(magnitude >= (Bits{} + 0x47800000u), Bits{} + 0x7c00u, made);
+  made = pick(magnitude > (Bits{} + 0x7f800000u), Bits{} + 0x7e00u, made);
+  return shortened(made | sign);
+}
+
+// The first n elements at `p`, zeros behind them.
+template <class T>
+INLINE Floats load(const T* p, int n) {
+  Halves bits{};
+  if (n == Lanes<float>::count) {
+    memcpy(&bits, p, sizeof(bits));
+  } else {
+    memcpy(&bits, p, 2 * n);
+  }
+  return widen(bits, T{});
+}
+template <class W>
+INLINE Vec<W> load_wide(const W* p, int n) {
+  Vec<W> x{};
+  if (n == Lanes<W>::count) {
+    memcpy(&x, p, sizeof(x));
+  } else {
+    memcpy(&x, p, sizeof(W) * n);
+  }
+  return x;
+}
+INLINE Floats load(const float* p, int n) { return load_wide<float>(p, n); }
+INLINE Vec<double> load(const double* p, int n) { return load_wide<double>(p, n); }
+
+template <class T>
+INLINE void store(T* p, Floats x, int n) {
+  Halves bits = narrow(x, T{});
+  if (n == Lanes<float>::count) {
+    memcpy(p, &bits, sizeof(bits));
+  } else {
+    memcpy(p, &bits, 2 * n);
+  }
+}
+template <class W>
+INLINE void store_wide(W* p, Vec<W> x, int n) {
+  if (n == Lanes<W>::count) {
+    memcpy(p, &x, sizeof(x));
+  } else {
+    memcpy(p, &x, sizeof(W) * n);
+  }
+}
+INLINE void store(float* p, Floats x, int n) { store_wide<float>(p, x, n); }
+INLINE void store(double* p, Vec<double> x, int n) { store_wide<double>(p, x, n); }
+
+// As a T holds it. What is rounded was made of numbers of that type alone: then the lower half of a NaN is empty.
+template <class T>
+struct Round {
+  static INLINED inline Floats to(Floats x) { return widen(narrow(x, T{}), T{}); }
+};
+template <>
+struct Round<bf16> {
+  static INLINED inline Floats to(Floats x) { return as_floats(rounded(x) & 0xffff0000u); }
+};
+template <>
+struct Round<float> {
+  static INLINED inline Floats to(Floats x) { return x; }
+};
+template <>
+struct Round<double> {
+  static INLINED inline Vec<double> to(Vec<double> x) { return x; }
+};
+
+// a · b + c, rounded once.
+INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < Lanes<float>::count; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// f(at, n) for the elements [at, at + n) of each vector in [0, size).
+template <class W, class F>
+INLINE void each(int64_t size, F f) {
+  constexpr int lanes = Lanes<W>::count;
+  int64_t at = 0;
+  for (; at + lanes <= size; at += lanes) f(at, lanes);
+  if (at < size) f(at, int(size - at));
+}
+
+// Run `body` with a value of the dtype's type.
+template <class F>
+INLINE void of_dtype(DType dtype, F body) {
+  switch (dtype) {
+    case DType::bf16: return body(bf16{});
+    case DType::fp16: return body(fp16{});
+    case DType::fp32: return body(float{});
+    case DType::fp64: return body(double{});
+  }
+}
+
+// A value that the compiler knows.
+template <class Kind, Kind held>
+struct Constant {
+  static constexpr Kind value = held;
+};
+
+// Goes through rows in order, with the place of each in every tensor.
+struct Cursor {
+  const Rows& rows;
+  int64_t at[most_dims];
+  int64_t offset[most_tensors];
+
+  INLINED explicit Cursor(const Rows& given, int64_t row) : rows(given) {
+    for (int t = 0; t < most_tensors; ++t) offset[t] = 0;
+    for (int d = rows.dims - 1; d >= 0; --d) {
+      at[d] = row % rows.sizes[d];
+      row /= rows.sizes[d];
+      for (int t = 0; t < most_tensors; ++t) offset[t] += at[d] * rows.strides[t][d];
+    }
+  }
+  INLINED void next() {
+    for (int d = rows.dims - 1; d >= 0; --d) {
+      for (int t = 0; t < most_tensors; ++t) offset[t] += rows.strides[t][d];
+      if (++at[d] < rows.sizes[d]) return;
+      for (int t = 0; t < most_tensors; ++t) offset[t] -= rows.sizes[d] * rows.strides[t][d];
+      at[d] = 0;
+    }
+  }
+};
+
+}  // namespace shardcomp::cpu::SHARDCOMP_LEVEL

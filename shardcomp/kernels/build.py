@@ -1,0 +1,195 @@
+"""Builds the library of kernels from csrc/, with a ninja file of its own: ahead of time for setup.py, just in time for
+`library.py`. Imports neither torch nor the rest of shardcomp."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+TORCH_TARGET = "0x020b000000000000"
+"""The oldest torch that the library is for, 2.11: what is built with a newer one runs with it as well."""
+
+_SHARED = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+# What a kernel computes is written down to the last bit: nothing is contracted, and vectors are explicit.
+_KERNEL = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
+_CUDA = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false")
+
+
+class BuildError(Exception):
+    """The library cannot be built here; its text says why, in one line or with the compiler's."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """An instruction set that the CPU's kernels are compiled for. needs: the processor flags that it takes."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+_BASE = Level("base", ("-O1",))
+_V3 = Level("v3", ("-O2", "-march=x86-64-v3"), ("avx2", "fma", "bmi1", "bmi2"))
+_V4 = Level("v4", ("-O2", "-march=x86-64-v4"), (*_V3.needs, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
+LEVELS = (_BASE, _V3, _V4) if platform.machine() == "x86_64" else (Level("base", ("-O2",)),)
+
+
+def own_level() -> Level:
+    """The best one for this processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return LEVELS[0]
+    has = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+    return [level for level in LEVELS if has.issuperset(level.needs)][-1]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a build depends on.
+
+    levels: those of the CPU's kernels; of several, the best one is chosen when the library is loaded. nvcc: what compiles the
+    kernels of csrc/cuda, None where they are left out.
+    """
+
+    compiler: str
+    ninja: str
+    levels: tuple[Level, ...]
+    nvcc: str | None = None
+
+    def key(self) -> str:
+        """A hash of sources, headers, flags and compilers."""
+        seen = hashlib.sha256()
+        for path in sorted(each for each in SOURCES.rglob("*") if each.is_file()):
+            seen.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
+        tools = [tool for tool in (self.compiler, self.nvcc) if tool]
+        versions = [_run([tool, "--version"]) for tool in tools]
+        statements = "\n".join(_statements(self, Path())).replace(str(SOURCES), "")
+        seen.update(repr((statements, versions)).encode())
+        return seen.hexdigest()[:24]
+
+
+def recipe(levels: Sequence[Level], cuda: bool | None = None) -> Recipe:
+    """What would build the library on this machine. cuda: None takes the kernels of csrc/cuda along where nvcc is found.
+
+    Raises BuildError where a tool is missing.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler was found ({', '.join(names)}): install g++ or clang, or name one in CXX")
+    ninja = _ninja()
+    if ninja is None:
+        raise BuildError("ninja was not found: pip install ninja")
+    if not (SOURCES / "cpu").is_dir():
+        raise BuildError(f"the sources are missing: there is no {SOURCES / 'cpu'}")
+    nvcc = _nvcc() if cuda is not False and _cuda_sources() else None
+    if cuda and not _cuda_sources():
+        raise BuildError(
+            f"there are no CUDA kernels to build: {SOURCES / 'cuda'} does not exist; CPU_EXT=1 builds those of the CPU"
+        )
+    if cuda and nvcc is None:
+        raise BuildError("nvcc was not found: install the CUDA toolkit, or name its folder in CUDA_HOME")
+    return Recipe(compiler, ninja, tuple(levels), nvcc)
+
+
+def build(how: Recipe, made: Path) -> None:
+    """Build the library as the file `made`, which appears whole. The folder beside it that is worked in is removed.
+
+    Raises BuildError with what the compiler said.
+    """
+    work = made.with_name(f"{made.name}.{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        (work / "build.ninja").write_text("\n".join(_statements(how, _torch())) + "\n")
+        done = subprocess.run([how.ninja, "-C", str(work)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BuildError(f"the build failed:\n{done.stdout}{done.stderr}")
+        os.replace(work / "kernels.so", made)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _statements(how: Recipe, torch: Path) -> list[str]:
+    """The lines of the ninja file."""
+    extra = os.environ.get("CXXFLAGS", "")
+    one = () if len(how.levels) > 1 else (f"-DSHARDCOMP_ONE_LEVEL={how.levels[0].name}",)
+    headers = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem {torch / 'include'}")
+    lines = [
+        "rule compile",
+        f"  command = {how.compiler} {' '.join(_SHARED)} $flags {extra} -c $in -o $out",
+        "rule link",
+        f"  command = {how.compiler} -shared -s $in -o $out $flags",
+    ]
+    objects = []
+
+    def compiled(rule: str, source: Path, name: str, flags: Sequence[str]) -> None:
+        objects.append(f"{name}.o")
+        lines.extend([f"build {name}.o: {rule} {_escaped(source)}", f"  flags = {' '.join(flags)}"])
+
+    compiled("compile", SOURCES / "binding" / "cpu.cpp", "binding_cpu", ("-O1", *headers, *one))
+    for level in how.levels[::-1]:
+        for source in sorted((SOURCES / "cpu").glob("*.cpp")):
+            flags = (*level.flags, *_KERNEL, f"-DSHARDCOMP_LEVEL={level.name}")
+            compiled("compile", source, f"cpu_{source.stem}_{level.name}", flags)
+    links = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if how.nvcc:
+        archs = os.environ.get("SHARDCOMP_CUDA_ARCHS", "80;90").split(";")
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        lines += ["rule nvcc", f"  command = {how.nvcc} {' '.join((*_CUDA, *code))} $flags -c $in -o $out"]
+        for source in _cuda_sources():
+            compiled("nvcc", source, f"cuda_{source.stem}", ())
+        compiled("compile", SOURCES / "binding" / "cuda.cpp", "binding_cuda", ("-O1", *headers))
+        toolkit = Path(how.nvcc).resolve().parents[1]
+        links += [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    lines += [f"build kernels.so: link {' '.join(objects)}", f"  flags = {' '.join(links)}"]
+    return lines
+
+
+def _cuda_sources() -> list[Path]:
+    return sorted((SOURCES / "cuda").glob("*.cu"))
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _torch() -> Path:
+    """The folder of the torch that is installed, which is not imported for this."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise BuildError(
+            "torch, whose headers are needed, is not installed: with pip, --no-build-isolation shows it to the build"
+        )
+    return Path(found.submodule_search_locations[0])
+
+
+def _candidates() -> Iterator[str | None]:
+    if found := importlib.util.find_spec("ninja"):
+        yield from (str(Path(place) / "data" / "bin" / "ninja") for place in found.submodule_search_locations or ())
+    yield str(Path(sys.executable).parent / "ninja")
+    yield "ninja"
+
+
+def _ninja() -> str | None:
+    return next((path for each in _candidates() if each and (path := shutil.which(each))), None)
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -1,0 +1,232 @@
+"""The library's kernels against the operators' references: dtypes, sizes, strides, threads, and what is not finite."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from shardcomp.kernels import library
+from shardcomp.kernels.operators import REFERENCES
+
+pytestmark = pytest.mark.skipif(library.load().kind == "reference", reason="there is no library")
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+SIZES = [1, 2, 3, 7, 8, 9, 17, 31, 33, 64, 127, 260, 1027]
+EPS = 1e-5
+Calls = dict[str, tuple[Any, ...]]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+    return made.to(dtype)
+
+
+def calls(dtype: torch.dtype, h: int, rows: tuple[int, ...] = (3, 5), other: torch.dtype | None = None) -> Calls:
+    """Every operator in every variant. other: the dtype of weights and tables."""
+    other = other or dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    x, y, z = (draw(*rows, h, dtype=dtype, seed=i) for i in range(3))
+    w, b = draw(h, dtype=other, seed=3), draw(h, dtype=other, seed=4)
+    moments = draw(*rows, 1, seed=5).to(wide), draw(*rows, 1, seed=6).abs().to(wide)
+    found: Calls = {}
+    for weight in (w, None):
+        for offset, first in ((0.0, False), (0.0, True), (1.0, False), (1.0, True)):
+            form = f"{'plain' if weight is None else 'weighted'} {offset} {first}"
+            found[f"rms_norm {form}"] = (x, weight, EPS, offset, first)
+            found[f"add_rms_norm {form}"] = (x, y, weight, EPS, offset, first)
+        for added in (z, None):
+            found[f"rms_norm_bwd {added is None} {weight is None}"] = (y, added, x, weight, moments[1], 1.0)
+        for bias in (b, None):
+            for stepwise in (True, False) if other == dtype else (True,):
+                found[f"layer_norm {weight is None} {bias is None} {stepwise}"] = (x, weight, bias, EPS, stepwise)
+            found[f"layer_norm_bwd {weight is None} {bias is None}"] = (y, x, weight, bias, *moments)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        for first in (True, False):
+            found[f"gated {activation} {first}"] = (x, y, activation, first)
+        found[f"gated_bwd {activation}"] = (z, x, y, activation)
+    for interleaved in (False, True):
+        size = h - h % 2 if interleaved else h
+        for turned in {size, size // 4 * 2} - {0, 1}:
+            tables = [draw(*rows[-1:], turned, dtype=other, seed=i) for i in (7, 8)]
+            form = f"{interleaved} {turned}"
+            for each in (True, False):
+                found[f"rotary {form} {each}"] = (x, y, *tables, interleaved, each)
+            found[f"rotary_bwd {form}"] = (x, y, *tables, interleaved)
+    return found
+
+
+def results(made: Any) -> list[Tensor]:
+    return list(made) if isinstance(made, tuple) else [made]
+
+
+def agree(name: str, arguments: tuple[Any, ...], ulps: float = 2) -> None:
+    """The library's results are the reference's, but for the last bits."""
+    operator = name.partition(" ")[0]
+    made, expected = (results(run(*arguments)) for run in (getattr(torch.ops.shardcomp, operator), REFERENCES[operator]))
+    for a, b in zip(made, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), name
+        wide = torch.promote_types(arguments[0].dtype, torch.float32)
+        eps = max(torch.finfo(dtype).eps for dtype in (a.dtype, wide))
+        largest = float(b.abs().nan_to_num(0, 0, 0).amax()) if b.numel() else 0.0
+        # Sums of many numbers, in another order: what is left where they cancel has the error of the largest.
+        allowed = 1e-6 if eps > 1e-8 else 1e-14
+        torch.testing.assert_close(a, b, rtol=ulps * eps, atol=largest * allowed, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("h", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_those_of_the_reference(dtype: torch.dtype, h: int) -> None:
+    for name, arguments in calls(dtype, h).items():
+        agree(name, arguments)
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (0, 3), (1,), (70, 3), (2, 3, 2, 5)])
+def test_any_number_of_rows_may_be_given(rows: tuple[int, ...]) -> None:
+    for name, arguments in calls(torch.float32, 24, rows).items():
+        agree(name, arguments)
+
+
+def test_rows_may_be_empty() -> None:
+    for name, arguments in calls(torch.float32, 0).items():
+        agree(name, arguments)
+
+
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_and_tables_may_have_another_dtype(dtype: torch.dtype, other: torch.dtype) -> None:
+    for name, arguments in calls(dtype, 40, other=other).items():
+        agree(name, arguments)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "part of a wider row": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "features apart": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "features outside": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "one row for all": lambda x: x[:1, :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_do_not_depend_on_strides(dtype: torch.dtype, layout: str) -> None:
+    for name, arguments in calls(dtype, 24).items():
+        change = [
+            LAYOUTS[layout](each) if isinstance(each, Tensor) and each.shape == (3, 5, 24) else each for each in arguments
+        ]
+        agree(name, tuple(change))
+        agree(name, (change[0], *arguments[1:]))
+
+
+def test_queries_and_keys_are_turned_as_they_lie() -> None:
+    q, k = draw(2, 5, 4, 16, dtype=torch.bfloat16).transpose(1, 2), draw(2, 5, 2, 16, dtype=torch.bfloat16).transpose(1, 2)
+    cos, sin = draw(2, 1, 5, 16, dtype=torch.bfloat16), draw(2, 1, 5, 16, dtype=torch.bfloat16, seed=1)
+    for interleaved in (False, True):
+        agree("rotary", (q, k, cos, sin, interleaved, True))
+        agree("rotary_bwd", (q, k, cos, sin, interleaved))
+    made = torch.ops.shardcomp.rotary(q, k, cos, sin, False, True)
+    assert made[0].stride() == q.stride() and made[1].stride() == k.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_so_where_it_is_in_the_reference(dtype: torch.dtype) -> None:
+    for name, arguments in calls(dtype, 33).items():
+        x = arguments[0].clone()
+        x[0, 0, 3], x[1, 1, 5], x[2, 2, 7] = float("inf"), float("-inf"), float("nan")
+        arguments = (x, *arguments[1:])
+        operator = name.partition(" ")[0]
+        made, expected = (results(run(*arguments)) for run in (getattr(torch.ops.shardcomp, operator), REFERENCES[operator]))
+        assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(made, expected, strict=True)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype).reshape(256, 256)
+    for scale in (1.0, 1e-4, 1e-8, 1e30):
+        tables = [torch.full((1, 256), scale * each, dtype=torch.float32) for each in (1.2345, 0.0)]
+        arguments = (every, every, *tables, True, False)
+        made, expected = (run(*arguments)[0] for run in (torch.ops.shardcomp.rotary, REFERENCES["rotary"]))
+        assert bool(((made == expected) | (made.isnan() & expected.isnan())).all())
+        assert torch.equal(made.isinf(), expected.isinf())
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
+    for name, arguments in calls(torch.bfloat16, 515, (7, 129)).items():
+        run = getattr(torch.ops.shardcomp, name.partition(" ")[0])
+        made = []
+        for count in (1, 2, 3):
+            threads(count)
+            made.append(results(run(*arguments)))
+        assert all(torch.equal(a, b) for each in made[1:] for a, b in zip(made[0], each, strict=True)), name
+
+
+def test_threads_may_call_them_at_once() -> None:
+    some = calls(torch.float32, 96, (20,))
+
+    def run(_: int) -> list[list[Tensor]]:
+        return [results(getattr(torch.ops.shardcomp, name.partition(" ")[0])(*given)) for name, given in some.items()]
+
+    expected = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(run, range(8)):
+            assert all(torch.equal(a, b) for x, y in zip(made, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_rows_may_lie_more_than_two_to_the_31_elements_apart() -> None:
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python does not name: pages that are not touched take no memory
+    held = mmap.mmap(-1, 7 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    far = torch.frombuffer(held, dtype=torch.bfloat16).as_strided((2, 2, 64), ((1 << 31) + 64, 1 << 30, 1))
+    near = draw(2, 2, 64, dtype=torch.bfloat16)
+    far.copy_(near)
+    w, rstd = draw(64, dtype=torch.bfloat16), torch.ones(2, 2, 1)
+    table = draw(1, 2, 64, dtype=torch.bfloat16)
+    found: Calls = {
+        "rms_norm": (far, w, EPS, 0.0, True),
+        "add_rms_norm": (far, far, w, EPS, 0.0, True),
+        "rms_norm_bwd": (far, far, far, w, rstd, 0.0),
+        "layer_norm": (far, w, w, EPS, True),
+        "layer_norm_bwd": (far, far, w, w, rstd, rstd),
+        "rotary": (far, far, table, table, False, True),
+        "rotary_bwd": (far, far, table, table, False),
+        "gated": (far, far, "silu", True),
+        "gated_bwd": (far, far, far, "silu"),
+    }
+    for name, arguments in found.items():
+        run = getattr(torch.ops.shardcomp, name)
+        close = tuple(near if each is far else each for each in arguments)
+        assert all(torch.equal(a, b) for a, b in zip(results(run(*arguments)), results(run(*close)), strict=True)), name
+
+
+@pytest.mark.parametrize("name", calls(torch.float32, 8))
+def test_they_are_what_torch_asks_of_an_operator(name: str) -> None:
+    checks = ("test_schema", "test_faketensor")
+    opcheck(getattr(torch.ops.shardcomp, name.partition(" ")[0]).default, calls(torch.float32, 8)[name], test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: torch.ops.shardcomp.rms_norm(x.long(), None, EPS, 0.0, True), "bfloat16"),
+        (lambda x: torch.ops.shardcomp.rms_norm(x, x[0, :4], EPS, 0.0, True), "the size of the last dimension"),
+        (lambda x: torch.ops.shardcomp.gated(x, x, "relu", True), "silu, gelu and gelu_tanh"),
+        (lambda x: torch.ops.shardcomp.rotary(x, x, x[0, :3], x[0, :3], True, True), "even number"),
+    ],
+)
+def test_what_they_cannot_compute_is_refused(call: Callable[[Tensor], Any], says: str) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        call(torch.ones(3, 5))
