@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from shardcomp.kernels import library
 
@@ -26,7 +27,7 @@ def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any
 
     def first(*arguments: Any) -> Any:
         """What runs until there is a library, and then where it has no such operator."""
-        device = next(each.device.type for each in arguments if isinstance(each, Tensor))
+        device = next(each.device.type for each in tree_leaves(arguments) if isinstance(each, Tensor))
         if library.provides(name, device):
             return getattr(torch.ops.shardcomp, name).default(*arguments)
         return reference(*arguments)
