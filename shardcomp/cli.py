@@ -302,11 +302,11 @@ def _env(args: argparse.Namespace) -> tuple[int, str]:
     found = environment()
     if args.json:
         return GOOD, _json(found)
-    lines = [f"{name:<14} {version}" for name, version in found["versions"].items()]
-    lines += [f"{device['device']:<14} {device['name']}" for device in found["devices"]]
+    lines = [f"{name:<20} {version}" for name, version in found["versions"].items()]
+    lines += [f"{device['device']:<20} {device['name']}" for device in found["devices"]]
     for kernel in found["kernels"]:
-        state = "" if kernel["ok"] else "FAILED: "
-        lines.append(f"{kernel['name']:<14} {kernel['device']}: {state}{kernel['runs']} ({kernel['why']})")
+        state = "" if kernel["ok"] else "cannot run "
+        lines.append(f"{kernel['name']:<20} {kernel['device']}: {state}{kernel['runs']} ({kernel['why']})")
     return GOOD, "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,8 @@ import pytest
 import shardcomp
 from shardcomp import cli
 from shardcomp.errors import InternalError
+from shardcomp.kernels.placed import NAMES
+from shardcomp.kernels.providers import PROVIDERS
 
 PLAN = ["tiny", "--tensor", "2", "--seq", "32"]
 
@@ -263,9 +265,10 @@ def test_env_tells_versions_devices_and_what_runs_each_operator(capsys: pytest.C
     assert status == 0 and set(found) == {"versions", "devices", "kernels"}
     assert found["versions"]["shardcomp"] == shardcomp.__version__
     assert found["devices"][0]["device"] == "cpu"
-    fused = {"rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "geglu"}
-    assert {kernel["name"] for kernel in found["kernels"]} == {"attention", "cross_entropy", "embedding", *fused}
+    assert {kernel["name"] for kernel in found["kernels"]} == {*NAMES, "embedding", "adamw", "grad_norm"}
     assert all(kernel["runs"] and kernel["why"] for kernel in found["kernels"])
-    assert all(kernel["ok"] for kernel in found["kernels"])
+    attends = {kernel["runs"]: kernel["ok"] for kernel in found["kernels"] if kernel["name"] == "attention"}
+    assert set(attends) == set(PROVIDERS) and attends["sdpa"] and attends["eager"]
+    assert all(kernel["ok"] for kernel in found["kernels"] if kernel["name"] != "attention")
     status, out, _ = run(capsys, "env")
     assert status == 0 and "torch" in out and "attention" in out

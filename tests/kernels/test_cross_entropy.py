@@ -119,3 +119,20 @@ def test_its_operators_are_well_formed(tokens: int, dtype: torch.dtype) -> None:
     over = logits.clone()
     torch.ops.shardcomp.cross_entropy_gradient_(over, *given)
     assert torch.equal(over, torch.ops.shardcomp.cross_entropy_gradient(logits, *given))
+
+
+def test_it_compiles_and_exports_as_it_is() -> None:
+    logits, labels = case(13, 31)
+    logits.requires_grad_()
+    made = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")(logits, labels, -100)
+    assert torch.equal(made, cross_entropy(logits, labels, -100))
+    seed = torch.linspace(0.5, 2, 13, dtype=torch.float64)
+    found = [torch.autograd.grad(each, logits, seed)[0] for each in (made, cross_entropy(logits, labels, -100))]
+    assert torch.equal(*found)
+
+    class Module(torch.nn.Module):
+        def forward(self, logits: Tensor) -> Tensor:
+            return cross_entropy(logits, labels, -100)
+
+    graph = torch.export.export(Module(), (logits,), strict=False).graph
+    assert any(str(node.target) == "shardcomp.cross_entropy_statistics.default" for node in graph.nodes)

@@ -211,3 +211,27 @@ def test_a_divided_vocabulary_gives_the_loss_and_the_gradients_of_the_whole(rank
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=1e-13)
     for a, b in zip(found, gradients(expected, operands, 0.7), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_it_compiles_and_exports_as_it_is(early: bool) -> None:
+    given = case()
+    operands = given.operands(torch.float64)
+
+    def run(*held: Tensor) -> Tensor:
+        return given.fused(*held, chunks=3, early=early)
+
+    expected, made = run(*operands), torch.compile(run, fullgraph=True, backend="aot_eager")(*operands)
+    torch.testing.assert_close(made, expected)
+    for a, b in zip(gradients(made, operands), gradients(expected, operands), strict=True):
+        torch.testing.assert_close(a, b)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return run(x, weight, bias)
+
+    graph = torch.export.export(Module(), tuple(operands), strict=False).graph
+    found = {str(node.target) for node in graph.nodes if "shardcomp" in str(node.target)}
+    assert found == {
+        f"shardcomp.cross_entropy_{which}.default" for which in (["statistics", "gradient_"] if early else ["statistics"])
+    }
