@@ -119,7 +119,7 @@ def _attend(provider: str, device: str) -> dict[str, Any]:
             out = attention(*given, causal=True, provider=which)
             made.append([out, *torch.autograd.grad(out.square().sum(), given)])
         for one, exact in zip(*made, strict=True):
-            torch.testing.assert_close(one.double(), exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+            torch.testing.assert_close(one.double(), exact, rtol=0.05, atol=0.02 * float(exact.detach().abs().max()))
         taken = "what auto takes; " if provider == "sdpa" else ""
         found["why"] = f"{taken}forward and backward are near those of float64"
     except Exception as error:
