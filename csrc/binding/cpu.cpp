@@ -254,6 +254,64 @@ std::tuple<Tensor, Tensor> gated_bwd(const Tensor& gradient, const Tensor& gate,
   return {made[0], made[1]};
 }
 
+// What the operators of the cross entropy are given beside the logits, as the kernels take it.
+struct Labels {
+  Tensor labels, counted;
+
+  Labels(const Tensor& logits, const Tensor& labels, const Tensor& counted)
+      : labels(torch::stable::contiguous(labels)), counted(torch::stable::contiguous(counted)) {
+    STD_TORCH_CHECK(logits.dim() == 2 && labels.scalar_type() == ScalarType::Long && counted.scalar_type() == ScalarType::Bool,
+                    "cross entropy: the logits are [t, v], the labels int64, and what counts is bool");
+    for (const Tensor& each : {labels, counted}) check(each, 1, logits);
+  }
+  static void check(const Tensor& x, int64_t dims, const Tensor& logits) {
+    STD_TORCH_CHECK(x.dim() == dims && x.size(dims - 1) == logits.size(0), "cross entropy: every token has its own numbers");
+  }
+  const int64_t* label() const { return static_cast<const int64_t*>(data(labels)); }
+  const bool* count() const { return static_cast<const bool*>(data(counted)); }
+};
+
+Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& labels, const Tensor& counted, int64_t first) {
+  const Labels given(logits, labels, counted);
+  Tensor held = logits, made = with_shape(logits, {3, logits.size(0)}, wide_of(logits));
+  const Rows rows = norm_rows({&held});
+  const CrossEntropyStatistics arguments{dtype_of(logits), rows, data(held), given.label(), given.count(), first,
+                                         made.mutable_data_ptr()};
+  parallel(cpu::cross_entropy_statistics, arguments, rows.count, rows.width);
+  return made;
+}
+
+// Into a tensor whose rows lie one element after the other; it may be the logits.
+void cross_entropy_gradient_into(Tensor& made, const Tensor& logits, const Tensor& labels, const Tensor& counted,
+                                 const Tensor& normaliser, const Tensor& scale, int64_t first) {
+  const Labels given(logits, labels, counted);
+  Labels::check(normaliser, 2, logits);
+  Labels::check(scale, 1, logits);
+  STD_TORCH_CHECK(normaliser.size(0) == 2, "cross entropy: the normaliser is [2, t]");
+  const Tensor held = with_rows(logits);
+  const Tensor n = torch::stable::contiguous(as(normaliser, wide_of(logits)));
+  const Tensor s = torch::stable::contiguous(as(scale, wide_of(logits)));
+  const Rows rows = *rows_of({held, made}, false, false);
+  const CrossEntropyGradient arguments{dtype_of(logits), rows, data(held), given.label(), given.count(), data(n), data(s), first,
+                                       made.mutable_data_ptr()};
+  parallel(cpu::cross_entropy_gradient, arguments, rows.count, rows.width);
+}
+
+Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& labels, const Tensor& counted, const Tensor& normaliser,
+                              const Tensor& scale, int64_t first) {
+  Tensor made = with_shape(logits, sizes_of(logits), logits.scalar_type());
+  cross_entropy_gradient_into(made, logits, labels, counted, normaliser, scale, first);
+  return made;
+}
+
+void cross_entropy_gradient_(const Tensor& logits, const Tensor& labels, const Tensor& counted, const Tensor& normaliser,
+                             const Tensor& scale, int64_t first) {
+  Tensor made = with_rows(logits);
+  cross_entropy_gradient_into(made, made, labels, counted, normaliser, scale, first);
+  Tensor held = logits;
+  if (made.const_data_ptr() != held.const_data_ptr()) copy_into(held, made);
+}
+
 }  // namespace
 }  // namespace shardcomp
 
@@ -267,4 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(shardcomp, CPU, library) {
   library.impl("rotary_bwd", TORCH_BOX(&shardcomp::rotary_bwd));
   library.impl("gated", TORCH_BOX(&shardcomp::gated));
   library.impl("gated_bwd", TORCH_BOX(&shardcomp::gated_bwd));
+  library.impl("cross_entropy_statistics", TORCH_BOX(&shardcomp::cross_entropy_statistics));
+  library.impl("cross_entropy_gradient", TORCH_BOX(&shardcomp::cross_entropy_gradient));
+  library.impl("cross_entropy_gradient_", TORCH_BOX(&shardcomp::cross_entropy_gradient_));
 }

@@ -127,16 +127,40 @@ struct GatedBwd {
   void* of_up;
 };
 
+struct CrossEntropyStatistics {
+  DType dtype;
+  Rows rows;  // of logits
+  const void* logits;
+  const int64_t* labels;  // [rows]
+  const bool* counted;    // [rows]
+  int64_t first;          // the label of the first column
+  void* statistics;       // wide, [3, rows]
+};
+
+struct CrossEntropyGradient {
+  DType dtype;
+  Rows rows;  // of logits and gradient
+  const void* logits;
+  const int64_t* labels;
+  const bool* counted;
+  const void* normaliser;  // wide, [2, rows]
+  const void* scale;       // wide, [rows]
+  int64_t first;
+  void* gradient;  // may be the logits
+};
+
 // Every kernel, with its arguments.
-#define SHARDCOMP_CPU_KERNELS(kernel) \
-  kernel(rms_norm, RmsNorm)           \
-  kernel(rms_norm_bwd, RmsNormBwd)    \
-  kernel(layer_norm, LayerNorm)       \
-  kernel(layer_norm_bwd, LayerNormBwd) \
-  kernel(summed, Summed)              \
-  kernel(rotary, Rotary)              \
-  kernel(gated, Gated)                \
-  kernel(gated_bwd, GatedBwd)
+#define SHARDCOMP_CPU_KERNELS(kernel)                      \
+  kernel(rms_norm, RmsNorm)                                \
+  kernel(rms_norm_bwd, RmsNormBwd)                         \
+  kernel(layer_norm, LayerNorm)                            \
+  kernel(layer_norm_bwd, LayerNormBwd)                     \
+  kernel(summed, Summed)                                   \
+  kernel(rotary, Rotary)                                   \
+  kernel(gated, Gated)                                     \
+  kernel(gated_bwd, GatedBwd)                              \
+  kernel(cross_entropy_statistics, CrossEntropyStatistics) \
+  kernel(cross_entropy_gradient, CrossEntropyGradient)
 
 namespace cpu {
 
