@@ -8,7 +8,8 @@ Needs: a captured Program of one unit. Afterwards
 - what drops names the stream that it draws from: the shared one, as all is whole still; nothing else draws random numbers;
 - what was computed under no_grad simply needs no gradient; a `detach` stands where such a region reads something that does;
 - segments and key masks that no input decides, and that let every query see everything, are gone;
-- the loss is a sum divided by `num_items_in_batch`, a new input.
+- the loss is a sum divided by `num_items_in_batch`, a new input;
+- `attention` names what runs it, where the policy does.
 
 Legality: each replacement computes the same numbers. The mean over labels that count is their sum divided by how many there
 are, and only the caller knows how many there are in a batch that is spread over ranks and micro-batches.
@@ -47,6 +48,7 @@ _SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflat
 _SHAPES |= {aten.reshape_as, aten.ravel}
 _EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
 _DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
+SDPA = aten.scaled_dot_product_attention.default
 _PRODUCTS = {aten.addmm, aten.mm, aten.matmul, aten.baddbmm}
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
@@ -64,6 +66,7 @@ def run(program: Program, context: Context) -> Program:
         _count_labels(body, program)
         inputs[COUNT] = Value((), torch.int64)
     _drop_dead(body)
+    _name_provider(body, program, context.policy.options.attention)
     mark_gradients(body, program.parameters)
     outputs = {name: value(node) for name, node in zip(unit.outputs, body.results, strict=True)}
     used = tuple(node.meta["path"] for node in body.placeholders(BUFFER))
@@ -235,6 +238,21 @@ def _drop_idle_masks(body: Body, program: Program) -> None:
                     idle[mask] = _is_idle(mask, program)
             if masks and all(idle[mask] for mask in masks):
                 node.kwargs = {key: held for key, held in node.kwargs.items() if key not in names}
+
+
+def _name_provider(body: Body, program: Program, provider: str) -> None:
+    """Have every attention run by what the policy names."""
+    if provider in ("auto", "sdpa"):
+        return
+    calls = [node for node in body.calls() if node.target is attention]
+    own = next((node for node in body.calls() if node.target in (dropped_attention, SDPA)), None)
+    if own is not None or not calls:
+        where = "" if own is None else f", such as {own.meta['path']}"
+        raise PlanError(
+            f"{program.name}: attention = {provider}, but the model computes its attention itself{where}: use attention = auto"
+        )
+    for node in calls:
+        node.kwargs = {**node.kwargs, "provider": provider}
 
 
 def _is_idle(mask: fx.Node, program: Program) -> bool:

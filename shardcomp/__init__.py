@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardcomp.lowering import lower
     from shardcomp.policy import Policy
     from shardcomp.runtime.initialisation import initialize
+    from shardcomp.runtime.optimizer import AdamW
     from shardcomp.runtime.stream import Stream
     from shardcomp.sharding import shard
     from shardcomp.verifier import verify
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdamW": "runtime.optimizer",
     "CaptureError": "errors",
     "CheckpointError": "errors",
     "KernelError": "errors",
@@ -41,6 +43,7 @@ _HOMES = {
     "verify": "verifier",
 }
 __all__ = [
+    "AdamW",
     "CaptureError",
     "CheckpointError",
     "KernelError",

@@ -140,6 +140,11 @@ class Options:
         _word("hf", "fp32"),
         "how kernels round: with the model's own bits, or once, from float32, wherever that means the same (default hf)",
     )
+    attention: str = _option(
+        "auto",
+        _word("auto", "sdpa", "sdpa:cudnn", "flash3", "xformers", "eager"),
+        "what runs attention: a named one runs or is refused (default auto: torch's choice among its own kernels)",
+    )
     seed: int = _option(0, _from(0), "seed of the initial weights and of dropout (default 0)")
 
     def __post_init__(self) -> None:

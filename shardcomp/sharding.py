@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from shardcomp.errors import PlanError
+from shardcomp.kernels.attention import attention
+from shardcomp.kernels.providers import probe
 from shardcomp.lowering import Lowered, lower
 from shardcomp.parts import packed
 from shardcomp.policy import Policy
+from shardcomp.program import value
 from shardcomp.runtime import world
 from shardcomp.runtime.allocation import Weights
 from shardcomp.runtime.blueprint import MASTER, Blueprint
@@ -21,6 +27,9 @@ from shardcomp.runtime.model import ShardedModel, build
 
 DEFAULT_LENGTH = 2048
 """Only reports depend on the length that a plan is lowered for; this one's multiples always divide."""
+
+PROBED = 64
+"""The sequence length that an attention is tried at."""
 
 
 def shard(model: nn.Module, policy: Policy | str | Path, checkpoint: str | Path | None = None) -> ShardedModel:
@@ -42,10 +51,51 @@ def allocate(lowered: Lowered, weights: Weights, blueprint: Blueprint | None = N
 
     `blueprint` stands in for the lowered model's own.
     """
+    probe(_attention_calls(lowered))
     chosen = blueprint or lowered.blueprint()
     saved = {name: weights(name, _all(chosen.buffers[name])) for name in chosen.persistent_buffers}
     chosen = replace(chosen, buffers={**chosen.buffers, **saved})
     return build(chosen, weights, getattr(lowered.model, "config", None), lowered.for_call)
+
+
+def _attention_calls(lowered: Lowered) -> list[Callable[[], Tensor]]:
+    """A small call for each kind of attention whose provider the policy names, with the heads of one rank."""
+    program, device = lowered.program, world.device_of_rank()
+    sizes = program.mesh.as_dict()
+    found: dict[Any, Callable[[], Tensor]] = {}
+    for node in (node for body in program.bodies() for node in body.calls()):
+        if node.target is not attention or "provider" not in node.kwargs:
+            continue
+        heads = [value(each) for each in node.args[:3]]  # type: ignore[arg-type]
+        shapes = tuple(
+            (int(local[1]), int(local[3])) for each in heads for local in [each.layout.local_shape(each.shape, sizes)]
+        )
+        tensors = frozenset(name for name, held in node.kwargs.items() if isinstance(held, fx.Node))
+        plain = {n: held for n, held in node.kwargs.items() if n not in tensors and n not in ("dropout", "random")}
+        key = (shapes, heads[0].dtype, tensors, tuple(sorted(plain.items())))
+        found[key] = functools.partial(_small_attention, device, heads[0].dtype, shapes, tensors, plain)
+    return list(found.values())
+
+
+def _small_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[int, int], ...],
+    tensors: frozenset[str],
+    plain: dict[str, Any],
+) -> Tensor:
+    q, k, v = (torch.ones((1, n, PROBED, d), dtype=dtype, device=device, requires_grad=True) for n, d in shapes)
+    numbers = torch.arange(PROBED, device=device).unsqueeze(0)
+    made = {
+        "q_position": numbers,
+        "k_position": numbers,
+        "q_segment": numbers // 16,
+        "k_segment": numbers // 16,
+        "key_mask": numbers >= 0,
+        "bias": torch.zeros((1, 1, PROBED, PROBED), dtype=dtype, device=device),
+        "sinks": torch.zeros(q.shape[1], dtype=dtype, device=device),
+    }
+    return attention(q, k, v, **{name: made[name] for name in tensors}, **plain)
 
 
 def _all(held: Tensor) -> tuple[slice, ...]:

@@ -26,6 +26,7 @@ from transformers import (
     masking_utils,
 )
 
+from shardcomp import Policy
 from shardcomp.capture import capture, self_check
 from shardcomp.capture.evaluate import evaluate
 from shardcomp.driver import verify
@@ -39,7 +40,7 @@ from shardcomp.program import B, Context, Program, S, Signature, Value, value
 PACKS = hasattr(masking_utils, "find_packed_sequence_indices")
 """Whether this transformers takes positions that restart for packed sequences."""
 aten = torch.ops.aten
-CONTEXT = Context(Mesh(), None)
+CONTEXT = Context(Mesh(), Policy.load("llama"))
 
 
 def canonical(model: nn.Module, *names: str, precision: str = "fp64", outputs: tuple[str, ...] = ("loss", "logits")) -> Program:

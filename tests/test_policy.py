@@ -172,6 +172,7 @@ def test_a_report_of_a_policy_has_every_entry_and_every_option_resolved() -> Non
         "precision": "bf16",
         "kernels": "all",
         "numerics": "hf",
+        "attention": "auto",
         "seed": 0,
     }
 

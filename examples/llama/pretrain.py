@@ -81,6 +81,7 @@ def parser() -> Parser:
     add("--lr", metavar="X", type=number(float, 0, above=True), default=3e-4, help="highest learning rate (%(default)s)")
     add("--warmup", metavar="N", type=number(int, 0), default=20, help="steps of linear warm-up, then cosine (%(default)s)")
     add("--weight-decay", metavar="X", type=number(float, 0), default=0.1, help="of weights with 2 dimensions (%(default)s)")
+    add("--optimizer", choices=("torch", "shardcomp"), default="torch", help="whose AdamW (%(default)s)")
     add("--grad-clip", metavar="X", type=number(float, 0, above=True), default=1.0, help="largest norm, or inf (%(default)s)")
     add("-o", "--save-dir", metavar="DIR", type=Path, help="write a HuggingFace directory at the end")
     add("-f", "--load", metavar="DIR", type=Path, help="start from the weights of a HuggingFace directory")

@@ -66,14 +66,17 @@ def ends_a_line(path: Path) -> bool:
         return file.read(1) in (b"", b"\n")
 
 
-def adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+def adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), foreach=True)
+    options: dict[str, Any] = {"lr": args.lr, "betas": (0.9, 0.95)}
+    if args.optimizer == "shardcomp":
+        return shardcomp.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, foreach=True, **options)
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -169,11 +172,11 @@ class Run:
         tokens, digest = self.stream.next(args.batch_size)
         tokens = tokens.to(sharded.device)
         result = sharded.train_step(input_ids=tokens, labels=tokens)
-        norm = float(sharded.clip_grad_norm_(args.grad_clip))
-        loss = float(result.loss)
+        total_norm = sharded.grad_norm()
         rate = self.optimizer.param_groups[0]["lr"]
         scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may mend what overflows
-        made = sharded.optimizer_step(self.optimizer)
+        made = sharded.optimizer_step(self.optimizer, norm=total_norm, max_norm=args.grad_clip)
+        loss, norm = float(result.loss), float(total_norm)
         if made:
             self.schedule.step()
         self.optimizer.zero_grad()

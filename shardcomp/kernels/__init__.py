@@ -1,12 +1,14 @@
 """Fused operators: one file each, with its plain PyTorch reference (which is its specification), its sharding rule and its
 split form. A new operator is a new file, listed below."""
 
+from shardcomp.kernels.adamw import adamw_
 from shardcomp.kernels.add_rms_norm import add_rms_norm
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
 from shardcomp.kernels.dropout import dropout, dropped_attention
 from shardcomp.kernels.embedding import vocab_embedding
 from shardcomp.kernels.gated import geglu, swiglu
+from shardcomp.kernels.grad_norm import grad_norm
 from shardcomp.kernels.layer_norm import layer_norm
 from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy, vocab_linear_cross_entropy
 from shardcomp.kernels.mean import split_mean
@@ -14,12 +16,14 @@ from shardcomp.kernels.rms_norm import rms_norm
 from shardcomp.kernels.rotary import rotary
 
 __all__ = [
+    "adamw_",
     "add_rms_norm",
     "attention",
     "cross_entropy",
     "dropout",
     "dropped_attention",
     "geglu",
+    "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from shardcomp.kernels.dropout import Stream, dropped_attention
 from shardcomp.kernels.dropout import dropout as drop
+from shardcomp.kernels.providers import check, kernel_of, xformers_attention
 from shardcomp.program import value
 from shardcomp.rules import RULES, Factoring, Rule, apply, parse
 
@@ -37,6 +39,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     random: Stream | None = None,
+    provider: str = "sdpa",
 ) -> Tensor:
     """softmax(scale · q kᵀ) v over the keys that each query sees. A query that sees no key gives zero, with zero gradients.
 
@@ -48,24 +51,42 @@ def attention(
     softcap: scores become softcap · tanh(scores / softcap). sinks: [n] floating, the score of one more key per head, whose
     value is zero.
     scale: by default 1 / √d. dropout: the probability that a weight is dropped. random: what is drawn from; by default it is
-    torch's own generator.
+    torch's own generator. provider: one of `providers.PROVIDERS`, which runs it or raises KernelError.
     Result: [b, n, q, e] in the dtype of q. Raises ValueError for a window without `causal`.
     """
     if window is not None and not causal:
         raise ValueError("a window is counted back from a query's own position: it needs causal=True")
+    if isinstance(q, FakeTensor) and provider != "eager":
+        provider = "sdpa"  # without a device to run on, all save what torch's flash attention saves
+    masks = {"q_position": q_position, "q_segment": q_segment, "key_mask": key_mask, "bias": bias}
+    asked = {name: held is not None for name, held in masks.items()} | {
+        "softcap": softcap,
+        "dropout": dropout,
+        "window": window,
+    }
+    check(provider, {**asked, "sinks": sinks is not None})
+
+    def seen() -> tuple[Tensor, Tensor]:
+        keys = _seen(q, k, (q_position, k_position), (q_segment, k_segment), key_mask, causal, window)
+        return keys, keys.any(-1, keepdim=True)
+
+    if provider == "xformers":
+        options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "dropout": dropout, "random": random}
+        masked = q_position is not None or key_mask is not None or q_segment is not k_segment
+        return xformers_attention(q, k, v, seen, segments=q_segment, masked=masked, bias=bias, **options)
     grouped = q.shape[1] != k.shape[1]
-    unmasked = window is None and q_position is None and q_segment is None and key_mask is None and bias is None
-    if unmasked and softcap is None and sinks is None:
-        return dropped_attention(q, k, v, None, dropout, causal, scale=scale, enable_gqa=grouped, random=random)
-    seen = _seen(q, k, (q_position, k_position), (q_segment, k_segment), key_mask, causal, window)
-    visible = seen.any(-1, keepdim=True)
-    # A query that sees no key is let see all of them and zeroed afterwards: a softmax over nothing would be NaN.
-    seen = seen | ~visible
-    if softcap is None and sinks is None:
-        mask = seen if bias is None else torch.where(seen, bias.to(q.dtype), float("-inf"))
-        out = dropped_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=grouped, random=random)
-    else:
-        out = _explicit(q, k, v, seen, bias, sinks, softcap, scale, dropout, random)
+    explicit = provider == "eager" or softcap is not None or sinks is not None
+    with kernel_of(provider, q.device):
+        if not explicit and window is None and all(held is None for held in masks.values()):
+            return dropped_attention(q, k, v, None, dropout, causal, scale=scale, enable_gqa=grouped, random=random)
+        keys, visible = seen()
+        # A query that sees no key is let see all of them and zeroed afterwards: a softmax over nothing would be NaN.
+        keys = keys | ~visible
+        if explicit:
+            out = _explicit(q, k, v, keys, bias, sinks, softcap, scale, dropout, random)
+        else:
+            mask = keys if bias is None else torch.where(keys, bias.to(q.dtype), float("-inf"))
+            out = dropped_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=grouped, random=random)
     return out.masked_fill(~visible, 0)
 
 

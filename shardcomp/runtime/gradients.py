@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardcomp.collectives import Axis
+from shardcomp.kernels.grad_norm import grad_norm
 
 
 @dataclass(frozen=True)
@@ -107,50 +108,53 @@ def around_backward(x: Tensor, before: Callable[[], float], after: Callable[[], 
 
 
 @torch.no_grad()
-def clip_grad_norm(
+def global_norm(
     parameters: Iterable[nn.Parameter],
-    max_norm: float,
     axes: Mapping[str, Axis],
     device: torch.device,
     master: torch.dtype = torch.float32,
     again: Collection[nn.Parameter] = (),
 ) -> Tensor:
-    """Scale the gradients so that their global 2-norm is at most `max_norm`; returns the norm before, the same on every rank.
+    """The 2-norm of all gradients, the same on every rank: [] in `master`, on `device`.
 
     Each element of each gradient counts once: pieces are added over the axes that cut them, copies are not. master: the dtype
     of gradients. again: parameters that hold a gradient which another stage counts.
     """
-    held = [(p, p.grad) for p in parameters if p.grad is not None]
-    squares: dict[frozenset[str], list[Tensor]] = {}
     skipped = {id(p) for p in again}
-    for parameter, gradient in held:
-        if id(parameter) not in skipped:
-            norm = torch.linalg.vector_norm(local(gradient), dtype=master)
-            squares.setdefault(_cut_axes(gradient), []).append(norm.square().to(device))
-    sums = {cut: torch.stack(each).sum() for cut, each in sorted(squares.items(), key=lambda entry: sorted(entry[0]))}
+    alike: dict[tuple[frozenset[str], torch.device], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None and id(parameter) not in skipped:
+            alike.setdefault((_cut_axes(parameter.grad), parameter.grad.device), []).append(local(parameter.grad))
+    sums: dict[frozenset[str], Tensor] = {}
+    for (cut, _), gradients in sorted(alike.items(), key=lambda entry: (sorted(entry[0][0]), str(entry[0][1]))):
+        square = grad_norm(gradients).to(device, master)
+        sums[cut] = sums[cut] + square if cut in sums else square
     for name, axis in axes.items():
         over = [cut for cut in sums if name in cut]
         if axis.size > 1 and over:
             totals = axis.all_reduce(torch.stack([sums[cut] for cut in over]))
             sums.update(zip(over, totals, strict=True))
     square = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), dtype=master, device=device)
-    norm = axes["pp"].all_reduce(square).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if held:
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for _, gradient in held:
-            by_device.setdefault(gradient.device, []).append(local(gradient))
-        for place, gradients in by_device.items():
-            torch._foreach_mul_(gradients, scale.to(place, gradients[0].dtype))
-    return norm
+    return axes["pp"].all_reduce(square).sqrt()
+
+
+def coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by so that it is at most `max_norm`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 @torch.no_grad()
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
     """Multiply every gradient that stands."""
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    if gradients and factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_device.setdefault(parameter.grad.device, []).append(local(parameter.grad))
+    for device, gradients in by_device.items():
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(gradients, factor.to(device, gradients[0].dtype))
+        elif factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
 
 
 @torch.no_grad()

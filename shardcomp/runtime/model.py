@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from shardcomp.runtime.gradients import (
     Partial,
     PartialGradients,
     around_backward,
-    clip_grad_norm,
+    coefficient,
+    global_norm,
     not_finite,
     scale_gradients,
 )
 from shardcomp.runtime.ledger import held_bytes
+from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
 from shardcomp.runtime.stage import ModelStage, Pipeline, forget_forwards, gather_apart, prepare, reset
@@ -234,16 +237,35 @@ class ShardedModel(nn.Module):
                 logits = _as_dtensor(logits, self.mesh, *code.blueprint.output_split["logits"])
         return StepResult(loss, tokens, bad > 0, logits)
 
-    def optimizer_step(self, optimizer: torch.optim.Optimizer) -> bool:
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, norm: Tensor | None = None, max_norm: float = math.inf) -> bool:
         """`optimizer.step()`, unless a backward since the last call left gradients that are not finite: then nothing changes,
-        on any rank, and `skipped_steps` counts one more. Returns whether the step was made. Adapts the loss scale of fp16."""
+        on any rank, and `skipped_steps` counts one more. Returns whether the step was made. Adapts the loss scale of fp16.
+
+        max_norm: what the gradients are clipped to first. norm: what `grad_norm` returned, where it was called already; if it
+        is not finite, there is no step. `shardcomp.AdamW` does all of this while it updates: the update is under way before
+        anything is waited for, and the gradients stay as they are.
+        """
+        if norm is None and max_norm != math.inf:
+            norm = self.grad_norm()
         bad, self._bad = self._bad, None
-        skipped = bad is not None and bool(bad > 0)
-        self.loss_scale.update(skipped)
-        if skipped:
-            self.skipped_steps += 1
+        if norm is not None:
+            overflow = (~norm.isfinite()).to(norm.dtype)
+            bad = overflow if bad is None else bad + overflow
+        if isinstance(optimizer, AdamW):
+            optimizer.found_inf = torch.zeros((), device=self.device) if bad is None else bad
+            try:
+                optimizer.step(norm=norm, max_norm=max_norm)
+            finally:
+                del optimizer.found_inf
+            skipped = bad is not None and bool(bad > 0)
         else:
-            optimizer.step()
+            skipped = bad is not None and bool(bad > 0)
+            if not skipped:
+                if norm is not None and max_norm != math.inf:
+                    scale_gradients(self.parameters(), coefficient(norm, max_norm))
+                optimizer.step()
+        self.loss_scale.update(skipped)
+        self.skipped_steps += skipped
         return not skipped
 
     def _note(self, bad: Tensor) -> None:
@@ -295,8 +317,9 @@ class ShardedModel(nn.Module):
             batch["labels"][rows:] = self._blueprint.ignored_label
         return [{name: held[at : at + size] for name, held in batch.items()} for at in range(0, rows + missing, size)]
 
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global 2-norm of at most `max_norm`, over every axis; returns the norm before."""
+    def grad_norm(self) -> Tensor:
+        """The global 2-norm of the gradients over every axis, tied weights counted once: [], the same on every rank, not finite
+        where a gradient is not. Nothing is waited for."""
         self._lay_down()
         again = [
             self.get_parameter(chunk.names[name])
@@ -304,8 +327,13 @@ class ShardedModel(nn.Module):
             for name in chunk.names
             if self._users[name][0] != chunk.index
         ]
-        master = MASTER[self._blueprint.precision]
-        return clip_grad_norm(self.parameters(), max_norm, self._axes, self.device, master, again)
+        return global_norm(self.parameters(), self._axes, self.device, MASTER[self._blueprint.precision], again)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a global 2-norm of at most `max_norm`, over every axis; returns the norm before."""
+        norm = self.grad_norm()
+        scale_gradients(self.parameters(), coefficient(norm, max_norm))
+        return norm
 
     @property
     def blueprint(self) -> Blueprint:

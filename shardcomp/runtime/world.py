@@ -22,7 +22,7 @@ def world_size() -> int:
 
 def start(mesh: Mesh) -> tuple[DeviceMesh, torch.device]:
     """Join the process group, starting it if nobody has, and lay the mesh over it."""
-    device = _device()
+    device = device_of_rank()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
@@ -34,7 +34,8 @@ def start(mesh: Mesh) -> tuple[DeviceMesh, torch.device]:
     return mesh.device_mesh(device.type), device
 
 
-def _device() -> torch.device:
+def device_of_rank() -> torch.device:
+    """The device that this rank computes on. Starts no process group."""
     if not torch.cuda.is_available() or (dist.is_initialized() and dist.get_backend() == "gloo"):
         return torch.device("cpu")
     if dist.is_initialized():

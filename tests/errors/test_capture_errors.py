@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from shardcomp import Policy
 from shardcomp.capture import capture
 from shardcomp.errors import CaptureError, PlanError, PolicyError
 from shardcomp.mesh import Mesh
@@ -41,7 +42,7 @@ class Small(nn.Module):
 
 
 def lower(model: nn.Module) -> None:
-    canonicalize.run(capture(model, TRAINING, precision="fp32"), Context(Mesh(), None))
+    canonicalize.run(capture(model, TRAINING, precision="fp32"), Context(Mesh(), Policy.load("llama")))
 
 
 def test_the_model_that_is_spoiled_below_is_good() -> None:
@@ -235,5 +236,5 @@ def test_random_numbers_of_anything_but_dropout_are_refused_with_operator_and_mo
 def test_dropout_of_a_model_that_is_not_training_is_nothing() -> None:
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=64)
     given = Signature((("input_ids", 2),), ("logits",), training=False)
-    program = canonicalize.run(capture(GPT2LMHeadModel(config), given, precision="fp32"), Context(Mesh(), None))
+    program = canonicalize.run(capture(GPT2LMHeadModel(config), given, precision="fp32"), Context(Mesh(), Policy.load("llama")))
     assert not any("dropout" in str(node.target) or "dropout" in node.kwargs for node in program.units[0].body.calls())

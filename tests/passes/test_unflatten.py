@@ -28,7 +28,7 @@ from shardcomp.passes import canonicalize, unflatten
 from shardcomp.program import INPUT, PARAMETER, B, Body, Context, Parameter, Program, S, Signature, Unit, Value, value
 
 aten = torch.ops.aten
-CONTEXT = Context(Mesh(), None)
+CONTEXT = Context(Mesh(), Policy.load("llama"))
 PRIMES = {B: 7, S: 11}
 """The (b, s) that a graph is built at. No other size has these factors, so that a size says what it is made of."""
 
