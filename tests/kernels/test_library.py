@@ -6,6 +6,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,6 +67,30 @@ def calls(dtype: torch.dtype, h: int, rows: tuple[int, ...] = (3, 5), other: tor
     found["cross_entropy_statistics"] = (logits, *labels, first)
     found["cross_entropy_gradient"] = (logits, *labels, normaliser, scale, first)
     found["cross_entropy_gradient_"] = (logits, *labels, normaliser, scale, first)
+    return found | calls_of_lists(dtype, [(*rows, h), (h,), (0, h), (), (2, h)], other)
+
+
+def calls_of_lists(dtype: torch.dtype, shapes: list[tuple[int, ...]], other: torch.dtype) -> Calls:
+    """The operators on lists of tensors. other: the dtype of copies where it is a narrow one."""
+    weight = torch.promote_types(dtype, torch.float32)
+    narrow = other if other.itemsize == 2 else torch.bfloat16
+    gradients = [draw(*shape, dtype=dtype, seed=1) for shape in shapes]
+    weights, copies = ([draw(*shape, dtype=each, seed=2) for shape in shapes] for each in (weight, narrow))
+    first = [draw(*shape, dtype=weight, seed=3) for shape in shapes]
+    second = [draw(*shape, dtype=weight, seed=4).square() for shape in shapes]
+    steps = [torch.tensor(float(at)) for at in range(len(shapes))]
+    rate, zero = torch.tensor(0.01, dtype=torch.float64), torch.zeros(1)
+    found: Calls = {"grad_norm": (gradients,)}
+    for scale in (torch.tensor(0.37, dtype=weight), None):
+        for beta1, copied, maximize, skips in (
+            (0.9, True, False, None),
+            (0.3, False, True, zero),
+            (0.5, True, True, zero),
+            (0.9, True, True, zero + 1),
+        ):
+            form = f"{scale is None} {beta1} {copied} {maximize} {skips}"
+            lists = (weights, copies if copied else [], gradients, first, second, steps)
+            found[f"adamw_ {form}"] = (*lists, rate, beta1, 0.95, 1e-8, 0.1, maximize, scale, skips)
     return found
 
 
@@ -81,10 +106,22 @@ def results(name: str, arguments: tuple[Any, ...], reference: bool = False) -> l
     operator = name.partition(" ")[0]
     run = getattr(torch.ops.shardcomp, operator)
     written = [each.alias_info is not None and each.alias_info.is_write for each in run.default._schema.arguments]
-    given = [fresh(held) if over else held for held, over in zip(arguments, written, strict=True)]
+    given = [changed(fresh, held) if over else held for held, over in zip(arguments, written, strict=True)]
     made = (REFERENCES[operator] if reference else run)(*given)
     found = list(made) if isinstance(made, tuple) else [] if made is None else [made]
-    return found + [held for held, over in zip(given, written, strict=True) if over]
+    return found + [each for held, over in zip(given, written, strict=True) if over for each in tensors(held)]
+
+
+def tensors(argument: Any) -> list[Tensor]:
+    held = argument if isinstance(argument, list) else [argument]
+    return [each for each in held if isinstance(each, Tensor)]
+
+
+def changed(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
+    """An argument, with another tensor in place of each that there is in it."""
+    if isinstance(argument, list):
+        return [changed(change, each) for each in argument]
+    return change(argument) if isinstance(argument, Tensor) else argument
 
 
 def fresh(x: Tensor) -> Tensor:
@@ -97,9 +134,12 @@ def fresh(x: Tensor) -> Tensor:
 def agree(name: str, arguments: tuple[Any, ...], ulps: float = 2) -> None:
     """The library's results are the reference's, but for the last bits."""
     made, expected = (results(name, arguments, reference) for reference in (False, True))
+    if name == "grad_norm":  # in float32 the reference itself has the errors of a long sum
+        [exact] = results(name, (changed(Tensor.double, arguments[0]),), reference=True)
+        expected = [exact.to(expected[0].dtype)]
     for a, b in zip(made, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), name
-        wide = torch.promote_types(arguments[0].dtype, torch.float32)
+        wide = torch.promote_types(tensors(arguments[0])[0].dtype, torch.float32)
         eps = max(torch.finfo(dtype).eps for dtype in (a.dtype, wide))
         largest = float(b.abs().nan_to_num(0, 0, 0).amax()) if b.numel() else 0.0
         # Sums of many numbers, in another order: what is left where they cancel has the error of the largest.
@@ -142,9 +182,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def laid_out(layout: str, each: Any) -> Any:
+def laid_out(layout: str, each: Tensor) -> Tensor:
     """What is [3, 5, 24], or such rows as a matrix, in that layout; anything else as it is."""
-    if not isinstance(each, Tensor) or each.shape not in ((3, 5, 24), (15, 24)):
+    if each.shape not in ((3, 5, 24), (15, 24)):
         return each
     return LAYOUTS[layout](each) if each.dim() == 3 else LAYOUTS[layout](each.unsqueeze(1))[:, 0]
 
@@ -153,7 +193,7 @@ def laid_out(layout: str, each: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_values_do_not_depend_on_strides(dtype: torch.dtype, layout: str) -> None:
     for name, arguments in calls(dtype, 24).items():
-        change = [laid_out(layout, each) for each in arguments]
+        change = [changed(partial(laid_out, layout), each) for each in arguments]
         agree(name, tuple(change))
         agree(name, (change[0], *arguments[1:]))
 
@@ -171,10 +211,11 @@ def test_queries_and_keys_are_turned_as_they_lie() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_is_so_where_it_is_in_the_reference(dtype: torch.dtype) -> None:
     for name, arguments in calls(dtype, 33).items():
-        x = arguments[0].clone()
-        every = x.view(-1, 33)
+        first = 2 if name.startswith("adamw_") else 0  # the gradients
+        given = changed(torch.clone, arguments[first])
+        every = tensors(given)[0].view(-1, 33)
         every[0, 3], every[6, 5], every[12, 7] = float("inf"), float("-inf"), float("nan")
-        arguments = (x, *arguments[1:])
+        arguments = (*arguments[:first], given, *arguments[first + 1 :])
         made, expected = (results(name, arguments, reference) for reference in (False, True))
         assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(made, expected, strict=True)), name
 
@@ -228,6 +269,20 @@ def test_what_lies_between_rows_is_not_written() -> None:
     assert bool((held[:, :5] == 1).all() and (held[:, 29:] == 1).all() and (held[:, 5:29] != 1).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tensors_are_gone_through_as_one(dtype: torch.dtype) -> None:
+    """Tensors of several blocks, of a part of one, and of none, in any order."""
+    for shapes in ([(0,), (8192,), (0,), (8193, 3), (), (0,), (5,), (16384,), (0,)], [(0,)], [(), (70001,)]):
+        for name, arguments in calls_of_lists(dtype, shapes, torch.float16).items():
+            agree(name, arguments)
+
+
+def test_a_norm_that_float32_cannot_hold_is_infinite() -> None:
+    for given in ([1e30], [1.5e19, 1.5e19], [1e19, float("-inf")]):
+        gradients = [torch.tensor([each]) for each in given]
+        assert results("grad_norm", (gradients,)) == results("grad_norm", (gradients,), reference=True)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
@@ -278,8 +333,14 @@ def test_rows_may_lie_more_than_two_to_the_31_elements_apart() -> None:
     (labels, counted), first, normaliser = tokens(2, 64)
     some = (labels, counted, normaliser.float(), torch.ones(2), first)
     found |= {"cross_entropy_statistics": (far[:, 0], labels, counted, first), "cross_entropy_gradient": (far[:, 0], *some)}
+    wide = near.float()
+    lists = [[each] for each in (wide, near, far, wide, wide.square(), torch.zeros(()))]
+    found |= {
+        "grad_norm": ([far],),
+        "adamw_": (*lists, torch.ones((), dtype=torch.float64), 0.9, 0.9, 1.0, 0.1, False, None, None),
+    }
     for name, arguments in found.items():
-        close = tuple(each.contiguous() if isinstance(each, Tensor) else each for each in arguments)
+        close = tuple(changed(Tensor.contiguous, each) for each in arguments)
         assert all(torch.equal(a, b) for a, b in zip(results(name, arguments), results(name, close), strict=True)), name
 
 
