@@ -1,6 +1,10 @@
 // The CPU's implementations of shardcomp's operators. Their schemas, shapes and gradients are in shardcomp/kernels/*.py, whose
 // references they follow, cast by cast.
 
+#include <cmath>
+#include <numeric>
+#include <utility>
+
 #include "levels.h"
 #include "tensors.h"
 
@@ -254,6 +258,152 @@ std::tuple<Tensor, Tensor> gated_bwd(const Tensor& gradient, const Tensor& gate,
   return {made[0], made[1]};
 }
 
+// What the operators of the cross entropy are given beside the logits, as the kernels take it.
+struct Labels {
+  Tensor labels, counted;
+
+  Labels(const Tensor& logits, const Tensor& labels, const Tensor& counted)
+      : labels(torch::stable::contiguous(labels)), counted(torch::stable::contiguous(counted)) {
+    STD_TORCH_CHECK(logits.dim() == 2 && labels.scalar_type() == ScalarType::Long && counted.scalar_type() == ScalarType::Bool,
+                    "cross entropy: the logits are [t, v], the labels int64, and what counts is bool");
+    for (const Tensor& each : {labels, counted}) check(each, 1, logits);
+  }
+  static void check(const Tensor& x, int64_t dims, const Tensor& logits) {
+    STD_TORCH_CHECK(x.dim() == dims && x.size(dims - 1) == logits.size(0), "cross entropy: every token has its own numbers");
+  }
+  const int64_t* label() const { return static_cast<const int64_t*>(data(labels)); }
+  const bool* count() const { return static_cast<const bool*>(data(counted)); }
+};
+
+Tensor cross_entropy_statistics(const Tensor& logits, const Tensor& labels, const Tensor& counted, int64_t first) {
+  const Labels given(logits, labels, counted);
+  Tensor held = logits, made = with_shape(logits, {3, logits.size(0)}, wide_of(logits));
+  const Rows rows = norm_rows({&held});
+  const CrossEntropyStatistics arguments{dtype_of(logits), rows, data(held), given.label(), given.count(), first,
+                                         made.mutable_data_ptr()};
+  parallel(cpu::cross_entropy_statistics, arguments, rows.count, rows.width);
+  return made;
+}
+
+// Into a tensor whose rows lie one element after the other; it may be the logits.
+void cross_entropy_gradient_into(Tensor& made, const Tensor& logits, const Tensor& labels, const Tensor& counted,
+                                 const Tensor& normaliser, const Tensor& scale, int64_t first) {
+  const Labels given(logits, labels, counted);
+  Labels::check(normaliser, 2, logits);
+  Labels::check(scale, 1, logits);
+  STD_TORCH_CHECK(normaliser.size(0) == 2, "cross entropy: the normaliser is [2, t]");
+  const Tensor held = with_rows(logits);
+  const Tensor n = torch::stable::contiguous(as(normaliser, wide_of(logits)));
+  const Tensor s = torch::stable::contiguous(as(scale, wide_of(logits)));
+  const Rows rows = *rows_of({held, made}, false, false);
+  const CrossEntropyGradient arguments{dtype_of(logits), rows, data(held), given.label(), given.count(), data(n), data(s), first,
+                                       made.mutable_data_ptr()};
+  parallel(cpu::cross_entropy_gradient, arguments, rows.count, rows.width);
+}
+
+Tensor cross_entropy_gradient(const Tensor& logits, const Tensor& labels, const Tensor& counted, const Tensor& normaliser,
+                              const Tensor& scale, int64_t first) {
+  Tensor made = with_shape(logits, sizes_of(logits), logits.scalar_type());
+  cross_entropy_gradient_into(made, logits, labels, counted, normaliser, scale, first);
+  return made;
+}
+
+void cross_entropy_gradient_(const Tensor& logits, const Tensor& labels, const Tensor& counted, const Tensor& normaliser,
+                             const Tensor& scale, int64_t first) {
+  Tensor made = with_rows(logits);
+  cross_entropy_gradient_into(made, made, labels, counted, normaliser, scale, first);
+  Tensor held = logits;
+  if (made.const_data_ptr() != held.const_data_ptr()) copy_into(held, made);
+}
+
+typedef std::vector<Tensor> Tensors;
+
+// So many elements of one tensor are a block of a kernel over many.
+constexpr int64_t shard_block = 1 << 13;
+
+// Put a shard's first block behind those before it, of which there are `blocks`.
+template <class Shard>
+void append(std::vector<Shard>& shards, Shard shard, int64_t& blocks) {
+  shard.first_block = blocks;
+  blocks += (shard.rows.width * shard.rows.count + shard_block - 1) / shard_block;
+  shards.push_back(shard);
+}
+
+// Rows of tensors of one shape, contiguous copies of which take their place where they do not lie alike.
+Rows shard_rows(Tensors& tensors) {
+  if (const auto rows = rows_of(tensors, true, true)) return *rows;
+  for (Tensor& each : tensors) each = torch::stable::contiguous(each);
+  return *rows_of(tensors, true, true);
+}
+
+double number(const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() == 1, "adamw_: lr, scale and found_inf have one element");
+  return *static_cast<const double*>(data(as(x, ScalarType::Double)));
+}
+
+void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradients, const Tensors& exp_avgs,
+            const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& lr, double beta1, double beta2, double eps,
+            double weight_decay, bool maximize, const Maybe& scale, const Maybe& found_inf) {
+  if (found_inf && number(*found_inf) != 0) return;
+  const double rate = number(lr), factor = scale ? number(*scale) : 1;
+  Tensors kept;                                   // what the shards point to
+  std::vector<std::pair<Tensor, Tensor>> packed;  // what is to be written to, and what that is then
+  std::vector<AdamWShard> shards;
+  int64_t blocks = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const bool wide = dtype_of(weights[i]) == DType::fp64, copied = !copies.empty() && !wide;
+    Tensors all{as(gradients[i], wide ? ScalarType::Double : gradients[i].scalar_type()), weights[i], exp_avgs[i], exp_avg_sqs[i]};
+    if (!wide && dtype_of(all[0]) == DType::fp64) all[0] = as(all[0], ScalarType::Float);
+    if (copied) all.push_back(copies[i]);
+    const Tensors before = all;
+    AdamWShard shard{};
+    shard.rows = shard_rows(all);
+    for (size_t t = 1; t < all.size(); ++t) {
+      if (data(all[t]) != data(before[t])) packed.emplace_back(before[t], all[t]);
+    }
+    if (wide && !copies.empty()) packed.emplace_back(copies[i], all[1]);
+    float& step = *static_cast<float*>(Tensor(steps[i]).mutable_data_ptr());
+    step += 1;
+    shard.gradient_dtype = dtype_of(all[0]);
+    shard.gradient = data(all[0]);
+    shard.weight = all[1].mutable_data_ptr();
+    shard.exp_avg = all[2].mutable_data_ptr();
+    shard.exp_avg_sq = all[3].mutable_data_ptr();
+    shard.copy = copied ? all[4].mutable_data_ptr() : nullptr;
+    shard.copy_dtype = copied ? dtype_of(all[4]) : DType::bf16;
+    shard.size = rate / (1 - std::pow(beta1, double(step)));
+    shard.root = std::sqrt(1 - std::pow(beta2, double(step)));
+    append(shards, shard, blocks);
+    kept.insert(kept.end(), all.begin(), all.end());
+  }
+  const AdamW arguments{shard_block, int64_t(shards.size()), shards.data(), beta1, beta2, eps, 1 - rate * weight_decay,
+                        maximize ? -factor : factor};
+  parallel(cpu::adamw, arguments, blocks, shard_block);
+  for (auto& [to, from] : packed) copy_into(to, from);
+}
+
+Tensor grad_norm(const Tensors& gradients) {
+  Tensors kept;
+  std::vector<SquaresShard> shards;
+  int64_t blocks = 0;
+  ScalarType dtype = ScalarType::Float;
+  for (const Tensor& each : gradients) {
+    Tensors held{each};
+    SquaresShard shard{};
+    shard.rows = shard_rows(held);
+    shard.dtype = dtype_of(each);
+    shard.x = data(held[0]);
+    if (shard.dtype == DType::fp64) dtype = ScalarType::Double;
+    append(shards, shard, blocks);
+    kept.push_back(held[0]);
+  }
+  std::vector<double> partial(blocks);
+  const Squares arguments{shard_block, int64_t(shards.size()), shards.data(), partial.data()};
+  parallel(cpu::squares, arguments, blocks, shard_block);
+  const double sum = double(std::accumulate(partial.begin(), partial.end(), 0.0L));
+  return torch::stable::full({}, dtype == ScalarType::Float ? double(float(sum)) : sum, dtype);
+}
+
 }  // namespace
 }  // namespace shardcomp
 
@@ -267,4 +417,9 @@ STABLE_TORCH_LIBRARY_IMPL(shardcomp, CPU, library) {
   library.impl("rotary_bwd", TORCH_BOX(&shardcomp::rotary_bwd));
   library.impl("gated", TORCH_BOX(&shardcomp::gated));
   library.impl("gated_bwd", TORCH_BOX(&shardcomp::gated_bwd));
+  library.impl("cross_entropy_statistics", TORCH_BOX(&shardcomp::cross_entropy_statistics));
+  library.impl("cross_entropy_gradient", TORCH_BOX(&shardcomp::cross_entropy_gradient));
+  library.impl("cross_entropy_gradient_", TORCH_BOX(&shardcomp::cross_entropy_gradient_));
+  library.impl("adamw_", TORCH_BOX(&shardcomp::adamw_));
+  library.impl("grad_norm", TORCH_BOX(&shardcomp::grad_norm));
 }

@@ -1,5 +1,5 @@
 // exp, erf and tanh of floats, with the bits of the functions that torch's activations call: those of SLEEF 3 at one ulp, and
-// for erf formula 7.1.26 of Abramowitz and Stegun.
+// for erf formula 7.1.26 of Abramowitz and Stegun. exp of doubles is the C library's.
 #pragma once
 
 #include "vectors.h"
@@ -44,6 +44,11 @@ INLINE Floats exponential(Floats x) {
   u = scaled(u, q);
   u = pick(x < all(-104.0f), Floats{}, u);
   return pick(x > all(100.0f), all(__builtin_inff()), u);
+}
+
+INLINE Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
 }
 
 INLINE Floats error_function(Floats x) {

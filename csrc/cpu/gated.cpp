@@ -38,22 +38,6 @@ INLINE Floats activated(Floats x, Floats& slope) {
   }
 }
 
-// f(offsets, size) for the pieces of rows that lie in the elements [begin, end).
-template <class F>
-INLINE void pieces(const Rows& rows, int64_t begin, int64_t end, F f) {
-  if (begin >= end) return;
-  Cursor cursor(rows, begin / rows.width);
-  int64_t column = begin % rows.width;
-  for (int64_t at = begin; at < end; cursor.next()) {
-    const int64_t rest = rows.width - column, size = rest < end - at ? rest : end - at;
-    int64_t offset[most_tensors];
-    for (int t = 0; t < most_tensors; ++t) offset[t] = cursor.offset[t] + column;
-    f(offset, size);
-    at += size;
-    column = 0;
-  }
-}
-
 template <class F>
 INLINE void of_activation(Activation activation, F body) {
   switch (activation) {

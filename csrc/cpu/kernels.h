@@ -127,16 +127,82 @@ struct GatedBwd {
   void* of_up;
 };
 
+struct CrossEntropyStatistics {
+  DType dtype;
+  Rows rows;  // of logits
+  const void* logits;
+  const int64_t* labels;  // [rows]
+  const bool* counted;    // [rows]
+  int64_t first;          // the label of the first column
+  void* statistics;       // wide, [3, rows]
+};
+
+struct CrossEntropyGradient {
+  DType dtype;
+  Rows rows;  // of logits and gradient
+  const void* logits;
+  const int64_t* labels;
+  const bool* counted;
+  const void* normaliser;  // wide, [2, rows]
+  const void* scale;       // wide, [rows]
+  int64_t first;
+  void* gradient;  // may be the logits
+};
+
+// Kernels over many tensors: they count blocks of `block` elements, of which a tensor's last one may have fewer.
+struct AdamWShard {
+  Rows rows;  // of gradient, weight, exp_avg, exp_avg_sq and copy
+  int64_t first_block;
+  DType gradient_dtype;  // fp64 where the weight is, else another
+  DType copy_dtype;      // bf16 or fp16
+  const void* gradient;
+  void* weight;  // wide
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* copy;   // null: there is none
+  double size;  // lr / (1 - beta1^t)
+  double root;  // sqrt(1 - beta2^t)
+};
+
+struct AdamW {
+  int64_t block;
+  int64_t count;
+  const AdamWShard* shards;
+  double beta1;
+  double beta2;
+  double eps;
+  double decay;  // what a weight is multiplied by
+  double scale;  // what a gradient is multiplied by
+};
+
+struct SquaresShard {
+  Rows rows;
+  int64_t first_block;
+  DType dtype;
+  const void* x;
+};
+
+struct Squares {
+  int64_t block;
+  int64_t count;
+  const SquaresShard* shards;
+  double* partial;  // [blocks]
+};
+
 // Every kernel, with its arguments.
-#define SHARDCOMP_CPU_KERNELS(kernel) \
-  kernel(rms_norm, RmsNorm)           \
-  kernel(rms_norm_bwd, RmsNormBwd)    \
-  kernel(layer_norm, LayerNorm)       \
-  kernel(layer_norm_bwd, LayerNormBwd) \
-  kernel(summed, Summed)              \
-  kernel(rotary, Rotary)              \
-  kernel(gated, Gated)                \
-  kernel(gated_bwd, GatedBwd)
+#define SHARDCOMP_CPU_KERNELS(kernel)                      \
+  kernel(rms_norm, RmsNorm)                                \
+  kernel(rms_norm_bwd, RmsNormBwd)                         \
+  kernel(layer_norm, LayerNorm)                            \
+  kernel(layer_norm_bwd, LayerNormBwd)                     \
+  kernel(summed, Summed)                                   \
+  kernel(rotary, Rotary)                                   \
+  kernel(gated, Gated)                                     \
+  kernel(gated_bwd, GatedBwd)                              \
+  kernel(cross_entropy_statistics, CrossEntropyStatistics) \
+  kernel(cross_entropy_gradient, CrossEntropyGradient)     \
+  kernel(adamw, AdamW)                                     \
+  kernel(squares, Squares)
 
 namespace cpu {
 

@@ -192,6 +192,32 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  for (int i = 0; i < Lanes<double>::count; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+INLINE Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < Lanes<float>::count; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+INLINE Vec<double> square_root(Vec<double> x) {
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+
 // f(at, n) for the elements [at, at + n) of each vector in [0, size).
 template <class W, class F>
 INLINE void each(int64_t size, F f) {
@@ -241,5 +267,21 @@ struct Cursor {
     }
   }
 };
+
+// f(offsets, size) for the pieces of rows that lie in the elements [begin, end).
+template <class F>
+INLINE void pieces(const Rows& rows, int64_t begin, int64_t end, F f) {
+  if (begin >= end) return;
+  Cursor cursor(rows, begin / rows.width);
+  int64_t column = begin % rows.width;
+  for (int64_t at = begin; at < end; cursor.next()) {
+    const int64_t rest = rows.width - column, size = rest < end - at ? rest : end - at;
+    int64_t offset[most_tensors];
+    for (int t = 0; t < most_tensors; ++t) offset[t] = cursor.offset[t] + column;
+    f(offset, size);
+    at += size;
+    column = 0;
+  }
+}
 
 }  // namespace shardcomp::cpu::SHARDCOMP_LEVEL

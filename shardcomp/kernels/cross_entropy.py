@@ -83,13 +83,13 @@ def _statistics(logits: Tensor, labels: Tensor, counted: Tensor, first: int) -> 
 
 
 def _gradient(logits: Tensor, labels: Tensor, counted: Tensor, normaliser: Tensor, scale: Tensor, first: int) -> Tensor:
-    """(softmax(logits) - [label]) · scale, zero for the tokens that do not count, rounded once."""
+    """(softmax(logits) - [label]) · scale, zero for the tokens that do not count, rounded once; contiguous."""
     column, inside = _columns(logits, labels, counted, first)
     largest, total = normaliser
     made = (widened(logits) - largest.unsqueeze(1)).exp_().div_(total.unsqueeze(1))
     if logits.shape[1]:
         made.scatter_add_(1, column.unsqueeze(1), -inside.to(made.dtype).unsqueeze(1))
-    return made.mul_(scale.to(made.dtype).unsqueeze(1)).masked_fill_(~counted.unsqueeze(1), 0).to(logits.dtype)
+    return made.mul_(scale.to(made.dtype).unsqueeze(1)).masked_fill_(~counted.unsqueeze(1), 0).to(logits.dtype).contiguous()
 
 
 def _columns(logits: Tensor, labels: Tensor, counted: Tensor, first: int) -> tuple[Tensor, Tensor]:

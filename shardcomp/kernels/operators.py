@@ -6,12 +6,11 @@ loads registers operators of the same names for a device and takes their place t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from shardcomp.kernels import library
 
@@ -27,13 +26,19 @@ def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any
 
     def first(*arguments: Any) -> Any:
         """What runs until there is a library, and then where it has no such operator."""
-        device = next(each.device.type for each in tree_leaves(arguments) if isinstance(each, Tensor))
+        device = next(each.device.type for each in _flat(arguments) if isinstance(each, Tensor))
         if library.provides(name, device):
             return getattr(torch.ops.shardcomp, name).default(*arguments)
         return reference(*arguments)
 
     LIBRARY.impl(name, first, "CompositeExplicitAutograd")
     torch.library.register_fake(f"shardcomp::{name}", shapes, lib=LIBRARY)
+
+
+def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, and of those that are lists their elements."""
+    for each in arguments:
+        yield from each if isinstance(each, list | tuple) else (each,)
 
 
 def differentiate(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> None:

@@ -159,9 +159,9 @@ def test_the_first_operator_says_what_is_wrong_with_the_choice() -> None:
 
 # The functions of torch 2.11's stable interface that the library calls. A further one must be looked up there.
 _AOTI = """abi_version aten_full aten_subtract_Tensor delete_library_object delete_tensor_object get_dim get_dtype
-get_size get_sizes get_stride library_init_impl new_tensor_handle"""
-_TORCH = """call_dispatcher delete_list delete_string get_const_data_ptr get_mutable_data_ptr library_impl list_push_back
-new_list_reserve_size new_string_handle parallel_for string_c_str string_length"""
+get_numel get_size get_sizes get_stride library_init_impl new_tensor_handle"""
+_TORCH = """call_dispatcher delete_list delete_string get_const_data_ptr get_mutable_data_ptr library_impl list_get_item
+list_push_back list_size new_list_reserve_size new_string_handle parallel_for string_c_str string_length"""
 TORCH = {*(f"aoti_torch_{name}" for name in _AOTI.split()), *(f"torch_{name}" for name in _TORCH.split())}
 CONSTANT = re.compile(r"(aoti_)?torch_(dtype|layout|device_type|memory_format)_\w+")
 

@@ -1,0 +1,26 @@
+// Going through the blocks of many tensors as if they were one.
+#pragma once
+
+#include "vectors.h"
+
+namespace shardcomp::cpu::SHARDCOMP_LEVEL {
+
+// f(shard, at, first, last) for each block `at` in [begin, end): its elements are [first, last) of the shard.
+template <class Held, class F>
+INLINE void blocks(const Held* shards, int64_t count, int64_t block, int64_t begin, int64_t end, F f) {
+  int64_t at = 0;
+  for (int64_t above = count; above - at > 1;) {
+    const int64_t middle = at + (above - at) / 2;
+    (shards[middle].first_block <= begin ? at : above) = middle;
+  }
+  for (; begin < end; ++at) {
+    const Held& shard = shards[at];
+    const int64_t size = shard.rows.width * shard.rows.count, behind = shard.first_block + (size + block - 1) / block;
+    for (; begin < behind && begin < end; ++begin) {
+      const int64_t first = (begin - shard.first_block) * block;
+      f(shard, begin, first, first + block < size ? first + block : size);
+    }
+  }
+}
+
+}  // namespace shardcomp::cpu::SHARDCOMP_LEVEL
