@@ -351,7 +351,7 @@ def table(rows: list[Row], title: str) -> Table:
     for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "extra MB"):
         found.add_column(column, justify="right")
     before = None
-    for row in rows:
+    for row in (row for row in rows if not row.failed):
         if before not in (None, (row.operator, row.shape)):
             found.add_section()
         before = row.operator, row.shape
@@ -360,7 +360,7 @@ def table(rows: list[Row], title: str) -> Table:
             _number(row.backward, 1e3, 3), _number(row.backward_spread, 1e3, 3), _number(row.backward_share, 100, 0, "%"),
             _number(row.extra, 1e-6, 1),
         ]  # fmt: skip
-        found.add_row(row.operator, row.shape, row.implementation, *([row.failed] if row.failed else numbers))
+        found.add_row(row.operator, row.shape, row.implementation, *numbers)
     return found
 
 
@@ -431,6 +431,8 @@ def main() -> None:
     if asked.chart and importlib.util.find_spec("matplotlib") is None:
         parser.error("--chart needs matplotlib: pip install matplotlib")
     console, written = Console(), []
+    if not console.is_terminal:
+        console = Console(width=140)
     for dtype in asked.dtype:
         setting = Setting(torch.device(asked.device), DTYPES[dtype], asked.rows, asked.seconds)
         bandwidth = copied(setting)
@@ -450,6 +452,8 @@ def main() -> None:
         where = f"{about['device']}, {about['threads']} threads, {dtype}, {asked.rows} rows"
         title = f"{where}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
         console.print(table(rows, title))
+        for row in (row for row in rows if row.failed):
+            console.print(f"{row.operator}, {row.shape}, {row.implementation}: {row.failed}", highlight=False)
         written.append({**about, "rows_measured": [asdict(row) for row in rows]})
         if asked.chart:
             stem, dot, suffix = asked.chart.rpartition(".")

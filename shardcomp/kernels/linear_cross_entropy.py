@@ -43,9 +43,9 @@ def linear_cross_entropy(
 
     x: [.., h] floating, in which t tokens lie in order. weight: [v, h], bias: [v], in its dtype. labels: [t] int64. count:
     integer or floating, [], needs no gradient. chunks: the number of pieces. steps: done one after the other, each rounded to
-    the dtype that it has. Result: [] in float32, or float64 for float64. The gradient of the weight is summed over the pieces
-    in that dtype. The gradients are rounded when they are divided by `count`; where the gradient of the loss is no power of
-    two, `early` rounds them once more.
+    the dtype that it has. Result: [] in float32, or float64 for float64. The pieces' gradients of the weight are added up
+    before they are rounded. Gradients are rounded when they are divided by `count`; where the gradient of the loss is no
+    power of two, `early` rounds them once more.
     """
     return _apply(x, weight, labels, count, bias, ignore_index, chunks, early, steps, 0, None)
 
@@ -182,14 +182,20 @@ class _Logits:
 
 
 class _Gradients:
-    """The gradients of x, weight and bias, summed over pieces; None for those that are not wanted."""
+    """The gradients of x, weight and bias, summed over pieces; None for those that are not wanted.
+
+    Two ways to come to the weight's gradient without rounding what pieces give: a sum in the wide dtype, or the logits'
+    gradients of all pieces, from which one product makes it. Whichever takes less memory.
+    """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> None:
         self.x, self.weight, self.job = x, weight, job
         wide = torch.promote_types(x.dtype, torch.float32)
         of_x, of_weight, of_bias = job.wanted
+        joined = of_weight and x.dtype != wide and x.shape[0] * x.itemsize <= x.shape[1] * wide.itemsize
         self.of_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if of_x else None
-        self.of_weight = torch.zeros_like(weight, dtype=wide) if of_weight else None
+        self.of_logits = x.new_empty(x.shape[0], weight.shape[0]) if joined else None
+        self.of_weight = torch.zeros_like(weight, dtype=wide) if of_weight and not joined else None
         self.of_bias = torch.zeros_like(bias, dtype=wide) if of_bias else None
 
     def add(self, rows: slice, logits: _Logits, labels: Tensor, counted: Tensor, normaliser: Tensor, scale: Tensor) -> None:
@@ -198,14 +204,16 @@ class _Gradients:
         gradient = logits.back(logits.made)
         if self.of_x is not None:
             torch.mm(gradient, self.weight, out=self.of_x[rows])
+        if self.of_logits is not None:
+            self.of_logits[rows] = gradient
         if self.of_weight is not None:
             _add_product(self.of_weight, gradient.mT, self.x[rows])
         if self.of_bias is not None:
             self.of_bias += gradient.sum(0, dtype=self.of_bias.dtype)
 
     def done(self) -> tuple[Tensor | None, ...]:
-        summed = (self.of_x, self.of_weight, self.of_bias)
-        return tuple(None if each is None else each.to(self.x.dtype) for each in summed)
+        of_weight = self.of_weight if self.of_logits is None else self.of_logits.mT @ self.x
+        return tuple(None if each is None else each.to(self.x.dtype) for each in (self.of_x, of_weight, self.of_bias))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -88,11 +88,14 @@ def test_loss_and_gradients_are_those_of_the_two_in_a_row(steps: str, chunks: in
 
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("width", [64, 160])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gradients_are_no_further_from_float64_than_those_of_the_model(dtype: torch.dtype, steps: str, early: bool) -> None:
+def test_gradients_are_no_further_from_float64_than_those_of_the_model(
+    dtype: torch.dtype, width: int, steps: str, early: bool
+) -> None:
     errors: list[list[float]] = []
     for tokens in range(250, 260):  # one draw of few numbers tells little
-        given = case(tokens, 64, 131, steps)
+        given = case(tokens, width, 131, steps)
         operands = given.operands(dtype)
         exact = [held.detach().double().requires_grad_() for held in operands]
         made, theirs, truth = given.fused(*operands, chunks=3, early=early), given.dense(*operands), given.dense(*exact)
