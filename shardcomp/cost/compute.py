@@ -31,8 +31,9 @@ from shardcomp.rules import RULES, Factoring, apply, factoring
 
 aten = torch.ops.aten
 _ATTENTION = {attention, dropped_attention, aten.scaled_dot_product_attention}
-_MADE_AGAIN = {linear_cross_entropy, vocab_linear_cross_entropy}
-"""What makes its product again in the backward, unless it computes its gradients early."""
+_HEADS = {linear_cross_entropy, vocab_linear_cross_entropy}
+"""What makes logits in its inside: the product writes them and the loss reads them, one operation for each; their gradient is
+written over them, and read by two products. Unless the gradients are computed early, the product is made twice."""
 _VECTOR_PRODUCTS = {aten.matmul: 0, aten.mv: 0, aten.dot: 0, aten.baddbmm: 1}
 """Products that have no rule -> the operand whose last dimension they contract."""
 
@@ -102,7 +103,7 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
         all_of_it = [i for i in holders if set(rule.factors()) <= set(rule.operands[i])]
         if len(holders) > 1:
             products = 2 * sympy.prod(_factor_size(factor, node, rule, share) for factor in rule.factors())
-            times = sum(graded[i] for i in holders) + (node.target in _MADE_AGAIN and not is_early(node))
+            times = sum(graded[i] for i in holders)
         elif all_of_it:
             others = sympy.prod(shapes[all_of_it[0]]) if floating else 0
         else:
@@ -116,7 +117,11 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
         written if i in lookups else sympy.prod(shape) * _itemsize(operand)
         for i, (operand, shape) in enumerate(zip(operands, shapes, strict=True))
     ]
-    forward = Work(products, others, sum(sizes) + written)
+    logits: Size = 0
+    if node.target in _HEADS:
+        others, times = products / (2 * shapes[0][-1]), times + (not is_early(node))
+        logits = others * _itemsize(operands[0])
+    forward = Work(products, others, sum(sizes) + written + 2 * logits)
     if not any(held.requires_grad for held in results):
         return Compute(forward)
     if products:
@@ -124,7 +129,7 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
         traffic = sum(written + sum(sizes) for needed in graded if needed)
     else:
         traffic = written + sum(sizes) + sum(size for size, needed in zip(sizes, graded, strict=True) if needed)
-    return Compute(forward, Work(times * products, others, traffic))
+    return Compute(forward, Work(times * products, others, traffic + (2 + times) * logits))
 
 
 def of_body(body: Body, share: Share | None = None) -> Compute:

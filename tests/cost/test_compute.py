@@ -97,6 +97,9 @@ def test_a_head_that_makes_its_logits_again_costs_one_product_more(early: bool) 
     found = cost(linear_cross_entropy, operands, tensor(), ignore_index=-100, early=early)
     assert sympy.expand(found.forward.products - 2 * B * S * 6 * 97) == 0
     assert sympy.expand(found.backward.products - (2 if early else 3) * found.forward.products) == 0
+    assert sympy.expand(found.forward.others - 97 * B * S) == 0
+    around = 2 * (6 * B * S + 97 * 6) + 8 * B * S + 8 + 2
+    assert sympy.expand(found.forward.bytes - around - 2 * 2 * 97 * B * S) == 0
 
 
 def test_views_and_messages_cost_nothing_but_a_cast_does() -> None:

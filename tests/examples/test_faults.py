@@ -41,7 +41,7 @@ def test_a_rank_that_dies_is_named(job: Job, victim: int) -> None:
     job.start()
     trains(job)
     os.kill(job.ranks_of()[victim], signal.SIGKILL)
-    assert ended(job, 60) != 0
+    assert ended(job, 240) != 0
     if victim == 1:  # with rank 0 the line of the others may be cut off by the launcher, which names it as well
         assert "no answer from rank 1" in job.output() and "rank 0 " in job.output()
     assert f"rank      : {victim} (local_rank: {victim})\n  exitcode  : -9" in job.output()
@@ -62,10 +62,10 @@ def test_a_signal_to_any_rank_saves_and_another_plan_goes_on(job: Job) -> None:
     trains(job)
     second = Job(job.folder, 2000, "--tensor 2", 2)
     second.start("--patience", "0", "--log-file", str(job.folder / "second.jsonl"))
-    assert ended(second, 60) != 0
+    assert ended(second, 240) != 0
     assert "is in use by process" in job.output()
     os.kill(job.ranks_of()[1], signal.SIGUSR1)
-    assert ended(job, 60) == 0
+    assert ended(job, 240) == 0
     [(step, path)] = directory.checkpoints(job.checkpoints)
     assert f"ended by a signal to stop after step {step}" in job.output() and step == max(job.numbers())
 

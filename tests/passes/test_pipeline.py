@@ -88,7 +88,7 @@ def lower(config: Any, policy: str, tensor: int, stages: int, **options: Any) ->
 
 
 def test_layers_that_run_again_cost_more_beside_a_head_that_does_not() -> None:
-    config = tiny(vocab_size=1200, num_hidden_layers=8)
+    config = tiny(vocab_size=2400, num_hidden_layers=8)
 
     def layers(recompute: str) -> list[int]:
         lowered = shardcomp.lower(config, shardcomp.Policy.load("llama", pipeline=2, recompute=recompute), seq=64)
