@@ -48,7 +48,7 @@ _SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflat
 _SHAPES |= {aten.reshape_as, aten.ravel}
 _EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
 _DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
-SDPA = aten.scaled_dot_product_attention.default
+_SDPA = aten.scaled_dot_product_attention.default
 _PRODUCTS = {aten.addmm, aten.mm, aten.matmul, aten.baddbmm}
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
@@ -242,10 +242,12 @@ def _drop_idle_masks(body: Body, program: Program) -> None:
 
 def _name_provider(body: Body, program: Program, provider: str) -> None:
     """Have every attention run by what the policy names."""
-    if provider in ("auto", "sdpa"):
+    if provider == "auto":
         return
     calls = [node for node in body.calls() if node.target is attention]
-    own = next((node for node in body.calls() if node.target in (dropped_attention, SDPA)), None)
+    own = next((node for node in body.calls() if node.target in (dropped_attention, _SDPA)), None)
+    if provider == "sdpa" and (calls or own is not None):
+        return
     if own is not None or not calls:
         where = "" if own is None else f", such as {own.meta['path']}"
         raise PlanError(

@@ -91,7 +91,7 @@ def _compare(name: str, device: str) -> dict[str, Any]:
         loaded = library.load()
         if all(library.provides(each, device.partition(":")[0]) for each in _FUSED[name]):
             found["runs"] = f"{loaded.kind} library"
-            found["why"] = f"forward and backward are near their references; {loaded.why}"
+            found["why"] = f"its results are near those of its reference; {loaded.why}"
         elif loaded.kind == "reference":
             found["why"] = loaded.why
         else:

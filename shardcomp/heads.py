@@ -43,23 +43,23 @@ def heads(body: Body) -> Iterator[Head]:
     for losses in body.calls():
         if losses.target is not cross_entropy:
             continue
-        total = _only(losses, body)
-        mean = None if total is None or total.target is not aten.sum.default else _only(total, body)
-        if mean is not None and mean.target is aten.div.Tensor and isinstance(mean.args[1], fx.Node):
-            yield _head(mean, losses, body)
+        total = _only(losses)
+        mean = None if total is None or total.target is not aten.sum.default else _only(total)
+        if mean is not None and mean.target is aten.div.Tensor and mean.args[0] is total and isinstance(mean.args[1], fx.Node):
+            yield _head(mean, losses)
 
 
-def _only(node: fx.Node, body: Body) -> fx.Node | None:
+def _only(node: fx.Node) -> fx.Node | None:
     """The one call that reads a value; None where there are others."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
 
 
-def _head(mean: fx.Node, losses: fx.Node, body: Body) -> Head:
+def _head(mean: fx.Node, losses: fx.Node) -> Head:
     between: list[fx.Node] = []
     at: Any = losses.args[0]
     while True:
-        if _only(at, body) is None:
+        if _only(at) is None:
             return Head(mean, losses, obstacle="its logits are used elsewhere")
         if at.target is aten.linear.default:
             return Head(mean, losses, at, tuple(reversed(between)))

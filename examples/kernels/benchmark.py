@@ -5,8 +5,8 @@
 
 For every operator, shape and implementation: the median time and its spread, the fewest bytes that have to be moved (each
 operand and result once, in its dtype), and what share that is of what a plain copy moves in the same time, measured here as
-well. Products of matrices have no such share. `extra` is the memory that a call holds at most beyond its operands and results,
-where the device counts it (CUDA), on the CPU what the process grows by meanwhile.
+well. Products of matrices have no such share. `peak` is the most memory that a forward and a backward hold at a time beside
+their operands, results and gradients included.
 
 An implementation that is not installed or does not run here is listed with the reason.
 """
@@ -32,6 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -82,7 +83,7 @@ class Case:
 @dataclass
 class Row:
     """What one implementation took. forward, backward: medians in seconds; spreads: between their quartiles. shares: of the
-    bandwidth of a copy that the fewest bytes in this time are. extra: bytes, see above. failed: why there is none of these."""
+    bandwidth of a copy that the fewest bytes in this time are. peak: bytes, see above. failed: why there is none of these."""
 
     operator: str
     shape: str
@@ -94,7 +95,7 @@ class Row:
     backward: float | None = None
     backward_spread: float | None = None
     backward_share: float | None = None
-    extra: int | None = None
+    peak: int | None = None
     failed: str = ""
 
 
@@ -278,6 +279,11 @@ def results(made: Any) -> list[Tensor]:
     return [each for each in every if isinstance(each, Tensor) and each.requires_grad]
 
 
+def seed(made: Tensor) -> Tensor:
+    """A gradient for a result: that of a loss is 1."""
+    return torch.randn_like(made) if made.dim() else torch.ones_like(made)
+
+
 def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: float) -> Row:
     """One implementation of a case; whatever it cannot do is told of in the row."""
     row = Row(case.operator, case.shape, str(setting.dtype).removeprefix("torch."), name)
@@ -290,11 +296,11 @@ def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: floa
             for operands in sets:
                 made = results(call(*operands))
                 graded = [held for held in operands if held.requires_grad]
-                graphs.append((made, graded, [torch.randn_like(each) for each in made]))
+                graphs.append((made, graded, [seed(each) for each in made]))
             turned = itertools.cycle(graphs)
             row.backward, row.backward_spread = timed(lambda: torch.autograd.grad(*next(turned), retain_graph=True), setting)
             del graphs, made, turned
-            row.extra = extra(call, sets[0], setting.device)
+            row.peak = peak(call, sets[0], setting.device)
         if case.least is not None:
             row.forward_share = case.least[0] / row.forward / bandwidth
             row.backward_share = case.least[1] / row.backward / bandwidth if row.backward else None
@@ -303,33 +309,25 @@ def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: floa
     return row
 
 
-def extra(call: Call, operands: Operands, device: torch.device) -> int | None:
-    """What a forward and a backward hold at most beside operands, results and gradients; None where nobody counts it."""
+def peak(call: Call, operands: Operands, device: torch.device) -> int:
+    """The most that a forward and a backward hold at a time beside their operands, results and gradients included."""
     graded = [held for held in operands if held.requires_grad]
-    before = _held(device, reset=True)
-    if before is None:
-        return None
-    made = results(call(*operands))
-    seeds = [torch.ones_like(each) for each in made]
-    gradients = torch.autograd.grad(made, graded, seeds)
-    most = _held(device)
-    known = sum(held.nbytes for held in (*made, *seeds, *gradients))
-    return None if most is None else max(0, most - before - known)
 
+    def run() -> None:
+        made = results(call(*operands))
+        torch.autograd.grad(made, graded, [seed(each) for each in made])
 
-def _held(device: torch.device, reset: bool = False) -> int | None:
-    """The most bytes held since the last reset, or those held now with a reset."""
     if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    # What the table of events attributes to operators is here in the order of time: bytes, negative where they are freed.
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def copied(setting: Setting) -> float:
@@ -348,7 +346,7 @@ def table(rows: list[Row], title: str) -> Table:
     found.add_column("operator")
     found.add_column("shape")
     found.add_column("implementation")
-    for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "extra MB"):
+    for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "peak MB"):
         found.add_column(column, justify="right")
     before = None
     for row in (row for row in rows if not row.failed):
@@ -358,7 +356,7 @@ def table(rows: list[Row], title: str) -> Table:
         numbers = [
             _number(row.forward, 1e3, 3), _number(row.forward_spread, 1e3, 3), _number(row.forward_share, 100, 0, "%"),
             _number(row.backward, 1e3, 3), _number(row.backward_spread, 1e3, 3), _number(row.backward_share, 100, 0, "%"),
-            _number(row.extra, 1e-6, 1),
+            _number(row.peak, 1e-6, 0),
         ]  # fmt: skip
         found.add_row(row.operator, row.shape, row.implementation, *numbers)
     return found

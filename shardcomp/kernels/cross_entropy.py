@@ -115,8 +115,7 @@ define(
 define(f"cross_entropy_gradient_(Tensor(a!) logits, {_GIVEN}) -> ()", _gradient_over, lambda *_: None)
 
 
-def exchanges(node: fx.Node) -> list[tuple[str, str, tuple[Size, ...], torch.dtype]]:
-    """What the split form sends for its tokens: three numbers each."""
+def _exchanges(node: fx.Node) -> list[tuple[str, str, tuple[Size, ...], torch.dtype]]:
     logits = value(node.args[0])  # type: ignore[arg-type]
     return [("all_gather", "forward", (1, 3, logits.shape[0]), torch.promote_types(logits.dtype, torch.float32))]
 
@@ -125,4 +124,4 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return *node.args, value(node.args[0]).shape[1]  # type: ignore[arg-type]
 
 
-register(cross_entropy, "t v, t -> t", {"v": Form(vocab_cross_entropy, _arguments, exchanges=exchanges)})
+register(cross_entropy, "t v, t -> t", {"v": Form(vocab_cross_entropy, _arguments, exchanges=_exchanges)})

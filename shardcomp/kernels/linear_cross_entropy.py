@@ -138,13 +138,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         job, [given], held = ctx.job, gradients, ctx.saved_tensors
         if job.early:
-            return *(None if each is None else each * given for each in held), None, None, None
+            if not _is_one(given):
+                held = tuple(None if each is None else each * given for each in held)
+            return *held, None, None, None
         x, weight, bias, labels, counted, normaliser, scale = held
         found, scale = _Gradients(x, weight, bias, job), scale * given
         for rows in job.pieces(x.shape[0]):
             logits = _Logits(x[rows], weight, bias, job.steps)
             found.add(rows, logits, labels[rows], counted[rows], normaliser[:, rows], scale[rows])
         return *found.done(), None, None, None
+
+
+def _is_one(gradient: Tensor) -> bool:
+    """Whether the gradient of a loss is known to be 1 without waiting for a device: then those that stand need no copy."""
+    return gradient.device.type == "cpu" and not torch.compiler.is_compiling() and bool(gradient == 1)
 
 
 class _Logits:

@@ -48,6 +48,15 @@ def links(here: Path) -> int:
     return log.read_text().split().count("link") if log.exists() else 0
 
 
+@pytest.mark.skipif(os.environ.get(library.VARIABLE) == "reference", reason="the references are asked for")
+def test_there_is_a_library_wherever_one_can_be_built() -> None:
+    try:
+        build.recipe([build.own_level()])
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    assert OWN.kind in ("aot", "jit"), OWN.why
+
+
 @built
 def test_a_library_is_built_once_and_found_from_then_on(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = library._load("jit")
