@@ -194,9 +194,10 @@ def test_a_plan_with_a_named_attention_trains_alike(provider: str, stand: Stand)
     assert bool(stand.masks) == (provider == "xformers")
 
 
-def test_a_model_that_computes_its_attention_itself_has_no_provider() -> None:
+@pytest.mark.parametrize("provider", ["eager", "sdpa"])
+def test_a_model_that_computes_its_attention_itself_has_no_provider(provider: str) -> None:
     from transformers import BloomConfig
 
     config = BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
-    with pytest.raises(PlanError, match="attention = eager, but the model computes its attention itself"):
-        shardcomp.lower(config, shardcomp.Policy.load("auto", attention="eager"), seq=8)
+    with pytest.raises(PlanError, match=f"attention = {provider}, but the model computes its attention itself"):
+        shardcomp.lower(config, shardcomp.Policy.load("auto", attention=provider), seq=8)
