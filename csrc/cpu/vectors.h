@@ -222,9 +222,14 @@ INLINE Vec<double> square_root(Vec<double> x) {
 template <class W, class F>
 INLINE void each(int64_t size, F f) {
   constexpr int lanes = Lanes<W>::count;
+#if defined(__x86_64__) && !defined(__AVX2__)
+  // A second body is not worth what it takes to compile where the vectors are not the processor's own.
+  for (int64_t at = 0; at < size; at += lanes) f(at, int(size - at < lanes ? size - at : lanes));
+#else
   int64_t at = 0;
   for (; at + lanes <= size; at += lanes) f(at, lanes);
   if (at < size) f(at, int(size - at));
+#endif
 }
 
 // Run `body` with a value of the dtype's type.

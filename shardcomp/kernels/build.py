@@ -38,7 +38,7 @@ class Level:
 
 
 _BASE = Level("base", ("-O1",))
-_V3 = Level("v3", ("-O2", "-march=x86-64-v3"), ("avx2", "fma", "bmi1", "bmi2"))
+_V3 = Level("v3", ("-O1", "-march=x86-64-v3"), ("avx2", "fma", "bmi1", "bmi2"))
 _V4 = Level("v4", ("-O2", "-march=x86-64-v4"), (*_V3.needs, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"))
 LEVELS = (_BASE, _V3, _V4) if platform.machine() == "x86_64" else (Level("base", ("-O2",)),)
 
