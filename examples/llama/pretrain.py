@@ -220,13 +220,9 @@ def pretrain(argv: Sequence[str] | None, say: Callable[[str], None]) -> None:
         f"{len(corpus.held_out):,} held out"
     )
     set_seed(policy.options.seed)  # Python's, NumPy's and torch's generators, which checkpoints hold as well
-    run = Run(sharded, corpus, args, policy.options.seed, say)
-    try:
+    with Run(sharded, corpus, args, policy.options.seed, say) as run:
         run.open()
         why = run.train()
-        run.finish_saves()
-    finally:
-        run.close()
     if why:
         again = "the same command goes on from here" if run.saved_at == run.step else "nothing was saved: no --checkpoint-dir"
         say(f"ended by {why} after step {run.step}; {again}")

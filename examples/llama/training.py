@@ -139,15 +139,24 @@ class Run:
         mesh = {name: self.sharded.mesh[name].size() for name in self.sharded.mesh.mesh_dim_names}
         self.log.write(event="start", step=self.step, checkpoint=str(found.path) if found else None, mesh=mesh)
 
-    def close(self) -> None:
-        """Wait for the save in flight; let another job have the directory."""
-        if self.saver is not None:
-            saver, self.saver = self.saver, None
-            saver.close()
-        self.log.close()
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Wait for the save in flight; let another job have the directory. An error that is leaving goes before the save's."""
+        try:
+            if self.saver is not None:
+                self.saver.close()
+        except Exception as problem:
+            if error is None:
+                raise
+            self.say(f"NOT SAVED: {problem}")
+        finally:
+            self.log.close()
 
     def train(self) -> str | None:
-        """All steps that are left, a line for each. Returns why it ended before the last one, if it did."""
+        """All steps that are left, a line for each, and the last checkpoint on the disk. Returns why it ended before the last
+        step, if it did."""
         if self.step >= self.args.steps:
             self.say(f"step {self.step} of {self.args.steps}: nothing is left to train; give more --steps, or a new directory")
         self.sharded.train()
@@ -158,6 +167,7 @@ class Run:
                 began, since = time.perf_counter(), self.step
                 while self.step < self.args.steps and why is None:
                     why = self.advance(began, since)
+                self.finish_saves()
             except Exception as error:
                 if (gone := self.watchdog.explain(error)) is None:
                     raise
@@ -220,7 +230,7 @@ class Run:
     def save(self) -> None:
         """Begin a checkpoint of this step. One that fails is told, and the run goes on: the ones before it stand."""
         assert self.saver is not None
-        for attempt in (self.saver.wait, self._begin_save):
+        for attempt in (self._end_save, self._begin_save):
             try:
                 attempt()
             except shardcomp.CheckpointError as problem:
@@ -241,11 +251,15 @@ class Run:
         self.failure, self.saved_at = None, self.step
         self.log.write(event="save", step=self.step, path=str(path), seconds=round(time.perf_counter() - began, 4))
 
+    def _end_save(self) -> None:
+        """Wait for the save in flight, which is progress."""
+        if self.saver is not None:
+            self.saver.wait(lambda: self.watchdog.beat(f"writing the checkpoint of step {self.saved_at}"))
+
     def finish_saves(self) -> None:
         """Wait until the last checkpoint is on the disk. Raises RunError where it is not."""
         try:
-            if self.saver is not None:
-                self.saver.wait()
+            self._end_save()
         except shardcomp.CheckpointError as problem:
             self.failure = str(problem)
         if self.failure is not None:

@@ -18,6 +18,7 @@ from shardcomp.checkpoint.storage import Piece
 from shardcomp.checkpoint.transfer import Restored, agreed, broadcast, config_text, load, write
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.whereabouts import is_communication
 
 EXPORTS = "huggingface"
 
@@ -114,11 +115,15 @@ class Saver:
         self._thread.start()
         return path
 
-    def wait(self) -> None:
-        """Wait for the save in flight, on all ranks. Raises its CheckpointError."""
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait for the save in flight, on all ranks. meanwhile: called once a second.
+
+        Raises its CheckpointError, or what torch.distributed raised where a rank was lost within it.
+        """
         thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        while thread is not None and thread.is_alive():
+            thread.join(1.0)
+            meanwhile()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -149,10 +154,10 @@ class Saver:
     def _attempt(self, path: Path, captured: Captured, files: Mapping[str, bytes]) -> None:
         try:
             self._write(path, captured, files)
-        except ShardError as problem:
-            self._failure = problem
         except BaseException as problem:
-            self._failure = CheckpointError(f"{path}: not saved: {type(problem).__name__}: {problem}")
+            if not isinstance(problem, ShardError) and not is_communication(problem):
+                problem = CheckpointError(f"{path}: not saved: {type(problem).__name__}: {problem}")
+            self._failure = problem
 
     def _write(self, path: Path, captured: Captured, files: Mapping[str, bytes]) -> None:
         write(path, captured, files, self._group)

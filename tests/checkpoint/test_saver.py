@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from models import tiny
 import shardcomp
 from shardcomp import CheckpointError, checkpoint, presets
 from shardcomp.checkpoint import directory
+from shardcomp.runtime.whereabouts import is_communication, of_error
 
 root = Path(sys.argv[1])
 policy = shardcomp.Policy.load("llama", data=2, zero=3, precision="fp32")
@@ -96,8 +98,18 @@ empty.save(sharded, optimizer, step=8)  # a directory that vanished is made agai
 empty.close()
 found["made"] = (root / "empty/step-00000008/SHA256SUMS").exists()
 found["lines"] = lines
+
+# A rank that dies within a save: what the others are told is that, for the watchdog to name it, and not that a save failed.
+last = checkpoint.Saver(root / "last")
 (root / f"found-{rank}.json").write_text(json.dumps(found))
-dist.destroy_process_group()
+if rank == 1:
+    checkpoint.saver.write = lambda *given: os._exit(0)
+last.save(sharded, optimizer, step=9)
+try:
+    last.close()
+except Exception as problem:
+    (root / "lost.txt").write_text(f"{type(problem).__name__}: {is_communication(problem)}, {of_error(problem).what}")
+os._exit(0)
 """
 
 
@@ -171,3 +183,7 @@ def test_an_export_is_the_checkpoints_weights(root: Path) -> None:
     assert weights.keys() == state.keys() - {"lm_head.weight"}
     for name, held in weights.items():  # two pieces of rows, one file after the other
         assert torch.equal(held, state[name].flatten()), name
+
+
+def test_a_rank_that_dies_within_a_save_is_not_called_a_save_that_failed(root: Path) -> None:
+    assert re.fullmatch(r"RuntimeError: True, \w+ over all ranks", (root / "lost.txt").read_text())
