@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 # Before torch and transformers are imported, here and in the processes that tests start.
@@ -27,11 +27,26 @@ LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 hypothesis.settings.load_profile("long" if LONG else "ci")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    import exports
+
+    if not LONG:
+        exports.share()
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Build the library of kernels before tests read what is written to stderr."""
     from shardcomp.kernels import library
 
     library.load()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    import exports
+
+    exports.shared = item.get_closest_marker("exports_anew") is None
+    return (yield)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,5 @@
 """How many results of the kernels that are put into a model have the bits of what they replace, and how far off the others are.
+linear_cross_entropy is left out: one number, whose last bit is the order of a sum.
 
     PYTHONPATH=.:tests .venv/bin/python tests/measure_substitution.py [--dtype bf16 ...] [KIND ...]
 
@@ -16,6 +17,7 @@ from families import GATE, families, tiny_config
 from torch import Tensor
 
 import shardcomp
+from shardcomp.kernels import linear_cross_entropy
 from shardcomp.passes import substitute
 from shardcomp.pieces import Piece, Proposal, _Trials, equal_bits
 
@@ -38,12 +40,13 @@ def compared(kind: str, precision: str) -> dict[str, tuple[int, float, int]]:
     true = substitute._replace
 
     def replace(body: Any, piece: Piece, proposal: Proposal) -> None:
-        given, expected = _Trials(piece).own()
-        made = proposal.run(given)
-        pairs = list(zip(made, expected, strict=True))
-        share, apart = min(equal_bits(a, b) for a, b in pairs), max(ulps(a, b) for a, b in pairs)
-        count, least, most = found.get(proposal.name, (0, 1.0, 0))
-        found[proposal.name] = count + 1, min(least, share), max(most, apart)
+        if proposal.function is not linear_cross_entropy:
+            given, expected = _Trials(piece).own()
+            made = proposal.run(given)
+            pairs = list(zip(made, expected, strict=True))
+            share, apart = min(equal_bits(a, b) for a, b in pairs), max(ulps(a, b) for a, b in pairs)
+            count, least, most = found.get(proposal.name, (0, 1.0, 0))
+            found[proposal.name] = count + 1, min(least, share), max(most, apart)
         true(body, piece, proposal)
 
     substitute._replace = replace

@@ -37,6 +37,8 @@ from shardcomp.passes import canonicalize
 from shardcomp.precision import Widened
 from shardcomp.program import B, Context, Program, S, Signature, Value, value
 
+pytestmark = pytest.mark.exports_anew
+
 PACKS = hasattr(masking_utils, "find_packed_sequence_indices")
 """Whether this transformers takes positions that restart for packed sequences."""
 aten = torch.ops.aten

@@ -26,6 +26,8 @@ from shardcomp.errors import CaptureError
 from shardcomp.kernels.attention import _seen, attention
 from shardcomp.program import B, Program, S, Signature, Value, value
 
+pytestmark = pytest.mark.exports_anew
+
 PACKS = hasattr(masking_utils, "find_packed_sequence_indices")
 """Whether this transformers takes positions that restart for packed sequences."""
 TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss", "logits"))

@@ -18,6 +18,8 @@ from shardcomp.mesh import Mesh
 from shardcomp.passes import canonicalize
 from shardcomp.program import Context, Signature
 
+pytestmark = pytest.mark.exports_anew
+
 TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss",))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_config
+from measure_substitution import compared
 from models import tiny
 from structures import Sizes, Structure, build
 from structures import policy as structured_policy
@@ -348,3 +349,10 @@ def test_models_that_no_library_has_get_theirs(norm: str, positions: str) -> Non
     norms = {"rms_norm": 1, "add_rms_norm": 1} if norm.startswith("rms") else {"layer_norm": 2}
     assert counts(found) == {**norms, "rotary": 1, "geglu": 1, "attention": 1}
     assert not found.program.missed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_bits_that_are_measured_are_those_of_the_model(precision: str) -> None:
+    found = compared("gemma", precision)
+    assert {"rms_norm", "add_rms_norm", "geglu", "rotary"} == found.keys()
+    assert all(share == 1 and apart == 0 for _, share, apart in found.values())
