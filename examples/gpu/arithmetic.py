@@ -99,7 +99,7 @@ class Setting:
 VARIANTS = ("hf-eager", "shardcomp", "hf-compile", "shardcomp-compile", "fsdp2", "hf-liger")
 """What is compared, in the order in which it runs."""
 MEANING = {
-    "hf-eager": "HuggingFace as it is, with SDPA; weights and gradients in bf16, AdamW on float32 masters by torch's fused kernel",
+    "hf-eager": "HuggingFace as it is, SDPA; weights and gradients in bf16, float32 masters under torch's fused AdamW",
     "shardcomp": "shardcomp.shard, its kernels, shardcomp.AdamW",
     "hf-compile": "as hf-eager, every layer and the loss under torch.compile",
     "shardcomp-compile": "as shardcomp, with compile = true",

@@ -110,7 +110,7 @@ class Budget:
         ended = []
         for part in parts:
             limit = min(part.seconds, self.left)
-            if limit < self.least:
+            if limit < min(part.seconds, self.least):
                 ended.append(Ended(part, "not begun", 0.0, f"the {self.seconds:.0f} s of all parts were used up", []))
             else:
                 ended.append(run(part, limit))

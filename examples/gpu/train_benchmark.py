@@ -179,6 +179,13 @@ def told(found: dict[str, Any]) -> str:
     return line
 
 
+def tried(found: dict[str, Any]) -> str:
+    """One line on a variant that was only tried, without numbers that could be taken for measurements."""
+    if "step" not in found:
+        return told(found)
+    return f"{found['part']}: {found['state']}, loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
+
+
 def alternatives(shape: Shape, memory: float) -> list[str]:
     """What is said of a shape and a GPU: how much of it is measured, and what else would fit."""
     part = fit(shape, memory)
@@ -296,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def after(ended: Ended) -> None:
         found.append(result(ended))
-        print(told(found[-1]), flush=True)
+        print(told(found[-1]) if path else tried(found[-1]), flush=True)
         if ended.state == "failed":
             print(ended.why, flush=True)
         if path is not None:
