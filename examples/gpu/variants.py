@@ -18,6 +18,7 @@ import shardcomp
 from arithmetic import Setting, Shape
 from shardcomp import presets
 from shardcomp.lowering import lower
+from shardcomp.runtime import unit
 from shardcomp.sharding import allocate
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -185,11 +186,9 @@ def _shardcomp(shape: Shape, setting: Setting, device: torch.device, compiled: b
     }
     if compiled:
         asked["compile"] = True
+        unit.BACKEND = _backend(device)
     _one_rank(device)
-    try:
-        policy = shardcomp.Policy.load("llama", **asked)
-    except shardcomp.PolicyError as error:
-        raise Absent(str(error)) from error
+    policy = shardcomp.Policy.load("llama", **asked)
     lowered = lower(presets.build(shape.config()), policy, 1, seq=shape.seq, micro_batch=setting.micro_batch)
 
     def weights(name: str, index: tuple[slice, ...]) -> Tensor:

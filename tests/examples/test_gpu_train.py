@@ -126,7 +126,6 @@ KEYS = {
 def test_every_variant_trains_the_same_tiny_model(tmp_path: Path, alone: None) -> None:
     found = {name: measured(name, tmp_path / f"{name}.jsonl") for name in arithmetic.VARIANTS}
     ran = {name: each for name, each in found.items() if "failed" not in each}
-    assert {"hf-eager", "shardcomp", "hf-compile", "fsdp2"} <= ran.keys()
     assert set(found) - set(ran) <= {"hf-liger"}, found
     for each in ran.values():
         assert each.keys() >= KEYS
