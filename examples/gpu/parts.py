@@ -206,10 +206,10 @@ def driver() -> str | None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it; `unknown` outside git."""
+    """The commit of this checkout, with a + where files differ from it; outside git what $COMMIT says, else `unknown`."""
     found = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return found + "+" * bool(changed) if found else "unknown"
+    return found + "+" * bool(changed) if found else os.environ.get("COMMIT", "unknown")
 
 
 def _said(*command: str) -> str:

@@ -8,11 +8,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import benchmark
 import check
 import correctness
 import parts
@@ -203,6 +205,39 @@ def test_operators_are_compared_and_a_wrong_one_is_found(monkeypatch: pytest.Mon
     monkeypatch.setattr(correctness.kernels, "swiglu", lambda gate, up, round_first: swiglu(gate, up, round_first=False))
     bad = {(each.operator, each.dtype) for each in correctness.checks(device, ("tiny",)) if not each.ok}
     assert bad == {("swiglu", "bfloat16"), ("swiglu", "float16")}
+
+
+def test_outside_git_the_commit_is_what_one_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert parts.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc")
+    assert parts.commit() == "abc"
+
+
+def test_a_time_on_a_gpu_is_that_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU whose events say 1, 2, 3 … ms: of what is handed over together each call has its own two, right around it."""
+    order: list[str] = []
+    took = iter(range(1, 1000))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return float(next(took))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("all done"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
+    setting = benchmark.Setting(torch.device("cpu"), torch.float32, 1, 0.0)
+    median, spread = benchmark.timed_on_gpu(lambda: order.append("call"), setting)
+    assert median == pytest.approx(5.5e-3) and spread == pytest.approx(5.5e-3)  # of 1 … 10, the quartiles 2.75 and 8.25
+    assert order == ["all done", "call"] * 2 + (["wait", "event", "call", "event"] * 5 + ["all done"]) * 2
 
 
 def test_verify_runs_one_rank_under_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
