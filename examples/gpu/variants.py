@@ -50,10 +50,9 @@ def trainer(variant: str, shape: Shape, setting: Setting, device: torch.device) 
 
 
 def drawn(shape: tuple[int, ...] | torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Initial weights: ones for what scales, small random numbers for the rest."""
-    return torch.ones(shape, device=device, dtype=dtype) if len(shape) < 2 else torch.empty(
-        shape, device=device, dtype=dtype
-    ).normal_(0, 0.02)  # fmt: skip
+    """Initial weights: ones for what scales, small random numbers for the rest, the same in every dtype but for rounding."""
+    made = torch.empty(shape, device=device)
+    return (made.fill_(1) if len(shape) < 2 else made.normal_(0, 0.02)).to(dtype)
 
 
 def dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
