@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
+from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import keep, once, recompute
 
@@ -163,6 +164,9 @@ class Compiled:
         self.weights = local(unit)
 
 
+_AS_THEY_ARE = (keep, once, linear_cross_entropy)
+"""Compiled code stops before these and goes on behind: recompute watches the first two, and the last is products into memory
+that is there already, some of which torch 2.11 does not trace for a GPU."""
 _compiled: dict[tuple[type[Unit], str], Callable[..., Any]] = {}
 _compiling = threading.Lock()
 
@@ -170,8 +174,7 @@ _compiling = threading.Lock()
 def compiled(code: type[Unit]) -> Callable[..., Any]:
     """The forward of a class of units under torch.compile: a function of a `Compiled` and the unit's inputs.
 
-    What talks to other ranks, draws random numbers or has to do with recompute runs as it is, and the rest around it is
-    compiled in pieces.
+    What talks to other ranks, draws random numbers or is among `_AS_THEY_ARE` is not compiled, but the pieces around it are.
     """
     with _compiling:
         if (code, BACKEND) not in _compiled:
@@ -203,7 +206,7 @@ def _runs_as_it_is(held: Any, draws: bool) -> bool:
     if not isinstance(held, FunctionType) or not held.__module__.startswith("shardcomp."):
         return False
     given = inspect.signature(held).parameters
-    return held in (keep, once) or "axis" in given or draws and "random" in given
+    return held in _AS_THEY_ARE or "axis" in given or draws and "random" in given
 
 
 class Stage:
