@@ -4,9 +4,13 @@
 # make long       the randomised tests with many more draws
 # make matrix     every kind of model under every release of transformers that is supported; with VERSIONS="4.53.3 5.23.0"
 #                 or MODELS="llama gpt2" only these, with TORCH="2.11.0" under that as well, with JSON=file written there too
+# make gpu        on a machine with a GPU: is everything right there, and how fast are the kernels? Ends within 8 minutes
+# make gpu-train  training steps of LLaMA shapes on one GPU beside HuggingFace, torch.compile and FSDP2. Ends within 9 minutes
 # make format     rewrite the sources as `make test` wants them
 #
-# Each does its own set-up, once: a virtual environment in .venv with the versions that constraints.txt pins.
+# Each does its own set-up, once: a virtual environment in .venv with the versions that constraints.txt pins. The two for GPUs
+# take what is there, installed or not: a Python that has torch for the GPU, make gpu PYTHON=python3, and further options,
+# make gpu GPU="--dry-run".
 
 PYTHON ?= python3
 PLAN ?= --tensor 2
@@ -27,7 +31,11 @@ THREADS = $(shell echo "$$(getconf _NPROCESSORS_ONLN) $(RANKS)" | awk '{n = int(
 MATRIX = $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(MODELS),--models $(MODELS)) $(if $(TORCH),--torch $(TORCH)) \
 	$(if $(JSON),--json $(JSON))
 
-.PHONY: pretrain test long matrix format clean
+# The Python that is named, else that of .venv where there is one.
+NAMED := $(filter command environment,$(word 1,$(origin PYTHON)))
+GPU_PYTHON = $(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
+
+.PHONY: pretrain test long matrix gpu gpu-train format clean
 
 pretrain: $(READY)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN) \
@@ -45,6 +53,12 @@ long: $(READY)
 
 matrix: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m matrix.run $(MATRIX)
+
+gpu:
+	$(GPU_PYTHON) examples/gpu/check.py $(GPU)
+
+gpu-train:
+	$(GPU_PYTHON) examples/gpu/train_benchmark.py $(GPU)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

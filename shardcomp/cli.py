@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         "--mutate", action="store_true", help="plant every possible fault in turn, and demand that each is noticed"
     )
 
+    verify.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where: cuda runs a plan of one rank on the GPU (default cpu)"
+    )
+
     check = _command(
         commands,
         "resume-check",
@@ -195,6 +199,7 @@ def _verify(args: argparse.Namespace) -> tuple[int, str]:
         world_size=args.world,
         shrink=shrink,
         mutate=args.mutate,
+        device=args.device,
         progress=lambda text: print(f"shardcomp: {text}", file=sys.stderr, flush=True),
     )
     status = GOOD if found.ok else NO

@@ -25,10 +25,11 @@ def environment() -> dict[str, Any]:
     kernels = [_compare(name, device) for device in names for name in _FUSED]
     kernels += [_attend(provider, device) for device in names for provider in PROVIDERS]
     kernels += [_embed(device) for device in names]
-    return {"versions": _versions(), "devices": devices, "kernels": kernels}
+    return {"versions": versions(), "devices": devices, "kernels": kernels}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run depends on: package -> version, or that it is not installed."""
     found = {"shardcomp": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "safetensors", "sympy"):
         try:

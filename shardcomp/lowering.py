@@ -123,6 +123,7 @@ class Lowered:
             seed=self.policy.options.seed,
             ignored_label=_ignored_label(program),
             schedule=self.policy.options.schedule,
+            compile=self.policy.options.compile,
             zero=self.policy.options.zero,
             offload=self.policy.options.offload != "none",
             policy=self.policy.replace(data=self.mesh.dp).as_dict(),

@@ -145,6 +145,7 @@ class Options:
         _word("auto", "sdpa", "sdpa:cudnn", "flash3", "xformers", "eager"),
         "what runs attention: a named one runs or is refused (default auto: torch's choice among its own kernels)",
     )
+    compile: bool = _option(False, _SWITCH, "let torch.compile run every unit (default false)")
     seed: int = _option(0, _from(0), "seed of the initial weights and of dropout (default 0)")
 
     def __post_init__(self) -> None:
@@ -190,6 +191,12 @@ class Options:
             found.append(
                 f"stage_layers names {len(self.stage_layers)} stages, but pipeline × virtual stages = {self.pipeline} × "
                 f"{virtual} makes {self.stages}: give {self.stages} numbers"
+            )
+        if self.compile and self.pipeline > 1 and schedule.splits_backward:
+            whole = _either(tuple(name for name, each in SCHEDULES.items() if not each.splits_backward))
+            found.append(
+                f"compile = true makes each unit's backward one piece, which {self.schedule} would run twice: use "
+                f"schedule = {whole}, or compile = false"
             )
         if self.replicate > 1 and self.zero == 0:
             found.append(f"replicate = {self.replicate} makes copies of what zero shares, but zero = 0: use zero = 1, 2 or 3")

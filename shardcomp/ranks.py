@@ -1,4 +1,5 @@
-"""Ranks as threads of one process: what verification runs a plan on. The only user of torch's threaded process group."""
+"""Ranks as threads of one process, or one rank alone: what verification runs a plan on. The only user of torch's threaded
+process group."""
 
 from __future__ import annotations
 
@@ -78,6 +79,22 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
             raise failure
         raise VerifyError(f"rank {rank} failed:\n{text}") from failure
     return [results[rank] for rank in range(world_size)]
+
+
+def run_alone(world_size: int, function: Callable[[int], T]) -> list[T]:
+    """Call `function(0)` as the only rank, in this thread, under the process group that it starts, which is ended afterwards:
+    how a plan runs on a GPU. An exception is raised as `run_ranks` does."""
+    if dist.is_initialized():
+        raise VerifyError("a rank alone needs a process without a process group of its own")
+    try:
+        return [function(rank) for rank in range(world_size)]
+    except ShardError:
+        raise
+    except Exception as failure:
+        raise VerifyError(f"rank 0 failed:\n{traceback.format_exc()}") from failure
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _first(failures: dict[int, tuple[BaseException, str]]) -> tuple[int, tuple[BaseException, str]]:

@@ -18,7 +18,7 @@ from shardcomp.lowering import Lowered, lower
 from shardcomp.parts import packed
 from shardcomp.policy import Policy
 from shardcomp.program import value
-from shardcomp.runtime import world
+from shardcomp.runtime import unit, world
 from shardcomp.runtime.allocation import Weights
 from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.huggingface import WeightFiles
@@ -52,6 +52,8 @@ def allocate(lowered: Lowered, weights: Weights, blueprint: Blueprint | None = N
     `blueprint` stands in for the lowered model's own.
     """
     probe(_attention_calls(lowered))
+    if lowered.policy.options.compile:
+        unit.probe(world.device_of_rank())
     chosen = blueprint or lowered.blueprint()
     saved = {name: weights(name, _all(chosen.buffers[name])) for name in chosen.persistent_buffers}
     chosen = replace(chosen, buffers={**chosen.buffers, **saved})

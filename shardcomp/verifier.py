@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import shlex
@@ -21,7 +22,7 @@ from shardcomp.mutation import Mutant, mutants
 from shardcomp.parts import Part, join, packed
 from shardcomp.policy import Policy
 from shardcomp.precision import COMPUTE
-from shardcomp.ranks import run_ranks
+from shardcomp.ranks import run_alone, run_ranks
 from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
@@ -36,6 +37,7 @@ ROUGH_FACTOR = 1.5
 FLOOR = 1e-6
 """A gradient is compared with its own norm, or with this share of the norm of all gradients if that is larger."""
 MAX_RANKS = 16
+DEVICES = ("cpu", "cuda")
 
 
 class _Disagreement(VerifyError):
@@ -71,6 +73,7 @@ def verify(
     progress: Callable[[str], None] = lambda text: None,
     kinds: tuple[str, ...] = KINDS,
     samples: int | None = None,
+    device: str = "cpu",
 ) -> Verification:
     """Run a plan on ranks that are threads of this process, and compare it with the unmodified dense model.
 
@@ -79,11 +82,13 @@ def verify(
     drop the same, so both sides run without dropout.
     kinds: the batches to compare on, as far as the model takes their inputs; causal is always among them. mutate: plant every
     fault that can be enumerated from the program, and require that each is noticed by its numbers. samples: how many each
-    data-parallel rank has, so that a last micro-batch may be smaller; None makes a few whole micro-batches.
+    data-parallel rank has, so that a last micro-batch may be smaller; None makes a few whole micro-batches. device: cpu, or
+    cuda, where both sides run on the GPU, and the plan is one rank's, under the process group that training has.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
     options = policy.options
+    _check_device(device, world_size or options.ranks)
     model, name = _small_model(model_or_config, policy, world_size, shrink or {}, progress)
     model, dropped = without_dropout(model)
     mesh = policy.mesh(world_size or options.ranks)
@@ -105,21 +110,37 @@ def verify(
     given = {kind: held for kind, held in made.items() if kind in ("causal", *kinds) and _takes(model, held)}
     # AdamW divides by the size of each gradient, so it turns the rounding of a small one into a step of full size.
     updates = steps(vocabulary, rows, length, options.seed) if options.precision == "fp64" else []
+    given, updates = {kind: _on(device, batch) for kind, batch in given.items()}, [_on(device, batch) for batch in updates]
     progress("dense model")
     precision = options.precision
-    exact = dense(model, precision if precision in TOLERANCE else "fp64", given, updates)
-    rough = None if precision in TOLERANCE else dense(model, precision, given, updates)
+    reference = model if device == "cpu" else copy.deepcopy(model).to(device)
+    exact = dense(reference, precision if precision in TOLERANCE else "fp64", given, updates)
+    rough = None if precision in TOLERANCE else dense(reference, precision, given, updates)
     lowered = lower(model, plan, mesh.world_size, seq=length)
     _refuse_dropout(lowered)
     progress(f"{mesh.world_size} ranks")
     outcome = _sharded(lowered, given, updates)
     deviation, worst, ok = _compare(outcome, exact, rough, precision)
-    reproduce = _command(name, policy, mesh.world_size, shrink or {})
+    reproduce = _command(name, policy, mesh.world_size, shrink or {}, device)
     found = Verification(ok, precision, deviation, worst, reproduce, dropout=dropped, batches=tuple(given))
     if mutate:
         found.mutants = _mutation(lowered, {"causal": given["causal"]}, exact, rough, precision, progress)
         found.ok = ok and not found.mutants["survivors"]
     return found
+
+
+def _check_device(device: str, world_size: int) -> None:
+    """Raise VerifyError for a device that there is not, or that this many ranks do not run on."""
+    if device not in DEVICES:
+        raise VerifyError(f"device = {device}: use {' or '.join(DEVICES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise VerifyError(f"device = cuda: torch {torch.__version__} finds no GPU here; use device = cpu")
+    if device == "cuda" and world_size > 1:
+        raise VerifyError(f"device = cuda: one rank runs there, and the plan has {world_size}; use device = cpu for it")
+
+
+def _on(device: str, batch: Batch) -> Batch:
+    return {name: held.to(device) for name, held in batch.items()}
 
 
 def _small_model(
@@ -190,7 +211,8 @@ def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mu
             mutant.plant(sharded)
         return _run(sharded, given, updates, parts, with_logits=mutant is None)
 
-    outcomes = run_ranks(lowered.mesh.world_size, work)
+    on_cpu = given["causal"]["input_ids"].device.type == "cpu"
+    outcomes = (run_ranks if on_cpu else run_alone)(lowered.mesh.world_size, work)
     for kind, loss in outcomes[0].loss.items():
         if any(not torch.equal(other.loss[kind], loss) for other in outcomes):
             raise _Disagreement(
@@ -380,10 +402,14 @@ def _mutation(
 def _gradient(lowered: Lowered, name: str, exact: Outcome) -> Tensor:
     """The dense model's gradient of a parameter, which may be a part of a packed one."""
     part, gradients = lowered.program.parameters[name].part, exact.gradients["causal"]
-    return gradients[part.of].index_select(part.dim, torch.tensor(part.rows())) if part else gradients[name]
+    return (
+        gradients[part.of].index_select(part.dim, torch.tensor(part.rows()).to(gradients[part.of].device))
+        if part
+        else gradients[name]
+    )
 
 
-def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any]) -> str:
+def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any], device: str) -> str:
     """The command line that runs this comparison again."""
     words = ["shardcomp", "verify", name, "--world", str(world_size), "--policy", policy.name]
     for key, held in asdict(policy.options).items():
@@ -391,4 +417,5 @@ def _command(name: str, policy: Policy, world_size: int, shrink: dict[str, Any])
             words += [f"--{key.replace('_', '-')}", str(held).lower() if isinstance(held, bool) else str(held)]
     for key, held in shrink.items():
         words += ["--shrink", "none" if key == "none" else f"{key}={held}"]
+    words += [] if device == "cpu" else ["--device", device]
     return shlex.join(words)

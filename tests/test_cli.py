@@ -165,13 +165,25 @@ def test_verify_says_yes_with_status_0(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_verify_says_reproduces_can_be_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from shardcomp import verifier
 
-    words = ["tiny", "--tensor", "2", "--precision", "fp32", "--shrink", "num_hidden_layers=2", "--seed", "3"]
+    words = [
+        "tiny",
+        "--tensor",
+        "2",
+        "--precision",
+        "fp32",
+        "--shrink",
+        "num_hidden_layers=2",
+        "--seed",
+        "3",
+        "--device",
+        "cuda",
+    ]
     calls: list[dict[str, Any]] = []
 
     def recorded(model: Any, policy: Any, **rest: Any) -> Any:
-        calls.append({"model": model, "options": policy.options, "shrink": rest["shrink"]})
+        calls.append({"model": model, "options": policy.options, "shrink": rest["shrink"], "device": rest["device"]})
         world = policy.mesh(rest["world_size"] or 2).world_size
-        again = verifier._command(model, policy, world, rest["shrink"])
+        again = verifier._command(model, policy, world, rest["shrink"], rest["device"])
         return verifier.Verification(True, "fp32", {}, {}, again)
 
     monkeypatch.setattr(verifier, "verify", recorded)

@@ -173,6 +173,7 @@ def test_a_report_of_a_policy_has_every_entry_and_every_option_resolved() -> Non
         "kernels": "all",
         "numerics": "hf",
         "attention": "auto",
+        "compile": False,
         "seed": 0,
     }
 

@@ -8,6 +8,9 @@ operand and result once, in its dtype), and what share that is of what a plain c
 well. Products of matrices have no such share. `peak` is the most memory that a forward and a backward hold at a time beside
 their operands, results and gradients included.
 
+On a GPU a time is the device's own, from events: the device is kept waiting until the host has handed it the whole call, so
+that launching does not count, and what its cache holds is replaced before each call.
+
 An implementation that is not installed or does not run here is listed with the reason.
 """
 
@@ -19,6 +22,8 @@ import itertools
 import json
 import math
 import platform
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -38,7 +43,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 import shardcomp
 from shardcomp import kernels
-from shardcomp.environment import environment
+from shardcomp.environment import versions
 from shardcomp.kernels import library
 
 EPS = 1e-5
@@ -150,6 +155,7 @@ def liger(name: str, device: torch.device) -> Call | str:
     try:
         from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.rope import LigerRopeFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -157,11 +163,18 @@ def liger(name: str, device: torch.device) -> Call | str:
         return f"Liger-Kernel is not installed ({error})"
     calls: dict[str, Call] = {
         "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
+        "layer_norm": lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, EPS),
         "rotary": lambda q, k, cos, sin: LigerRopeFunction.apply(q, k, cos, sin),
         "swiglu": LigerSiLUMulFunction.apply,
         "cross_entropy": lambda logits, labels: LigerCrossEntropyFunction.apply(logits, labels, None)[0],
         "linear_cross_entropy": lambda x, w, labels: LigerFusedLinearCrossEntropyFunction.apply(x, w, labels)[0],
     }
+    if name == "add_rms_norm":
+        try:
+            from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        except ImportError as error:
+            return f"this Liger-Kernel has none ({error})"
+        return lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)
     return calls.get(name, "Liger-Kernel has no such operator")
 
 
@@ -169,9 +182,9 @@ def compiled(call: Call) -> Call:
     return torch.compile(call, dynamic=False)
 
 
-def cases(name: str, setting: Setting, wanted: set[str]) -> Iterator[Case]:
-    """The operators at one shape, those that are asked for."""
-    shape, device, rows = SHAPES[name], setting.device, setting.rows
+def cases(name: str, setting: Setting, wanted: set[str], shape: Shape | None = None) -> Iterator[Case]:
+    """The operators at one shape, those that are asked for. shape: one that SHAPES has not, of this name."""
+    shape, device, rows = shape or SHAPES[name], setting.device, setting.rows
     size = torch.empty((), dtype=setting.dtype).itemsize
     h, f, v, d = shape.hidden, shape.inner, shape.words, shape.head
     make = partial(draw, setting)
@@ -225,14 +238,18 @@ def cases(name: str, setting: Setting, wanted: set[str]) -> Iterator[Case]:
         yield case(
             "cross_entropy", lambda: [make(rows, v), labels()], (rows * v * size, 2 * rows * v * size),
             lambda logits, labels: kernels.cross_entropy(logits, labels, -100).sum() / labels.numel(), HuggingFace=hf_loss,
+            F_cross_entropy=functional.cross_entropy,
         )  # fmt: skip
     if "linear_cross_entropy" in wanted:
         chunks = math.ceil(v / (2 * h))
         yield case(
             "linear_cross_entropy", lambda: [make(rows, h), (make(v, h, graded=False) / h**0.5).requires_grad_(), labels()],
             None,
-            lambda x, w, labels: kernels.linear_cross_entropy(x, w, labels, labels.numel(), ignore_index=-100, chunks=chunks),
+            lambda x, w, labels: kernels.linear_cross_entropy(
+                x, w, labels, labels.numel(), ignore_index=-100, chunks=chunks, early=setting.dtype != torch.float16
+            ),
             HuggingFace=hf_head,
+            F_linear_cross_entropy=getattr(functional, "linear_cross_entropy", f"torch {torch.__version__} has none"),
         )  # fmt: skip
     if "adamw" in wanted:
         yield adamw(name, setting, 4 * h * h)
@@ -266,8 +283,40 @@ def several(case: Case, setting: Setting) -> list[Operands]:
     return [first, *(case.make() for _ in range(copies - 1))]
 
 
+LEAST, MOST, AT_ONCE = 10, 200, 5
+"""Of a call on a GPU: how often it is timed, and how many are handed to the device at a time."""
+
+
+def timed_on_gpu(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
+    """As `timed`, by events on the device. What the cache holds is replaced by reading, so that nothing waits to be written."""
+    size = max(4 * torch.cuda.get_device_properties(setting.device).L2_cache_size, 2**28)
+    other, read = torch.ones(size // 4, device=setting.device), torch.empty((), device=setting.device)
+    for _ in range(2):
+        torch.cuda.synchronize(setting.device)
+        began = time.perf_counter()
+        call()
+        launching = time.perf_counter() - began
+    wait = int((3 * launching + 1e-4) * 2e9)  # in cycles, of which there are no more than so many a second
+    took: list[float] = []
+    end = time.perf_counter() + setting.seconds
+    while len(took) < LEAST or (len(took) < MOST and time.perf_counter() < end):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(AT_ONCE)]
+        for first, last in events:
+            torch.sum(other, dim=0, out=read)
+            torch.cuda._sleep(wait)
+            first.record()
+            call()
+            last.record()
+        torch.cuda.synchronize(setting.device)
+        took += [first.elapsed_time(last) / 1e3 for first, last in events]
+    low, median, high = statistics.quantiles(took, n=4)
+    return median, high - low
+
+
 def timed(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
     """The median of a call in seconds, and the spread between quartiles."""
+    if setting.device.type == "cuda":
+        return timed_on_gpu(call, setting)
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=setting.threads)
     found = timer.blocked_autorange(min_run_time=setting.seconds)
@@ -328,6 +377,20 @@ def peak(call: Call, operands: Operands, device: torch.device) -> int:
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(changes), default=0)
+
+
+def rows(
+    every: list[Case], setting: Setting, bandwidth: float, show: Callable[[str], None] = lambda text: None
+) -> Iterator[Row]:
+    """All implementations of all cases, one after the other. `show` is told which is next."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    for case in every:
+        for name, call in case.calls.items():
+            show(f"{case.operator} {case.shape} {name}")
+            if isinstance(call, str):
+                yield Row(case.operator, case.shape, dtype, name, failed=call)
+            else:
+                yield measure(case, name, call, setting, bandwidth)
 
 
 def copied(setting: Setting) -> float:
@@ -411,7 +474,7 @@ def described(setting: Setting, bandwidth: float) -> dict[str, Any]:
     return {
         "date": f"{datetime.now():%Y-%m-%d}", "device": name, "threads": setting.threads, "rows": setting.rows,
         "dtype": str(setting.dtype).removeprefix("torch."), "copy_bytes_per_second": bandwidth, "seconds": setting.seconds,
-        "kernels": library.load().kind, "versions": environment()["versions"],
+        "kernels": library.load().kind, "versions": versions(),
     }  # fmt: skip
 
 
@@ -435,27 +498,22 @@ def main() -> None:
         setting = Setting(torch.device(asked.device), DTYPES[dtype], asked.rows, asked.seconds)
         bandwidth = copied(setting)
         every = [case for name in asked.shapes for case in cases(name, setting, set(asked.operators))]
-        rows = []
+        found = []
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("", total=sum(len(case.calls) for case in every))
-            for case in every:
-                for name, call in case.calls.items():
-                    progress.update(task, description=f"{case.operator} {case.shape} {name}")
-                    if isinstance(call, str):
-                        rows.append(Row(case.operator, case.shape, dtype, name, failed=call))
-                    else:
-                        rows.append(measure(case, name, call, setting, bandwidth))
-                    progress.advance(task)
+            for row in rows(every, setting, bandwidth, lambda text: progress.update(task, description=text)):  # noqa: B023
+                found.append(row)
+                progress.advance(task)
         about = described(setting, bandwidth)
         where = f"{about['device']}, {about['threads']} threads, {dtype}, {asked.rows} rows"
         title = f"{where}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
-        console.print(table(rows, title))
-        for row in (row for row in rows if row.failed):
+        console.print(table(found, title))
+        for row in (row for row in found if row.failed):
             console.print(f"{row.operator}, {row.shape}, {row.implementation}: {row.failed}", highlight=False)
-        written.append({**about, "rows_measured": [asdict(row) for row in rows]})
+        written.append({**about, "rows_measured": [asdict(row) for row in found]})
         if asked.chart:
             stem, dot, suffix = asked.chart.rpartition(".")
-            chart(rows, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
+            chart(found, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
     if asked.json:
         Path(asked.json).write_text(json.dumps(written, indent=1) + "\n")
 

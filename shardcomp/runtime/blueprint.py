@@ -75,7 +75,7 @@ class Blueprint:
     `sequence_multiple`. `output_split`: output name -> (dimension that tp cuts, global size). `output_type`: "module:class" of
     what the model returns. `seed`: what dropout starts from. `sources`: the Python of each stage, in the order of the model.
     `offload`: whether the host keeps what the optimizer needs. `ignored_label`: the label of a token that does not count.
-    `policy`: what it was lowered under, for the checkpoints of a run.
+    `compile`: whether torch.compile runs the units. `policy`: what it was lowered under, for the checkpoints of a run.
     """
 
     name: str
@@ -100,6 +100,7 @@ class Blueprint:
     zero: int = 0
     offload: bool = False
     ignored_label: int = -100
+    compile: bool = False
     policy: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def module(self, stage: int = 0) -> ModuleType:

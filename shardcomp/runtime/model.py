@@ -476,6 +476,9 @@ class ShardedModel(nn.Module):
             blueprint.module(chunk.index).Model(self._homes(blueprint, chunk), self._unit_axes, self.device, self.random)
             for chunk in self._chunks
         ]
+        if blueprint.compile:
+            for unit in (unit for stage in stages for unit in stage.each):
+                unit.compile()
         pipeline = self._pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
         self._codes[call, blueprint.static_shape] = loaded = _Loaded(
             blueprint, stages, self._partial_gradients(blueprint), pipeline

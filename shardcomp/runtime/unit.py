@@ -6,8 +6,11 @@ Code and parameters are apart because one set of parameters serves every call si
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardcomp.collectives import Axis
+from shardcomp.errors import PlanError
+from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.recompute import recompute
+from shardcomp.runtime.recompute import keep, once, recompute
+
+BACKEND = "inductor"
+"""What torch.compile compiles with."""
 
 
 class Home(nn.Module):
@@ -99,8 +107,10 @@ class Local:
         return self.__dict__[str(index)]
 
 
-def local(unit: Unit) -> Any:
+def local(unit: Unit | Compiled) -> Any:
     """The unit's parameters and buffers as this rank's local tensors, under their names in the model."""
+    if isinstance(unit, Compiled):
+        return unit.weights
     top = Local()
     for name, (module, attribute) in unit.home.places.items():
         *path, leaf = name.split(".")
@@ -125,6 +135,12 @@ class Unit:
         self.random = random
         for name, axis in axes.items():
             setattr(self, name, replace(axis, unit=home.path))
+        self.call: Callable[..., Any] = self.forward
+
+    def compile(self) -> None:
+        """From now on torch.compile runs the forward."""
+        code = compiled(type(self))
+        self.call = lambda *inputs: code(Compiled(self), *inputs)
 
     def forward(self, *inputs: Tensor) -> Any:
         raise TypeError(f"{type(self).__name__} has no emitted forward")
@@ -134,9 +150,63 @@ class Unit:
 
     def _run(self, *inputs: Tensor) -> Any:
         if self.home.recompute == "none":
-            return self.forward(*inputs)
+            return self.call(*inputs)
         draws = "random" in type(self).forward.__code__.co_names  # it reads self.random
-        return recompute(self.forward, inputs, self.home.path, self.random if draws else None)
+        return recompute(self.call, inputs, self.home.path, self.random if draws else None)
+
+
+class Compiled:
+    """What a compiled forward sees of a unit: its axes, where tensors are made, what dropout draws from, and its local tensors.
+    Of alike units these differ in numbers only, so that one compilation serves all."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.__dict__.update({name: held for name, held in vars(unit).items() if name not in ("home", "call")})
+        self.weights = local(unit)
+
+
+_AS_THEY_ARE = (keep, once, linear_cross_entropy)
+"""Compiled code stops before these and goes on behind: recompute watches the first two, and the last is products into memory
+that is there already, some of which torch 2.11 does not trace for a GPU."""
+_compiled: dict[tuple[type[Unit], str], Callable[..., Any]] = {}
+_compiling = threading.Lock()
+
+
+def compiled(code: type[Unit]) -> Callable[..., Any]:
+    """The forward of a class of units under torch.compile: a function of a `Compiled` and the unit's inputs.
+
+    What talks to other ranks, draws random numbers or is among `_AS_THEY_ARE` is not compiled, but the pieces around it are.
+    """
+    with _compiling:
+        if (code, BACKEND) not in _compiled:
+            forward = code.forward
+            draws = "random" in forward.__code__.co_names
+            held = {name: each for name, each in forward.__globals__.items() if _runs_as_it_is(each, draws)}
+            names = {name: torch.compiler.disable(each) for name, each in held.items()}
+            # What torch compiles belongs to a code object, and reads the names of the first function that has it.
+            own = forward.__code__.replace()
+            again = FunctionType(own, {**forward.__globals__, **names}, forward.__name__)
+            _compiled[code, BACKEND] = torch.compile(again, backend=BACKEND)
+        return _compiled[code, BACKEND]
+
+
+def probe(device: torch.device) -> None:
+    """Raise PlanError where torch.compile does not work, on what is little work."""
+    try:
+        torch.compile(lambda x: x + 1, backend=BACKEND)(torch.ones(8, device=device))
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        raise PlanError(
+            f"compile = true, but torch.compile does not work on {device.type} here: {type(error).__name__}: {said}; use "
+            "compile = false"
+        ) from error
+
+
+def _runs_as_it_is(held: Any, draws: bool) -> bool:
+    """Whether a function of shardcomp's is not to be compiled, in a unit that draws random numbers or in one that does not."""
+    if not isinstance(held, FunctionType) or not held.__module__.startswith("shardcomp."):
+        return False
+    given = inspect.signature(held).parameters
+    return held in _AS_THEY_ARE or "axis" in given or draws and "random" in given
 
 
 class Stage:

@@ -12,6 +12,9 @@ from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
 from shardcomp.mesh import Mesh
 
+ON_CPU = ("gloo", "threaded")
+"""The backends whose ranks compute on the CPU, on a machine with GPUs as well: the second is that of ranks as threads."""
+
 
 def world_size() -> int:
     """The number of ranks: of the running group, else as torchrun says, else one. Starts nothing."""
@@ -36,7 +39,7 @@ def start(mesh: Mesh) -> tuple[DeviceMesh, torch.device]:
 
 def device_of_rank() -> torch.device:
     """The device that this rank computes on. Starts no process group."""
-    if not torch.cuda.is_available() or (dist.is_initialized() and dist.get_backend() == "gloo"):
+    if not torch.cuda.is_available() or (dist.is_initialized() and dist.get_backend() in ON_CPU):
         return torch.device("cpu")
     if dist.is_initialized():
         return torch.device("cuda", torch.cuda.current_device())

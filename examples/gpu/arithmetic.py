@@ -1,0 +1,195 @@
+"""The numbers that can be known before a run: parameters, bytes that a training step takes, operations, and MFU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+GB = 1e9
+MEMORY = {"H100": 81559 * 2**20, "H200": 143771 * 2**20}
+"""What these GPUs have, in bytes, where none is there to be asked."""
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
+"""Dense bf16 operations a second, by what is in a GPU's name."""
+BESIDE = 2 * GB
+"""What the driver, libraries' workspaces and the allocator's gaps take."""
+RECOMPUTE = {"none": 1.0, "selective": 1.05, "full": 4 / 3}
+"""What is computed again -> about how much longer a step takes for it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA and a training step of it. preset: whose configuration it changes. sequences: of one optimizer step, of `seq`
+    tokens each. full: the layers that the whole model has, where this is a part of it."""
+
+    name: str
+    preset: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    words: int
+    tied: bool
+    seq: int
+    sequences: int
+    full: int | None = None
+
+    @property
+    def layer_parameters(self) -> int:
+        h, key_values = self.hidden, self.hidden // self.heads * self.key_heads
+        return 2 * h * h + 2 * h * key_values + 3 * h * self.inner + 2 * h
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.hidden + (1 if self.tied else 2) * self.words * self.hidden
+
+    @property
+    def multiplied(self) -> int:
+        """The parameters without the input embedding, which is looked up; one that is the head as well is multiplied."""
+        return self.parameters - (0 if self.tied else self.words * self.hidden)
+
+    def flops_per_token(self, causal: bool) -> int:
+        """6 N⁻ + 12 L h s, or half of the second summand where attention counts as causal."""
+        return 6 * self.multiplied + (6 if causal else 12) * self.layers * self.hidden * self.seq
+
+    def config(self) -> Any:
+        """The HuggingFace configuration."""
+        from shardcomp import presets
+
+        found = presets.config_of(self.preset)
+        found.update(
+            {
+                "hidden_size": self.hidden,
+                "intermediate_size": self.inner,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.key_heads,
+                "head_dim": self.hidden // self.heads,
+                "vocab_size": self.words,
+                "tie_word_embeddings": self.tied,
+                "max_position_embeddings": max(self.seq, found.max_position_embeddings),
+            }
+        )
+        return found
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("7b", "llama-2-7b", 4096, 11008, 32, 32, 32, 32000, False, 4096, 4),
+        Shape("1b", "llama-3-8b", 2048, 8192, 16, 32, 8, 128256, True, 4096, 16),
+        Shape("3b", "llama-3-8b", 3072, 8192, 28, 24, 8, 128256, True, 4096, 8),
+        Shape("tiny", "tiny", 32, 48, 2, 4, 2, 260, False, 32, 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is run. micro_batch: sequences. gathered: the copy of the parameters that is computed with stays between
+    forward and backward, where it is another than the one that is updated."""
+
+    micro_batch: int
+    recompute: str
+    gathered: bool = True
+
+
+VARIANTS = ("hf-eager", "shardcomp", "hf-compile", "shardcomp-compile", "fsdp2", "hf-liger")
+"""What is compared, in the order in which it runs."""
+MEANING = {
+    "hf-eager": "HuggingFace as it is, SDPA; weights and gradients in bf16, float32 masters under torch's fused AdamW",
+    "shardcomp": "shardcomp.shard, its kernels, shardcomp.AdamW",
+    "hf-compile": "as hf-eager, every layer and the loss under torch.compile",
+    "shardcomp-compile": "as shardcomp, with compile = true",
+    "fsdp2": "HuggingFace under torch's fully_shard, bf16 from float32 parameters, torch's fused AdamW",
+    "hf-liger": "as hf-eager, patched by Liger-Kernel",
+}
+_FUSED = ("shardcomp", "shardcomp-compile", "hf-compile", "hf-liger")
+_MASTERS_BESIDE = ("hf-eager", "hf-compile", "hf-liger")
+
+
+def settings(variant: str, shape: Shape) -> list[Setting]:
+    """All ways to run a variant, those that should be faster first."""
+    sizes = [size for size in range(shape.sequences, 0, -1) if shape.sequences % size == 0]
+    kinds = [kind for kind in RECOMPUTE if kind != "selective" or variant.startswith("shardcomp")]
+    gathered = (True,) if variant in _MASTERS_BESIDE else (True, False)
+    found = [Setting(*each) for each in itertools.product(sizes, kinds, gathered)]
+    return sorted(found, key=lambda each: (RECOMPUTE[each.recompute], -each.micro_batch, not each.gathered))
+
+
+def memory(variant: str, shape: Shape, setting: Setting) -> dict[str, float]:
+    """The bytes that a step takes at its peak, about: `states`, `activations`, `loss`, `transient`, and their `total`.
+
+    States of a parameter: a float32 master and two float32 moments, 12; a gradient, 4, or 2 where the weights themselves are in
+    bf16; and 2 for what is computed with, unless it is made anew for each use.
+    """
+    h, f, a, layer = shape.hidden, shape.inner, shape.heads, shape.layer_parameters
+    table = shape.words * h
+    beside = variant in _MASTERS_BESIDE
+    per_parameter = 12 + (2 + 2 if beside else 4 + 2 * setting.gathered)
+    key_values = 4 * h * shape.key_heads / a
+    kept = {
+        "none": 12 * h + key_values + 6 * f if variant in _FUSED else 20 * h + key_values + 8 * f,
+        "selective": 8 * h + key_values + 4 * f,
+        "full": 2 * h,
+    }
+    tokens = setting.micro_batch * shape.seq
+    once = kept["none"] + 4 * a + 8
+    activations = tokens * (shape.layers * (kept[setting.recompute] + 4 * a) + (once if setting.recompute != "none" else 0))
+    logits = shape.words * tokens
+    if variant.startswith("shardcomp") or variant == "hf-liger":  # in pieces; the weight's gradient is added up beside it
+        loss = min(4 * table, 2 * logits) + 2 * table + 8 * h * tokens
+    else:
+        loss = (10 if variant == "hf-compile" else 14) * logits
+    # A group's gradient in float32, and where copies are made anew, those of two layers and of the tables.
+    transient = 4.0 * max(layer, table) + (0 if beside else 4 * layer + 2 * (1 if shape.tied else 2) * table)
+    found = {
+        "states": float(per_parameter * shape.parameters),
+        "activations": float(activations),
+        "loss": float(loss),
+        "transient": transient + BESIDE,
+    }
+    return {**found, "total": sum(found.values())}
+
+
+def candidates(variant: str, shape: Shape, device_memory: float, most: int = 3) -> list[Setting]:
+    """The settings to try in turn: the first that should fit, and those behind it. Empty where none should."""
+    fitting = [each for each in settings(variant, shape) if memory(variant, shape, each)["total"] <= device_memory]
+    return fitting[:most]
+
+
+def fitted(shape: Shape, device_memory: float, variants: tuple[str, ...] = VARIANTS) -> Shape:
+    """The shape itself where every variant fits without computing anything again, with a twentieth of the memory to spare; else
+    with as many of its layers as do. Raises ValueError where one layer does not."""
+    for layers in range(shape.layers, 0, -1):
+        part = shape if layers == shape.layers else replace(shape, layers=layers, full=shape.layers)
+        if all(any(_without_recompute(variant, part, 0.95 * device_memory)) for variant in variants):
+            return part
+    raise ValueError(f"{shape.name}: not one layer fits in {device_memory / GB:.0f} GB")
+
+
+def _without_recompute(variant: str, shape: Shape, device_memory: float) -> Iterator[bool]:
+    for each in settings(variant, shape):
+        if each.recompute == "none":
+            yield memory(variant, shape, each)["total"] <= device_memory
+
+
+def peak(device: str) -> float | None:
+    """Dense bf16 operations a second of a GPU by its name, None for one that is not known."""
+    return next((flops for name, flops in PEAKS.items() if name in device), None)
+
+
+def mfu(shape: Shape, tokens_per_second: float, device: str) -> dict[str, float | None]:
+    """The share of the peak that the model's operations are, in both conventions."""
+    most = peak(device)
+    return {
+        name: None if most is None else tokens_per_second * shape.flops_per_token(causal) / most
+        for name, causal in (("full_attention", False), ("causal", True))
+    }
+
+
+def memory_of(device: str) -> float | None:
+    """The bytes of a GPU by its name, where they are known."""
+    return next((float(size) for name, size in MEMORY.items() if name in device), None)
