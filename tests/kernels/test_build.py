@@ -200,6 +200,30 @@ def test_just_in_time_kernels_of_cuda_are_built_only_for_a_torch_with_cuda(
     assert asked == [None if cuda else False]
 
 
+@built
+def test_where_nvcc_fails_the_kernels_of_the_cpu_run_and_a_warning_says_so(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvcc = here / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    fails = f'echo nvcc >> "{here / "log"}"; echo "unsupported compiler" >&2; exit 1'
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "pretended 1.0" ;; *) {fails} ;; esac\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(here / "toolkit"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv(library.VARIABLE, "jit")
+    with pytest.raises(KernelError, match="unsupported compiler"):
+        library._load("jit")
+    monkeypatch.setenv(library.VARIABLE, "auto")
+    tried = []
+    for _ in range(2):
+        caplog.clear()
+        assert library._load("auto").kind == "jit"
+        assert [record.levelname for record in caplog.records if "nvcc could not" in record.message] == ["WARNING"]
+        tried.append((here / "log").read_text().count("nvcc"))
+    assert tried[0] == tried[1] and "unsupported compiler" in next((here / "cache").glob("*.refused")).read_text()
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """What a wheel is made of, without what was built there."""
