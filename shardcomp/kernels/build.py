@@ -21,8 +21,8 @@ TORCH_TARGET = "0x020b000000000000"
 _SHARED = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # What a kernel computes is written down to the last bit: nothing is contracted, and vectors are explicit.
 _KERNEL = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
-# C++17: the headers of C++20 take nvcc as long as a kernel does.
-CUDA_FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xfatbin=-compress-all", "-Xcompiler", "-O1,-fPIC,-fvisibility=hidden")
+# C++17: the headers of C++20 take nvcc as long as a kernel does. -O1 is for what runs on the host.
+CUDA_FLAGS = ("-std=c++17", "-O1", "--fmad=false", "-Xfatbin=-compress-all", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
 class BuildError(Exception):
@@ -134,11 +134,6 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: {rule} {_escaped(source)}", f"  flags = {' '.join(flags)}"])
 
-    compiled("compile", SOURCES / "binding" / "cpu.cpp", "binding_cpu", ("-O1", *headers, *one))
-    for level in how.levels[::-1]:
-        for source in sorted((SOURCES / "cpu").glob("*.cpp")):
-            flags = (*level.flags, *_KERNEL, f"-DSHARDCOMP_LEVEL={level.name}")
-            compiled("compile", source, f"cpu_{source.stem}_{level.name}", flags)
     if how.nvcc:
         lines += [
             "rule nvcc",
@@ -146,9 +141,16 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
             "rule link_cuda",
             f"  command = {how.nvcc} -shared -cudart static -Xlinker -s $in -o $out $flags",
         ]
-        for source in _cuda_sources():
-            compiled("nvcc", source, f"cuda_{source.stem}", ())
+        # As two sources, since for each nvcc goes through its own headers several times.
+        for at in range(2):
+            *before, last = _cuda_sources()[at::2]
+            compiled("nvcc", last, f"cuda_{at}", [f'-include "{_escaped(source)}"' for source in before])
         compiled("nvcc", SOURCES / "binding" / "cuda.cpp", "binding_cuda", headers)
+    compiled("compile", SOURCES / "binding" / "cpu.cpp", "binding_cpu", ("-O1", *headers, *one))
+    for level in how.levels[::-1]:
+        for source in sorted((SOURCES / "cpu").glob("*.cpp")):
+            flags = (*level.flags, *_KERNEL, f"-DSHARDCOMP_LEVEL={level.name}")
+            compiled("compile", source, f"cpu_{source.stem}_{level.name}", flags)
     link = "link_cuda" if how.nvcc else "link"
     lines += [f"build kernels.so: {link} {' '.join(objects)}", f"  flags = -L{torch / 'lib'} -ltorch_cpu"]
     return lines
