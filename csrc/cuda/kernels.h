@@ -104,6 +104,10 @@ struct SquaresSum {
   void* sum;
 };
 
+constexpr int most_parameter_bytes = 4096;
+static_assert(sizeof(AdamWNumbers) <= most_parameter_bytes && sizeof(AdamW) <= most_parameter_bytes &&
+              sizeof(Squares) <= most_parameter_bytes);
+
 void run(const AdamWNumbers& a, const Device& device);
 void run(const AdamW& a, const Device& device);
 void run(const Squares& a, const Device& device);

@@ -264,17 +264,25 @@ def bits(another: Callable[[], int]) -> None:
     """Where all but a sum is done in the order of the reference, its bits are met but for the last one of that sum."""
     from kernels.test_library import calls, results
 
+    found: dict[tuple[torch.dtype, str], list[Tensor]] = {}
     same = ("rotary", "add_rms_norm", "rms_norm", "gated silu", "gated gelu_tanh", "layer_norm")
     for dtype in (torch.bfloat16, torch.float16):
         for h, rows in ((64, (40, 8)), (1032, (12,))):
             another()
             for name, arguments in calls(dtype, h, rows).items():
-                if not name.startswith(same) or "_bwd" in name:
+                # What is not stepwise has the bits of torch's own operator, another one on each device.
+                if not name.startswith(same) or "_bwd" in name or (name.startswith("layer_norm") and name.endswith("False")):
                     continue
                 made, expected = results(name, arguments)[0], results(name, arguments, reference=True)[0]
-                unlike = float((made != expected).float().mean())
-                assert unlike <= (0 if name.startswith("rotary") else 1e-4 * 3), (name, dtype, h, unlike)
+                found.setdefault((dtype, name), []).append((made != expected).flatten())
+                # Where a bias cancels a value, the last bits of float32 are left.
+                torch.testing.assert_close(made, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
                 assert not name.startswith("add") or torch.equal(results(name, arguments)[1], arguments[0] + arguments[1])
+    for (dtype, name), each in found.items():
+        unlike = float(torch.cat(each).float().mean())
+        # The chance that a last bit of float32 decides how a number is rounded is eight times as large in float16.
+        most = 1e-4 * torch.finfo(torch.bfloat16).eps / torch.finfo(dtype).eps
+        assert unlike <= (0 if name.startswith("rotary") else most), (name, dtype, unlike)
 
 
 @_check
