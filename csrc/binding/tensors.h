@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../core/arguments.h"
 
 namespace shardcomp {
 

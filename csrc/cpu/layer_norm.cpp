@@ -11,8 +11,8 @@ void layer_norm(const LayerNorm& a, int64_t begin, int64_t end) {
     typedef Wide<T> W;
     typedef Vec<W> V;
     const int64_t h = a.rows.width;
-    const W* weight = static_cast<const W*>(a.weight);
-    const W* bias = static_cast<const W*>(a.bias);
+    const W* weight = static_cast<const W*>(a.weight.held);
+    const W* bias = static_cast<const W*>(a.bias.held);
     Cursor cursor(a.rows, begin);
     for (int64_t row = begin; row < end; ++row, cursor.next()) {
       const T* x = static_cast<const T*>(a.x) + cursor.offset[0];
@@ -43,7 +43,7 @@ void layer_norm_bwd(const LayerNormBwd& a, int64_t begin, int64_t end) {
     typedef Wide<T> W;
     typedef Vec<W> V;
     const int64_t h = a.rows.width;
-    const W* weight = static_cast<const W*>(a.weight);
+    const W* weight = static_cast<const W*>(a.weight.held);
     Scratch<W> scratch(2 * h);
     for (int64_t block = begin; block < end; ++block) {
       BlockSum<W> of_weight(a.partial_weight, scratch.held, block, h);

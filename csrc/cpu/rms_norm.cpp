@@ -11,7 +11,7 @@ void rms_norm(const RmsNorm& a, int64_t begin, int64_t end) {
     typedef Wide<T> W;
     typedef Vec<W> V;
     const int64_t h = a.rows.width;
-    const W* factor = static_cast<const W*>(a.factor);
+    const W* factor = static_cast<const W*>(a.factor.held);
     Cursor cursor(a.rows, begin);
     for (int64_t row = begin; row < end; ++row, cursor.next()) {
       const T* x = static_cast<const T*>(a.x) + cursor.offset[0];
@@ -44,7 +44,7 @@ void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
     typedef Wide<T> W;
     typedef Vec<W> V;
     const int64_t h = a.rows.width;
-    const W* factor = static_cast<const W*>(a.factor);
+    const W* factor = static_cast<const W*>(a.factor.held);
     Scratch<W> scratch(a.partial == nullptr ? h : 2 * h);
     W* products = scratch.held;
     for (int64_t block = begin; block < end; ++block) {

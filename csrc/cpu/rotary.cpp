@@ -32,9 +32,9 @@ INLINE void turn(const Rotary& a, int64_t begin, int64_t end) {
   Cursor cursor(a.rows, begin);
   for (int64_t row = begin; row < end; ++row, cursor.next()) {
     const T* x = static_cast<const T*>(a.x) + cursor.offset[0];
-    T* y = static_cast<T*>(a.y) + cursor.offset[1];
-    const W* cos = static_cast<const W*>(a.cos) + cursor.offset[2];
-    const W* sin = static_cast<const W*>(a.sin) + cursor.offset[3];
+    T* y = static_cast<T*>(a.y) + cursor.offset[3];
+    const W* cos = static_cast<const W*>(a.cos.held) + cursor.offset[1];
+    const W* sin = static_cast<const W*>(a.sin.held) + cursor.offset[2];
     const auto put = [&](int64_t i, int n, V turned) INLINED {
       V straight = load(x + i, n) * load(cos + i, n);
       if (a.round_cos) straight = Round<T>::to(straight);

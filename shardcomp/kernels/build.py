@@ -21,7 +21,8 @@ TORCH_TARGET = "0x020b000000000000"
 _SHARED = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # What a kernel computes is written down to the last bit: nothing is contracted, and vectors are explicit.
 _KERNEL = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
-_CUDA = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--fmad=false")
+# C++17: the headers of C++20 take nvcc as long as a kernel does. -O1 is for what runs on the host.
+CUDA_FLAGS = ("-std=c++17", "-O1", "--fmad=false", "-Xfatbin=-compress-all", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
 class BuildError(Exception):
@@ -92,11 +93,7 @@ def recipe(levels: Sequence[Level], cuda: bool | None = None) -> Recipe:
         raise BuildError("ninja was not found: pip install ninja")
     if not (SOURCES / "cpu").is_dir():
         raise BuildError(f"the sources are missing: there is no {SOURCES / 'cpu'}")
-    nvcc = _nvcc() if cuda is not False and _cuda_sources() else None
-    if cuda and not _cuda_sources():
-        raise BuildError(
-            f"there are no CUDA kernels to build: {SOURCES / 'cuda'} does not exist; CPU_EXT=1 builds those of the CPU"
-        )
+    nvcc = _nvcc() if cuda is not False else None
     if cuda and nvcc is None:
         raise BuildError("nvcc was not found: install the CUDA toolkit, or name its folder in CUDA_HOME")
     return Recipe(compiler, ninja, tuple(levels), nvcc)
@@ -137,24 +134,33 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: {rule} {_escaped(source)}", f"  flags = {' '.join(flags)}"])
 
+    if how.nvcc:
+        lines += [
+            "rule nvcc",
+            f"  command = {how.nvcc} {' '.join((*CUDA_FLAGS, *targets()))} $flags -c $in -o $out",
+            "rule link_cuda",
+            f"  command = {how.nvcc} -shared -cudart static -Xlinker -s $in -o $out $flags",
+        ]
+        # As two sources, since for each nvcc goes through its own headers several times.
+        for at in range(2):
+            *before, last = _cuda_sources()[at::2]
+            compiled("nvcc", last, f"cuda_{at}", [f'-include "{_escaped(source)}"' for source in before])
+        compiled("nvcc", SOURCES / "binding" / "cuda.cpp", "binding_cuda", headers)
     compiled("compile", SOURCES / "binding" / "cpu.cpp", "binding_cpu", ("-O1", *headers, *one))
     for level in how.levels[::-1]:
         for source in sorted((SOURCES / "cpu").glob("*.cpp")):
             flags = (*level.flags, *_KERNEL, f"-DSHARDCOMP_LEVEL={level.name}")
             compiled("compile", source, f"cpu_{source.stem}_{level.name}", flags)
-    links = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
-    if how.nvcc:
-        archs = os.environ.get("SHARDCOMP_CUDA_ARCHS", "80;90").split(";")
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        lines += ["rule nvcc", f"  command = {how.nvcc} {' '.join((*_CUDA, *code))} $flags -c $in -o $out"]
-        for source in _cuda_sources():
-            compiled("nvcc", source, f"cuda_{source.stem}", ())
-        compiled("compile", SOURCES / "binding" / "cuda.cpp", "binding_cuda", ("-O1", *headers))
-        toolkit = Path(how.nvcc).resolve().parents[1]
-        links += [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    lines += [f"build kernels.so: link {' '.join(objects)}", f"  flags = {' '.join(links)}"]
+    link = "link_cuda" if how.nvcc else "link"
+    lines += [f"build kernels.so: {link} {' '.join(objects)}", f"  flags = -L{torch / 'lib'} -ltorch_cpu"]
     return lines
+
+
+def targets() -> list[str]:
+    """nvcc's options for the architectures. The oldest one's intermediate code is made once, is compiled for each of them, and
+    is taken along for devices that are newer than all."""
+    archs = sorted(os.environ.get("SHARDCOMP_CUDA_ARCHS", "80;90").split(";"), key=lambda arch: (len(arch), arch))
+    return [f"-gencode=arch=compute_{archs[0]},code=[{','.join((*(f'sm_{arch}' for arch in archs), f'compute_{archs[0]}'))}]"]
 
 
 def _cuda_sources() -> list[Path]:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,8 +109,29 @@ def _packaged() -> tuple[Path, str]:
 
 
 def _built() -> tuple[Path, str]:
-    how = recipe([own_level()])
-    path = cache() / f"kernels-{how.key()}.so"
+    """The kernels of CUDA are taken along where torch can use them. If nvcc cannot compile them here, those of the CPU run all
+    the same, unless this library was asked for by its name."""
+    how = recipe([own_level()], cuda=None if torch.version.cuda else False)
+    if how.nvcc is None:
+        return _cached(how)
+    refused = _path(how).with_suffix(".refused")
+    if not refused.exists():
+        try:
+            return _cached(how)
+        except BuildError as error:
+            if os.environ.get(VARIABLE, "auto") != "auto":
+                raise
+            refused.write_text(str(error))
+    _log.warning("kernels: nvcc could not build those of CUDA, references run there; remove %s to try again", refused)
+    return _cached(replace(how, nvcc=None))
+
+
+def _path(how: Recipe) -> Path:
+    return cache() / f"kernels-{how.key()}.so"
+
+
+def _cached(how: Recipe) -> tuple[Path, str]:
+    path = _path(how)
     if path.exists():
         return path, "built before"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """How a fused operator is made: a schema, a reference in plain PyTorch, and the shapes of its results.
 
 The reference is the operator's specification and what runs where nothing better is registered; the library that `library.py`
-loads registers operators of the same names for a device and takes their place there, in graphs that exist already as well.
+loads registers operators of the same names for the CPU and takes their place there, in graphs that exist already as well. For
+other devices `candidates.py` does so, one by one.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardcomp.kernels import library
+from shardcomp.kernels import candidates
 
 LIBRARY = torch.library.Library("shardcomp", "FRAGMENT")
+_WAITING = [torch.library.Library(space, "FRAGMENT") for space in candidates.SPACES.values()]
 REFERENCES: dict[str, Callable[..., Any]] = {}
 """Operator -> its reference, which runs whatever library there is."""
 
@@ -23,11 +25,13 @@ def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any
     """Make `torch.ops.shardcomp.<name>` of its schema, `name(arguments) -> results`. shapes: what it gives on fake tensors."""
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     REFERENCES[name] = reference
+    for waiting in _WAITING:
+        waiting.define(schema)
 
     def first(*arguments: Any) -> Any:
         """What runs until there is a library, and then where it has no such operator."""
-        device = next(each.device.type for each in _flat(arguments) if isinstance(each, Tensor))
-        if library.provides(name, device):
+        device = next(each.device for each in _flat(arguments) if isinstance(each, Tensor))
+        if candidates.in_place(name, device, reference):
             return getattr(torch.ops.shardcomp, name).default(*arguments)
         return reference(*arguments)
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from shardcomp.errors import KernelError
 from shardcomp.kernels import build, library
@@ -167,21 +168,60 @@ def test_the_first_operator_says_what_is_wrong_with_the_choice() -> None:
 
 
 # The functions of torch 2.11's stable interface that the library calls. A further one must be looked up there.
-_AOTI = """abi_version aten_full aten_subtract_Tensor delete_library_object delete_tensor_object get_dim get_dtype
-get_numel get_size get_sizes get_stride library_init_impl new_tensor_handle"""
+_AOTI = """abi_version aten_full aten_subtract_Tensor create_device_guard delete_device_guard delete_library_object
+delete_tensor_object get_device_index get_device_type get_dim get_dtype get_numel get_size get_sizes get_stride
+library_init_impl new_tensor_handle"""
 _TORCH = """call_dispatcher delete_list delete_string get_const_data_ptr get_mutable_data_ptr library_impl list_get_item
 list_push_back list_size new_list_reserve_size new_string_handle parallel_for string_c_str string_length"""
 TORCH = {*(f"aoti_torch_{name}" for name in _AOTI.split()), *(f"torch_{name}" for name in _TORCH.split())}
 CONSTANT = re.compile(r"(aoti_)?torch_(dtype|layout|device_type|memory_format)_\w+")
 
 
+def needed(made: Path | None) -> set[str]:
+    """What a library needs of torch, but for constants."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(made)], capture_output=True, text=True, check=True).stdout
+    names = set(re.findall(r"\b[Uw] (\S+)", listed))
+    return {name for name in names if ("torch" in name or "c10" in name) and not CONSTANT.fullmatch(name)}
+
+
 @built
 def test_the_library_needs_nothing_that_the_oldest_torch_lacks() -> None:
-    listed = subprocess.run(["nm", "-D", "--undefined-only", str(OWN.path)], capture_output=True, text=True, check=True).stdout
-    names = set(re.findall(r"\b[Uw] (\S+)", listed))
-    theirs = {name for name in names if "torch" in name or "c10" in name}
-    assert {name for name in theirs if not CONSTANT.fullmatch(name)} <= TORCH
-    assert "aoti_torch_library_init_impl" in theirs
+    assert "aoti_torch_library_init_impl" in needed(OWN.path) <= TORCH
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_just_in_time_kernels_of_cuda_are_built_only_for_a_torch_with_cuda(
+    here: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None
+) -> None:
+    asked: list[bool | None] = []
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(library, "recipe", lambda levels, cuda: asked.append(cuda) or build.recipe(levels, cuda=False))
+    library._built()
+    assert asked == [None if cuda else False]
+
+
+@built
+def test_where_nvcc_fails_the_kernels_of_the_cpu_run_and_a_warning_says_so(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvcc = here / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    fails = f'echo nvcc >> "{here / "log"}"; echo "unsupported compiler" >&2; exit 1'
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *--version*) echo "pretended 1.0" ;; *) {fails} ;; esac\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(here / "toolkit"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv(library.VARIABLE, "jit")
+    with pytest.raises(KernelError, match="unsupported compiler"):
+        library._load("jit")
+    monkeypatch.setenv(library.VARIABLE, "auto")
+    tried = []
+    for _ in range(2):
+        caplog.clear()
+        assert library._load("auto").kind == "jit"
+        assert [record.levelname for record in caplog.records if "nvcc could not" in record.message] == ["WARNING"]
+        tried.append((here / "log").read_text().count("nvcc"))
+    assert tried[0] == tried[1] and "unsupported compiler" in next((here / "cache").glob("*.refused")).read_text()
 
 
 @pytest.fixture
@@ -236,7 +276,7 @@ def test_a_plain_wheel_is_pure_python_and_needs_no_compiler(source: Path) -> Non
 def test_what_cannot_be_built_ahead_of_time_is_one_clear_error(source: Path) -> None:
     for environment, says in (
         ({"CPU_EXT": "1", "CXX": "there-is-none"}, "CPU_EXT=1: no C++ compiler was found (there-is-none)"),
-        ({"CUDA_EXT": "1"}, "CUDA_EXT=1: there are no CUDA kernels to build"),
+        ({"CUDA_EXT": "1", "CUDA_HOME": str(source)}, "CUDA_EXT=1: nvcc was not found: install the CUDA toolkit"),
     ):
         done = wheel(source, **environment)
         assert done.returncode != 0 and says in done.stdout + done.stderr

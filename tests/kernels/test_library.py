@@ -23,6 +23,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SIZES = [1, 2, 3, 7, 8, 9, 17, 31, 33, 64, 127, 260, 1027]
 EPS = 1e-5
 Calls = dict[str, tuple[Any, ...]]
+SPACE = "shardcomp"
+"""The namespace of the operators; `emulated.py` names another one."""
+
+
+def operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, SPACE), name)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -103,11 +109,11 @@ def tokens(count: int, columns: int) -> tuple[tuple[Tensor, Tensor], int, Tensor
 
 def results(name: str, arguments: tuple[Any, ...], reference: bool = False) -> list[Tensor]:
     """What an operator returns, and then what it writes over, of copies of its arguments."""
-    operator = name.partition(" ")[0]
-    run = getattr(torch.ops.shardcomp, operator)
+    plain = name.partition(" ")[0]
+    run = operator(plain)
     written = [each.alias_info is not None and each.alias_info.is_write for each in run.default._schema.arguments]
     given = [changed(fresh, held) if over else held for held, over in zip(arguments, written, strict=True)]
-    made = (REFERENCES[operator] if reference else run)(*given)
+    made = (REFERENCES[plain] if reference else run)(*given)
     found = list(made) if isinstance(made, tuple) else [] if made is None else [made]
     return found + [each for held, over in zip(given, written, strict=True) if over for each in tensors(held)]
 
@@ -204,7 +210,7 @@ def test_queries_and_keys_are_turned_as_they_lie() -> None:
     for interleaved in (False, True):
         agree("rotary", (q, k, cos, sin, interleaved, True))
         agree("rotary_bwd", (q, k, cos, sin, interleaved))
-    made = torch.ops.shardcomp.rotary(q, k, cos, sin, False, True)
+    made = operator("rotary")(q, k, cos, sin, False, True)
     assert made[0].stride() == q.stride() and made[1].stride() == k.stride()
 
 
@@ -226,7 +232,7 @@ def test_narrow_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> 
     for scale in (1.0, 1e-4, 1e-8, 1e30):
         tables = [torch.full((1, 256), scale * each, dtype=torch.float32) for each in (1.2345, 0.0)]
         arguments = (every, every, *tables, True, False)
-        made, expected = (run(*arguments)[0] for run in (torch.ops.shardcomp.rotary, REFERENCES["rotary"]))
+        made, expected = (run(*arguments)[0] for run in (operator("rotary"), REFERENCES["rotary"]))
         assert bool(((made == expected) | (made.isnan() & expected.isnan())).all())
         assert torch.equal(made.isinf(), expected.isinf())
 
@@ -237,7 +243,7 @@ def test_a_vocabulary_may_be_read_in_pieces(dtype: torch.dtype, columns: int) ->
     rising = torch.linspace(-30, 30, columns, dtype=torch.float64)
     logits = torch.stack((rising, rising.flip(0), draw(columns) * 5)).to(dtype)
     labels, counted = torch.tensor([0, columns - 1, columns // 2]), torch.ones(3, dtype=torch.bool)
-    largest, total, chosen = torch.ops.shardcomp.cross_entropy_statistics(logits, labels, counted, 0)
+    largest, total, chosen = operator("cross_entropy_statistics")(logits, labels, counted, 0)
     exact = logits.double()
     assert torch.equal(largest, logits.amax(1).to(largest.dtype)) and torch.equal(chosen.double(), exact[range(3), labels])
     eps = torch.finfo(total.dtype).eps
@@ -265,7 +271,7 @@ def test_logits_that_are_not_finite_give_what_the_reference_gives() -> None:
 def test_what_lies_between_rows_is_not_written() -> None:
     held = torch.ones(4, 40)
     arguments = calls(torch.float32, 24, (4,))["cross_entropy_gradient_"][1:]
-    torch.ops.shardcomp.cross_entropy_gradient_(held[:, 5:29], *arguments)
+    operator("cross_entropy_gradient_")(held[:, 5:29], *arguments)
     assert bool((held[:, :5] == 1).all() and (held[:, 29:] == 1).all() and (held[:, 5:29] != 1).all())
 
 

@@ -1,0 +1,278 @@
+// What stands for a CUDA device where there is none: kernels are compiled for the host, and a block's threads are fibers that take
+// turns. Where several could go on, a generator of random numbers says which one does, so that a schedule is told by its seed:
+// the first of an order that is drawn for each block, whole warps together, so that some run far ahead of others.
+//
+// A fiber goes on until it waits for others, at a barrier of its block or in an exchange of its warp. A fiber that others wait
+// for and that has ended, or one that exchanges what the others of its warp do not, is an error, and so is shared memory that is
+// read before it was written: it holds NaN in every format. Each block gets its shared memory anew and of the size that was asked
+// for, so that a sanitizer of addresses sees what lies outside.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define SHARED_MEMORY (emulation::block().shared.get())
+#define threadIdx (emulation::block().thread())
+#define blockIdx (emulation::block().index)
+#define blockDim (emulation::block().size)
+#define gridDim (emulation::block().grid)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
+namespace shardcomp::emulation {
+
+struct Index {
+  unsigned x, y;
+};
+
+struct Fiber {
+  ucontext_t context;
+  Index index;
+  std::vector<uint64_t> sent;  // to others of the warp, the last two exchanges in turn
+  int exchanges = 0;
+  bool ended = false;
+  uint64_t order = 0;
+};
+
+// Of a warp or of a block: those who are at its barrier.
+struct Barrier {
+  int members, first;
+  std::vector<int> waiting;
+};
+
+constexpr size_t stack_bytes = 48 << 10;
+
+class Block {
+ public:
+  Index index{}, size{}, grid{};
+  std::unique_ptr<unsigned char[]> shared;
+
+  Index thread() const { return fibers_[at_].index; }
+
+  void run(int64_t blocks, int x, int y, int64_t bytes, const std::function<void()>& body) {
+    size = {unsigned(x), unsigned(y)};
+    grid = {unsigned(blocks), 1};
+    body_ = &body;
+    const int count = x * y;
+    if (count % 32 != 0 || count > 1024) throw std::runtime_error("emulation: a block is of whole warps, at most 32");
+    fibers_.resize(count);
+    if (stacks_.size() < count * stack_bytes) stacks_ = std::vector<char>(count * stack_bytes);
+    for (int64_t each = 0; each < blocks; ++each) {
+      index = {unsigned(each), 0};
+      shared.reset(new unsigned char[bytes]);
+      memset(shared.get(), 0xff, bytes);
+      one(count);
+      if (!failure_.empty()) {
+        const std::string text = std::move(failure_);
+        failure_.clear();
+        throw std::runtime_error("emulation: " + text);
+      }
+    }
+  }
+
+  void wait_block() { wait(barriers_.back()); }
+
+  // What the thread whose lane differs in the bits of `apart` sends in the same exchange.
+  uint64_t exchanged(uint64_t sent, int apart) {
+    Fiber& self = fibers_[at_];
+    const int other = at_ ^ apart, which = self.exchanges++ % 2, number = self.exchanges;
+    self.sent[which] = sent;
+    wait(barriers_[at_ / 32]);
+    const Fiber& from = fibers_[other];
+    // It may have begun the next exchange, and waits for this thread there.
+    if (from.exchanges != number && from.exchanges != number + 1) fail("the threads of a warp exchange in different numbers");
+    return from.sent[which];
+  }
+
+  void seed(uint64_t seed) { state_ = seed; }
+
+ private:
+  void one(int count) {
+    ready_.clear();
+    barriers_.clear();
+    for (int first = 0; first < count; first += 32) barriers_.push_back({32, first, {}});
+    barriers_.push_back({count, 0, {}});
+    for (int i = 0; i < count; ++i) {
+      Fiber& fiber = fibers_[i];
+      fiber.index = {unsigned(i) % size.x, unsigned(i) / size.x};
+      fiber.sent.assign(2, ~uint64_t(0));
+      fiber.exchanges = 0;
+      fiber.ended = false;
+      if (state_ != 0) fiber.order = i % 32 == 0 ? uint64_t(random()) << 32 : (fibers_[i - 1].order >> 32 << 32) + random();
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = &stacks_[i * stack_bytes];
+      fiber.context.uc_stack.ss_size = stack_bytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::begin, 0);
+      ready(i);
+    }
+    at_ = next();
+    enter(&main_, at_);
+    left_main();
+    for (int i = 0; i < count && failure_.empty(); ++i) {
+      if (!fibers_[i].ended) failure_ = "threads wait for others that have ended";
+    }
+  }
+
+  static void begin();
+
+  uint32_t random() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state_ >> 33);
+  }
+
+  // The next fiber to go on: the first in the order, or without a seed the first that became ready.
+  int next() {
+    if (state_ != 0) std::pop_heap(ready_.begin(), ready_.end(), Later{fibers_});
+    const int found = state_ != 0 ? ready_.back() : ready_.front();
+    ready_.erase(state_ != 0 ? ready_.end() - 1 : ready_.begin());
+    return found;
+  }
+
+  // A fiber that can go on; now and then it gets another place in the order.
+  void ready(int at) {
+    ready_.push_back(at);
+    if (state_ == 0) return;
+    if (random() % 8 == 0) fibers_[at].order = uint64_t(random()) << 32;
+    std::push_heap(ready_.begin(), ready_.end(), Later{fibers_});
+  }
+
+  struct Later {
+    const std::vector<Fiber>& fibers;
+    bool operator()(int a, int b) const { return fibers[a].order > fibers[b].order; }
+  };
+
+  void wait(Barrier& barrier) {
+    barrier.waiting.push_back(at_);
+    if (int(barrier.waiting.size()) == barrier.members) {
+      for (int each : barrier.waiting) ready(each);
+      barrier.waiting.clear();
+    }
+    leave(false);
+  }
+
+  void fail(const char* text) {
+    failure_ = text;
+    leave(true);
+  }
+
+  // From one fiber to the next, or out of the block where none can go on.
+  void leave(bool for_good) {
+    const int from = at_;
+    void* held = nullptr;
+    if (ready_.empty() || !failure_.empty()) {
+#if defined(__SANITIZE_ADDRESS__)
+      __sanitizer_start_switch_fiber(for_good ? nullptr : &held, main_bottom_, main_size_);
+#endif
+      swapcontext(&fibers_[from].context, &main_);
+    } else {
+      at_ = next();
+      if (at_ == from) return;
+#if defined(__SANITIZE_ADDRESS__)
+      __sanitizer_start_switch_fiber(for_good ? nullptr : &held, &stacks_[at_ * stack_bytes], stack_bytes);
+#endif
+      swapcontext(&fibers_[from].context, &fibers_[at_].context);
+    }
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(held, nullptr, nullptr);
+#endif
+    (void)held;
+    (void)for_good;
+  }
+
+  void enter(ucontext_t* from, int to) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&main_fake_, &stacks_[to * stack_bytes], stack_bytes);
+#endif
+    swapcontext(from, &fibers_[to].context);
+  }
+
+  void left_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(main_fake_, nullptr, nullptr);
+#endif
+  }
+
+  std::vector<Fiber> fibers_;
+  std::vector<char> stacks_;
+  std::vector<int> ready_;
+  std::vector<Barrier> barriers_;
+  const std::function<void()>* body_ = nullptr;
+  std::string failure_;
+  ucontext_t main_;
+  const void* main_bottom_ = nullptr;
+  size_t main_size_ = 0;
+  void* main_fake_ = nullptr;
+  uint64_t state_ = 0;
+  int at_ = 0;
+};
+
+// The one that runs, of this thread and of all sources.
+Block& block();
+
+inline void Block::begin() {
+  Block& self = block();
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom = nullptr;
+  size_t size = 0;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+  if (self.main_bottom_ == nullptr) self.main_bottom_ = bottom, self.main_size_ = size;
+#endif
+  (*self.body_)();
+  self.fibers_[self.at_].ended = true;
+  self.leave(true);
+}
+
+inline void run(int64_t blocks, int x, int y, int64_t shared, const std::function<void()>& body) {
+  block().run(blocks, x, y, shared, body);
+}
+
+}  // namespace shardcomp::emulation
+
+inline void __syncthreads() { shardcomp::emulation::block().wait_block(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int apart) {
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  bits = shardcomp::emulation::block().exchanged(bits, apart);
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float made;
+  memcpy(&made, &bits, sizeof(made));
+  return made;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t made;
+  memcpy(&made, &x, sizeof(made));
+  return made;
+}
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -1,0 +1,106 @@
+"""What nvcc makes of CUDA's kernels: no register is spilled, memory is moved 16 bytes at a time. `pytest -s` prints a table."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernels.test_build import ROOT, TORCH, needed
+
+from shardcomp.kernels import build
+
+NVCC = build._nvcc()
+pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+
+# Loads and stores of 16 bytes that each kernel has at least, for each element that it goes through once.
+MOVES = {
+    "rms_norm": (4, 2),
+    "rms_norm_bwd": (4, 1),
+    "layer_norm": (3, 1),
+    "layer_norm_bwd": (3, 1),
+    "rotary": (4, 1),
+    "gated": (2, 1),
+    "gated_bwd": (3, 2),
+    "statistics": (1, 0),
+    "gradient": (1, 1),
+    "adamw": (3, 3),
+    "squares": (4, 0),
+}
+PLAIN = {"summed", "adamw_numbers", "squares_sum"}
+"""Kernels that go through little."""
+KERNEL = re.compile(rf"\d({'|'.join(sorted(MOVES | dict.fromkeys(PLAIN), key=len, reverse=True))})(?:I|E)")
+SIXTEEN = r"(?:v4\.[a-z]32|v2\.[a-z]64)"
+
+
+def made(source: Path, folder: Path) -> tuple[dict[tuple[str, str], list[int]], dict[str, tuple[int, int]]]:
+    """(architecture, symbol) -> stack, spilled bytes, registers; symbol -> loads and stores of 16 bytes."""
+    command = [str(NVCC), *build.CUDA_FLAGS, *build.targets(), "-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
+    done = subprocess.run(
+        [*command, "-c", str(source), "-o", str(folder / "made.o")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    used = {}
+    report = r"function '(\w+)' for '(\w+)'.*?(\d+) bytes stack.*?(\d+) bytes spill.*?(\d+) bytes spill.*?Used (\d+) registers"
+    for name, arch, *numbers in re.findall(report, done.stderr, re.DOTALL):
+        stack, stored, loaded, registers = map(int, numbers)
+        used[arch, name] = [stack, stored + loaded, registers]
+    moves = {}
+    for text in folder.glob("*.ptx"):
+        for entry in text.read_text().split(".entry ")[1:]:
+            found = (len(re.findall(rf"\b{kind}\.global(?:\.nc)?\.{SIXTEEN}", entry)) for kind in ("ld", "st"))
+            moves[entry.split("(")[0].strip()] = tuple(found)
+    return used, moves
+
+
+@pytest.mark.parametrize("source", sorted((build.SOURCES / "cuda").glob("*.cu")), ids=lambda source: source.stem)
+def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(source: Path, tmp_path: Path) -> None:
+    used, moves = made(source, tmp_path)
+    assert {arch for arch, _ in used} == {"sm_80", "sm_90"} and {name for _, name in used} == set(moves)
+    for (arch, symbol), (stack, spilled, registers) in sorted(used.items()):
+        found = KERNEL.search(symbol)
+        assert found, symbol
+        loads, stores = moves[symbol]
+        kernel, narrow = found[1], re.search("bf16|fp16", symbol[found.end() :])
+        dtype = narrow[0] if narrow else {"f": "fp32", "d": "fp64"}.get(symbol[found.end()], "")
+        print(f"{arch} {kernel:15} {dtype:5} {registers:4} registers {loads:3} loads {stores:3} stores of 16 bytes")
+        assert stack == 0 and spilled == 0, f"{kernel} on {arch} has {stack} bytes of stack and spills {spilled}"
+        if kernel in MOVES:
+            assert loads >= MOVES[kernel][0] and stores >= MOVES[kernel][1], (
+                f"{kernel}: {loads} loads, {stores} stores of 16 bytes"
+            )
+
+
+def test_what_a_compiler_does_with_words_that_are_not_written_as_such_is_seen(tmp_path: Path) -> None:
+    """The same store in C++ is taken apart: the count notices."""
+    shutil.copytree(build.SOURCES / "cuda", tmp_path / "cuda")
+    shutil.copytree(build.SOURCES / "core", tmp_path / "core")
+    header = tmp_path / "cuda" / "device.h"
+    text = header.read_text()
+    plain = re.sub(r"write\((reinterpret_cast<typename P::Word\*>\(p\)) \+ k, words\[k\]\)", r"\1[k] = words[k]", text)
+    assert plain != text
+    header.write_text(plain)
+    (tmp_path / "kept").mkdir()
+    _, moves = made(tmp_path / "cuda" / "rotary.cu", tmp_path / "kept")
+    assert all(stores == 0 for _, stores in moves.values())
+
+
+def test_a_library_with_them_loads_where_torch_has_no_cuda(tmp_path: Path) -> None:
+    library = tmp_path / "kernels.so"
+    build.build(build.recipe([build.own_level()], cuda=True), library)
+    assert library.stat().st_size < 4 << 20 and needed(library) <= TORCH
+    code = """if True:
+        import sys, torch
+        from shardcomp.kernels import candidates, library, operators
+        torch.ops.load_library(sys.argv[1])
+        library._held = library.Library("aot", None, "")
+        assert all(candidates._waits(name, "cuda") and library.provides(name, "cpu") for name in operators.REFERENCES)
+        assert not any(library.provides(name, "cuda") for name in operators.REFERENCES)"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SHARDCOMP_KERNELS": "reference"}
+    command = [sys.executable, "-c", code, str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

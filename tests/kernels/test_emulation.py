@@ -1,0 +1,71 @@
+"""CUDA's kernels, executed on the host: their results in many orders of their threads, and that faults in them are noticed."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from kernels import emulated
+from kernels.emulated import CHECKS, Fault
+
+from shardcomp.kernels.build import BuildError
+
+
+def _possible() -> bool:
+    try:
+        return emulated.sanitizer() is not None
+    except BuildError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not _possible(), reason="there is no compiler with AddressSanitizer")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels_give_what_references_do(check: str) -> None:
+    done = emulated.run(emulated.build(), check)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+
+
+_WAIT = "  __syncthreads();  // what was exchanged may be written over\n"
+_FAULTS = {
+    "a barrier is missing": (Fault("cuda/device.h", f"{_WAIT}}}", "}", "cuda/layer_norm.cu"), "schedules", "AssertionError"),
+    "sums are read before they are made": (
+        Fault("cuda/norm.h", "    if (!staged) return;\n    __syncthreads();", "    if (!staged) return;", "cuda/rms_norm.cu"),
+        "schedules",
+        "AssertionError",
+    ),
+    "a barrier that some threads do not come to": (
+        Fault("cuda/summed.cu", "  if (column < a.width) {", "  if (column >= a.width) return;\n  {", "cuda/summed.cu"),
+        "schedules",
+        "threads wait for others that have ended",
+    ),
+    "a row's end is not minded": (
+        Fault("cuda/device.h", "  P pack;\n  if (whole && left >= n) {", "  P pack;\n  if (whole) {", "cuda/cross_entropy.cu"),
+        "layouts",
+        "AddressSanitizer",
+    ),
+    "an exchange with the wrong lane": (
+        Fault("cuda/device.h", "x[k], apart)", "x[k], apart > 1 ? apart : 2)", "cuda/rms_norm.cu"),
+        "schedules",
+        "AssertionError",
+    ),
+    "more shared memory than was asked for": (
+        Fault("cuda/norm.h", "shape.shared += shape.rows * bytes;", "shape.shared += bytes;", "cuda/layer_norm.cu"),
+        "schedules",
+        "AddressSanitizer",
+    ),
+    "a number is taken for a tensor of another place": (
+        Fault("cuda/adamw.cu", "2 * shard.place", "2 * shard.first_block", "cuda/adamw.cu"),
+        "extremes",
+        "AssertionError",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_a_planted_fault_is_noticed(fault: str) -> None:
+    planted, check, says = _FAULTS[fault]
+    done: subprocess.CompletedProcess[str] = emulated.run(emulated.build(planted), check)
+    assert done.returncode != 0 and says in done.stderr, done.stdout + done.stderr
