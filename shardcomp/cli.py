@@ -308,6 +308,9 @@ def _env(args: argparse.Namespace) -> tuple[int, str]:
     if args.json:
         return GOOD, _json(found)
     lines = [f"{name:<20} {version}" for name, version in found["versions"].items()]
+    held = found["library"]
+    path = f" {held['path']}" if held["path"] else ""
+    lines.append(f"{'library':<20} {held['kind']}{path} ({held['why']})")
     lines += [f"{device['device']:<20} {device['name']}" for device in found["devices"]]
     for kernel in found["kernels"]:
         state = "" if kernel["ok"] else "cannot run "

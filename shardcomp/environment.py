@@ -11,19 +11,29 @@ import torch
 from shardcomp import __version__
 from shardcomp.collectives import Axis
 from shardcomp.errors import ShardError
-from shardcomp.kernels import attention, candidates, comparison, library, vocab_embedding
+from shardcomp.kernels import attention, comparison, device_kernels, library, vocab_embedding
 from shardcomp.kernels.operators import REFERENCES
 from shardcomp.kernels.providers import PROVIDERS
 
 
 def environment() -> dict[str, Any]:
-    """`versions` {package: version}, `devices` [{device, name, memory}], `kernels` [{name, device, runs, ok, why}]."""
+    """`versions` {package: version}, `library` {kind, path, why}, `devices` [{device, name, memory}], `kernels` [{name, device,
+    runs, ok, why}]."""
     devices = _devices()
     names = [device["device"] for device in devices]
     kernels = [_compare(name, device) for device in names for name in comparison.calls()]
     kernels += [_attend(provider, device) for device in names for provider in PROVIDERS]
     kernels += [_embed(device) for device in names]
-    return {"versions": versions(), "devices": devices, "kernels": kernels}
+    return {"versions": versions(), "library": _library(), "devices": devices, "kernels": kernels}
+
+
+def _library() -> dict[str, Any]:
+    """The library of kernels; without one that was asked for by name, what speaks against it."""
+    try:
+        loaded = library.load()
+    except ShardError as error:
+        return {"kind": "none", "path": None, "why": str(error)}
+    return {"kind": loaded.kind, "path": str(loaded.path) if loaded.path else None, "why": loaded.why}
 
 
 def versions() -> dict[str, str]:
@@ -54,13 +64,13 @@ def _compare(name: str, device: str) -> dict[str, Any]:
     place, operators = torch.device(device), comparison.calls()[name]
     try:
         loaded = library.load()
-        runs = [candidates.in_place(each, place, REFERENCES[each]) for each in operators]
-        rejected = [why for each in operators if (why := candidates.why_not(each, place))]
+        runs = [device_kernels.in_place(each, place, REFERENCES[each]) for each in operators]
+        rejected = [why for each in operators if (why := device_kernels.why_not(each, place))]
         if all(runs):
             found["runs"] = f"{loaded.kind} library"
-            found["why"] = f"its results are near those of its reference; {loaded.why}"
+            found["why"] = "its results are near those of its reference"
         elif loaded.kind == "reference":
-            found["why"] = loaded.why
+            found["why"] = "no library is loaded"
         else:
             found["why"] = rejected[0] if rejected else f"the {loaded.kind} library has no kernel of it for this device"
         for each in operators:

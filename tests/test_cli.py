@@ -274,8 +274,9 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 def test_env_tells_versions_devices_and_what_runs_each_operator(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "env", "--json")
     found = json.loads(out)
-    assert status == 0 and set(found) == {"versions", "devices", "kernels"}
+    assert status == 0 and set(found) == {"versions", "library", "devices", "kernels"}
     assert found["versions"]["shardcomp"] == shardcomp.__version__
+    assert found["library"]["kind"] in ("aot", "jit", "reference") and found["library"]["why"]
     assert found["devices"][0]["device"] == "cpu"
     assert {kernel["name"] for kernel in found["kernels"]} == {*NAMES, "embedding", "adamw", "grad_norm"}
     assert all(kernel["runs"] and kernel["why"] for kernel in found["kernels"])

@@ -2,7 +2,7 @@
 
 The reference is the operator's specification and what runs where nothing better is registered; the library that `library.py`
 loads registers operators of the same names for the CPU and takes their place there, in graphs that exist already as well. For
-other devices `candidates.py` does so, one by one.
+other devices `device_kernels.py` does so, one by one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardcomp.kernels import candidates
+from shardcomp.kernels import device_kernels
 
 LIBRARY = torch.library.Library("shardcomp", "FRAGMENT")
-_WAITING = [torch.library.Library(space, "FRAGMENT") for space in candidates.SPACES.values()]
+_WAITING = [torch.library.Library(space, "FRAGMENT") for space in device_kernels.SPACES.values()]
 REFERENCES: dict[str, Callable[..., Any]] = {}
 """Operator -> its reference, which runs whatever library there is."""
 
@@ -31,7 +31,7 @@ def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any
     def first(*arguments: Any) -> Any:
         """What runs until there is a library, and then where it has no such operator."""
         device = next(each.device for each in _flat(arguments) if isinstance(each, Tensor))
-        if candidates.in_place(name, device, reference):
+        if device_kernels.in_place(name, device, reference):
             return getattr(torch.ops.shardcomp, name).default(*arguments)
         return reference(*arguments)
 

@@ -15,7 +15,7 @@ from kernels import emulated
 from kernels.test_emulation import _possible
 
 from shardcomp.errors import KernelError
-from shardcomp.kernels import candidates, comparison, library
+from shardcomp.kernels import comparison, device_kernels, library
 from shardcomp.kernels.operators import REFERENCES
 
 CUDA = torch.device("cuda", 0)
@@ -25,10 +25,10 @@ CUDA = torch.device("cuda", 0)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
     """A device with kernels of every operator: which were compared, and which then took their place."""
     seen: dict[str, list[str]] = {"compared": [], "placed": []}
-    monkeypatch.setattr(candidates, "_rejected", {})
-    monkeypatch.setattr(candidates, "_waits", lambda name, kind: kind == "cuda")
-    monkeypatch.setattr(candidates, "_compare", lambda name, device, reference: seen["compared"].append(name))
-    monkeypatch.setattr(candidates, "_put_in_place", seen["placed"].append)
+    monkeypatch.setattr(device_kernels, "_rejected", {})
+    monkeypatch.setattr(device_kernels, "_waits", lambda name, kind: kind == "cuda")
+    monkeypatch.setattr(device_kernels, "_compare", lambda name, device, reference: seen["compared"].append(name))
+    monkeypatch.setattr(device_kernels, "_put_in_place", seen["placed"].append)
     monkeypatch.setattr(library, "provides", lambda name, kind: name in seen["placed"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv(library.VARIABLE, raising=False)
@@ -41,45 +41,45 @@ def refuse(*_: Any) -> None:
 
 def test_a_kernel_is_compared_once_and_then_runs(pretended: dict[str, list[str]]) -> None:
     for name in ("rms_norm", "rms_norm_bwd", "rms_norm"):
-        assert candidates.in_place(name, CUDA, REFERENCES[name])
+        assert device_kernels.in_place(name, CUDA, REFERENCES[name])
     assert pretended == {"compared": ["rms_norm", "rms_norm_bwd"], "placed": ["rms_norm", "rms_norm_bwd"]}
 
 
 def test_one_that_differs_leaves_its_reference_and_one_warning(
     pretended: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(candidates, "_compare", refuse)
+    monkeypatch.setattr(device_kernels, "_compare", refuse)
     for _ in range(3):
-        assert not candidates.in_place("rotary", CUDA, REFERENCES["rotary"])
+        assert not device_kernels.in_place("rotary", CUDA, REFERENCES["rotary"])
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "rotary runs as its reference on cuda:0: AssertionError: it is off by 3" in caplog.text
-    assert pretended["placed"] == [] and candidates.why_not("rotary", CUDA) == "AssertionError: it is off by 3"
+    assert pretended["placed"] == [] and device_kernels.why_not("rotary", CUDA) == "AssertionError: it is off by 3"
 
 
 def test_one_that_differs_is_an_error_where_its_library_is_named(
     pretended: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(candidates, "_compare", refuse)
+    monkeypatch.setattr(device_kernels, "_compare", refuse)
     monkeypatch.setenv(library.VARIABLE, "aot")
     for _ in range(2):
         with pytest.raises(KernelError, match="SHARDCOMP_KERNELS=aot: its kernel of rotary must not run on cuda:0: .* by 3"):
-            candidates.in_place("rotary", CUDA, REFERENCES["rotary"])
+            device_kernels.in_place("rotary", CUDA, REFERENCES["rotary"])
     assert not caplog.records
 
 
 def test_nothing_is_compared_on_the_cpu_nor_while_a_graph_is_recorded(
     pretended: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not candidates.in_place("rms_norm", torch.device("cpu"), REFERENCES["rms_norm"])
+    assert not device_kernels.in_place("rms_norm", torch.device("cpu"), REFERENCES["rms_norm"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not candidates.in_place("rms_norm", CUDA, REFERENCES["rms_norm"])
+    assert not device_kernels.in_place("rms_norm", CUDA, REFERENCES["rms_norm"])
     assert pretended["compared"] == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert candidates.in_place("rms_norm", CUDA, REFERENCES["rms_norm"]), "it may be tried later"
+    assert device_kernels.in_place("rms_norm", CUDA, REFERENCES["rms_norm"]), "it may be tried later"
 
 
 def test_nothing_is_compared_while_a_graph_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "in_place", refuse)
+    monkeypatch.setattr(device_kernels, "in_place", refuse)
 
     class Norm(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,12 +115,12 @@ def spoiled(run: Callable[..., Any]) -> Callable[..., Any]:
 
 PROGRAM = """
     import ctypes, sys, torch
-    from shardcomp.kernels import candidates, comparison, library
+    from shardcomp.kernels import device_kernels, comparison, library
     from shardcomp.kernels import operators, rms_norm
     import kernels.emulated as emulated
 
     path = sys.argv[1]
-    candidates.SPACES["cpu"] = emulated.SPACE
+    device_kernels.SPACES["cpu"] = emulated.SPACE
     held = torch.library.Library(emulated.SPACE, "FRAGMENT")
     for name in operators.REFERENCES:
         held.define(str(getattr(torch.ops.shardcomp, name).default._schema).removeprefix("shardcomp::"))
@@ -134,9 +134,9 @@ PROGRAM = """
     for _ in range(3):
         y = rms_norm(x, eps=1e-5)
         made.append((y, *torch.autograd.grad(y[:, 0].sum(), x)))
-        operators.candidates.in_place, refused = None, operators.candidates.in_place  # nothing asks any more
+        operators.device_kernels.in_place, refused = None, operators.device_kernels.in_place  # nothing asks any more
         torch.ops.shardcomp.rms_norm(x.detach(), None, 1e-5, 0.0, False)
-        operators.candidates.in_place = refused
+        operators.device_kernels.in_place = refused
     assert sorted(compared) == ["rms_norm", "rms_norm_bwd"], compared
     expected = torch.nn.functional.rms_norm(x, (6,), eps=1e-5)
     torch.testing.assert_close(made[0][0], expected)
@@ -144,7 +144,7 @@ PROGRAM = """
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has("shardcomp::rms_norm", "CPU") and not has("shardcomp::rotary", "CPU")
     for name, reference in operators.REFERENCES.items():
-        assert candidates.in_place(name, torch.device("cpu"), reference), candidates.why_not(name, torch.device("cpu"))
+        assert device_kernels.in_place(name, torch.device("cpu"), reference), device_kernels.why_not(name, torch.device("cpu"))
     print("every kernel is in its place")
 """
 
