@@ -116,7 +116,7 @@ inline Tensor torch_layer_norm(const Tensor& x, const Maybe& weight, const Maybe
   std::array<StableIValue, 5> stack{
       torch::stable::detail::from(x), torch::stable::detail::from(std::vector<int64_t>{x.size(x.dim() - 1)}),
       torch::stable::detail::from(weight), torch::stable::detail::from(bias), torch::stable::detail::from(eps)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::native_layer_norm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::native_layer_norm", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor made = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
   torch::stable::detail::to<Tensor>(stack[1]);
   torch::stable::detail::to<Tensor>(stack[2]);
