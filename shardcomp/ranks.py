@@ -31,6 +31,7 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
     """
     from torch.testing._internal.distributed.multi_threaded_pg import (
         ProcessLocalGroup,
+        ThreadLocalWorld,
         _install_threaded_pg,
         _uninstall_threaded_pg,
     )
@@ -56,6 +57,8 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
         isolated = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
         isolated(True)
         _add_mail(ProcessLocalGroup)
+        if not hasattr(ThreadLocalWorld, "comms"):  # torch 2.11 ends a group with these, and threads have none
+            ThreadLocalWorld.comms = property(lambda world: [])
         try:
             ProcessLocalGroup.reset()
             store = dist.HashStore()
