@@ -269,6 +269,6 @@ def test_ranks_as_threads_compute_on_the_cpu_where_there_is_a_gpu(monkeypatch: p
 
 
 def test_the_command_names_the_python() -> None:
-    words = ["make", "-n", "gpu", f"PYTHON={sys.executable}", "GPU=--dry-run"]
+    words = ["make", "--no-print-directory", "-n", "gpu", f"PYTHON={sys.executable}", "GPU=--dry-run"]
     done = subprocess.run(words, cwd=parts.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{sys.executable} examples/gpu/check.py --dry-run"
