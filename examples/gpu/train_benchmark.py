@@ -69,7 +69,7 @@ def measure(variant: str, shape: Shape, memory: float, device_name: str, out: Pa
             parts.write(out, {**found, "failed": "it fits at no setting that was tried"})
         else:
             parts.write(out, found | measured)
-            parts.write(out, {"time": where(run, tokens, device)})
+            parts.write(out, where(run, tokens, device))
             return
         gc.collect()
         torch.cuda.empty_cache()

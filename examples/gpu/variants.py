@@ -219,13 +219,22 @@ def kind(name: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "elementwise")
 
 
-def where(run: Trainer, tokens: Tensor, device: torch.device) -> dict[str, float]:
-    """Seconds that kernels of each kind take in one step; `optimizer` is all of an update, with the norm of the gradients."""
-    found: defaultdict[str, float] = defaultdict(float)
-    for name, seconds in _seen(lambda: run.gradients(tokens), device):
-        found[kind(name)] += seconds
-    found["optimizer"] = sum(seconds for _, seconds in _seen(run.update, device))
-    return dict(found)
+LONGEST = 40
+"""Kernels that are told by name."""
+
+
+def where(run: Trainer, tokens: Tensor, device: torch.device) -> dict[str, Any]:
+    """Where the time of one step goes. time: kind of kernels -> seconds; `optimizer` is all of an update, with the norm of the
+    gradients. longest: the kernels that take longest, each with its seconds and how often it runs."""
+    time: defaultdict[str, float] = defaultdict(float)
+    named: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for call, of_all in ((lambda: run.gradients(tokens), None), (run.update, "optimizer")):
+        for name, seconds in _seen(call, device):
+            time[of_all or kind(name)] += seconds
+            named[name][0] += seconds
+            named[name][1] += 1
+    longest = sorted(named.items(), key=lambda each: -each[1][0])[:LONGEST]
+    return {"time": dict(time), "longest": [[name[:200], *held] for name, held in longest]}
 
 
 def _seen(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
