@@ -67,7 +67,7 @@ def unit_source(body: Body, program: Program) -> str:
 
 def _imports(used: set[str]) -> list[str]:
     lines = ["import torch"]
-    functional = sorted(used & set(_FUNCTIONAL.values()))
+    functional = sorted(used & set(_FUNCTIONAL.values()) - {"linear"})  # the runtime has one of its own
     if functional:
         lines.append(f"from torch.nn.functional import {', '.join(functional)}")
     runtime = sorted(used - set(functional) - {"aten"}, key=lambda n: (n.lower(), n))

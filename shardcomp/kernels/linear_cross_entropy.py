@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from shardcomp.collectives import Axis
 from shardcomp.kernels.cross_entropy import first_column, normaliser_and_losses
+from shardcomp.kernels.products import add_product
 from shardcomp.layout import Size
 from shardcomp.program import value
 from shardcomp.rules import Form, register
@@ -214,21 +215,13 @@ class _Gradients:
         if self.of_logits is not None:
             self.of_logits[rows] = gradient
         if self.of_weight is not None:
-            _add_product(self.of_weight, gradient.mT, self.x[rows])
+            add_product(self.of_weight, gradient.mT, self.x[rows])
         if self.of_bias is not None:
             self.of_bias += gradient.sum(0, dtype=self.of_bias.dtype)
 
     def done(self) -> tuple[Tensor | None, ...]:
         of_weight = self.of_weight if self.of_logits is None else self.of_logits.mT @ self.x
         return tuple(None if each is None else each.to(self.x.dtype) for each in (self.of_x, of_weight, self.of_bias))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, not rounded to the dtype of the factors in between."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def is_early(call: fx.Node) -> bool:

@@ -29,6 +29,7 @@ from shardcomp.kernels import (
     vocab_linear_cross_entropy,
 )
 from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.linear import linear
 from shardcomp.runtime.model import ShardedModel, build
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import keep, once
@@ -55,6 +56,7 @@ __all__ = [
     "identity_allreduce",
     "keep",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "local",
     "narrow",

@@ -260,8 +260,9 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
             reshard = bool(own) and chunk.reshards(module)
             fully_shard(module, mesh=data, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
         assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        if data.size() > 1:  # a sum, where FSDP would take a mean
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         if own:
             holder.to_empty(device="cpu" if on_host else device)
     splits = blueprint.mesh.pp > 1 and SCHEDULES[blueprint.schedule].splits_backward

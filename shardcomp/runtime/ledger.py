@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shardcomp.runtime.allocation import Chunk
+from shardcomp.runtime.fsdp import tensors
 from shardcomp.runtime.gradients import local
-from shardcomp.runtime.stage import tensors
 
 ROLES = ("parameters", "gathered", "unreduced", "gradients", "optimizer")
 PLACES = ("device", "host")

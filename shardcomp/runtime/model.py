@@ -21,7 +21,8 @@ from shardcomp.errors import PlanError
 from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
 from shardcomp.runtime.allocation import Chunk, Held, Weights, allocate, held_index, tied_axes, users
-from shardcomp.runtime.blueprint import MASTER, Blueprint
+from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
+from shardcomp.runtime.fsdp import forget_forwards, gather_apart, hand_on, prepare, reset, widen_gradients
 from shardcomp.runtime.gradients import (
     Partial,
     PartialGradients,
@@ -35,7 +36,7 @@ from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
-from shardcomp.runtime.stage import ModelStage, Pipeline, forget_forwards, gather_apart, prepare, reset
+from shardcomp.runtime.stage import ModelStage, Pipeline
 from shardcomp.runtime.unit import Home, Stage
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
@@ -282,6 +283,8 @@ class ShardedModel(nn.Module):
 
     def _end_backward(self, code: _Loaded) -> Tensor:
         """Called when every gradient of a backward is there; returns whether one on this rank is not finite: 0 or 1, []."""
+        for chunk in self._chunks:
+            hand_on(chunk)
         code.partial.add_up()
         if self._scaled:
             scale_gradients(self.parameters(), 1 / self.loss_scale.scale)
@@ -579,4 +582,6 @@ def build(
     tree, chunks = allocate(blueprint, weights, mesh, factored, {name: axis.rank for name, axis in axes.items()}, device)
     for chunk in chunks:
         gather_apart(chunk)
+        if COMPUTE[blueprint.precision] != MASTER[blueprint.precision] and not blueprint.compile:
+            widen_gradients(chunk)
     return ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), config, lower)

@@ -2,25 +2,24 @@
 
 torch.distributed.pipelining decides the order of forwards, backwards and messages. What a stage does in each of them is decided
 here: torch's own stage loses gradients where FSDP puts parameters back in pieces under a split backward, runs the model once
-more to learn shapes that are known, and drops accumulated gradients when it does. Only this file uses FSDP's private names.
+more to learn shapes that are known, and drops accumulated gradients when it does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_input
 
 from shardcomp.runtime.allocation import Chunk
+from shardcomp.runtime.fsdp import hand_over, prepare
 from shardcomp.runtime.recompute import split_backward
 from shardcomp.runtime.unit import Stage
 from shardcomp.schedules import SCHEDULES
@@ -204,7 +203,7 @@ class ModelStage(PipelineStage):
         """Hand over to FSDP the gradients of weights that came without a backward of its own: it adds them to those in the
         masters' dtype, and sums these over dp where `reduce`."""
         self._before(reduce)
-        self.chunk.root._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]
+        hand_over(self.chunk)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The last backward of the step has summed them already."""
@@ -249,89 +248,6 @@ def _or_zeros(gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tens
         (torch.zeros_like(held) if gradient is None else gradient) if held.requires_grad else None
         for gradient, held in zip(gradients, inputs, strict=True)
     ]
-
-
-def prepare(chunk: Chunk, reduce: bool, last: bool) -> None:
-    """What FSDP does in the backward that comes: whether it sums gradients over dp, and what it puts back in pieces: all behind
-    the last backward of a step, before that the units whose plan says so."""
-    chunk.root.set_requires_gradient_sync(reduce)  # type: ignore[operator]
-    for module in chunk.groups:
-        module.set_reshard_after_backward(last or chunk.reshards(module), recurse=False)
-
-
-def gather_apart(chunk: Chunk) -> None:
-    """Called once: of a group that is put back in pieces, no buffer of a gather outlives its copies. Else FSDP keeps that of
-    the unit that computes while the next one is gathered: three units at once."""
-    for module in chunk.groups:
-        if chunk.reshards(module):
-            module._set_unshard_async_op(True)
-
-
-def forget_forwards(chunk: Chunk) -> None:
-    """Drop FSDP's list of the forwards that were made. It guesses from it what to gather ahead, which `_prefetch` says, and
-    clears it in a backward, which frozen units and evaluation never have."""
-    getattr(chunk.root._get_fsdp_state()._comm_ctx, "post_forward_order", []).clear()  # type: ignore[operator]
-    for module in chunk.groups:
-        for group in _parameter_groups(module):
-            group._post_forward_indices.clear()
-
-
-def reset(chunk: Chunk, device: torch.device) -> None:
-    """Bring FSDP back to where it is between two steps, behind an exception in a forward or a backward: parameters are in
-    pieces, and gradients that were not yet summed over dp are lost."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)  # what was under way in other streams
-    for module in chunk.groups:
-        state = module._get_fsdp_state()
-        state._training_state = TrainingState.IDLE
-        getattr(state, "_modules_to_run_forward", set()).clear()
-        for group in _parameter_groups(module):
-            work = group._all_gather_result and group._all_gather_result.all_gather_work
-            if isinstance(work, dist.Work):
-                with contextlib.suppress(RuntimeError):  # the exception at hand is the one to tell of
-                    work.wait()
-            group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
-            group._reshard_after_forward_event = group._partial_reduce_output = None
-            group._training_state = TrainingState.IDLE
-            for each in group.fsdp_params:
-                each.unsharded_accumulated_grad = None
-                if hasattr(each, "_unsharded_param"):
-                    each._unsharded_param.grad = None
-            group._to_sharded()
-    root = chunk.root._get_fsdp_state()  # type: ignore[operator]
-    root._state_ctx.iter_forward_root = None
-    root._state_ctx.post_backward_final_callback_queued = False
-    for name in ("all_gather_state", "reduce_scatter_state"):  # the second is a list from torch 2.13 on
-        if hasattr(root._comm_ctx, name):
-            setattr(root._comm_ctx, name, None)
-    for name in ("reduce_scatter_states", "_last_post_reduce_events"):
-        getattr(root._comm_ctx, name, []).clear()
-    forget_forwards(chunk)
-
-
-def _parameter_groups(module: Any) -> list[Any]:
-    """The groups of a module's parameters: one in torch 2.11, several in later ones."""
-    state = module._get_fsdp_state()
-    return getattr(state, "_fsdp_param_groups", None) or [group for group in [state._fsdp_param_group] if group]
-
-
-def tensors(chunk: Chunk) -> Iterator[tuple[str, Tensor, bool]]:
-    """What FSDP holds of a stage: role, this rank's tensor, and whether its unit is one that the host keeps."""
-    for module in chunk.groups:
-        state = module._get_fsdp_state()
-        on_host = chunk.offloads(module)
-        results = [state._comm_ctx.all_gather_state and state._comm_ctx.all_gather_state.all_gather_result]
-        for group in _parameter_groups(module):
-            results.append(group._all_gather_result)
-            for each in group.fsdp_params:
-                yield "parameters", each.sharded_param, on_host
-                yield from (("gathered", held, False) for held in each.all_gather_outputs)
-                copy = getattr(each, "_unsharded_param", None)
-                unreduced = (each.unsharded_accumulated_grad, None if copy is None else copy.grad)
-                yield from (("unreduced", held, False) for held in unreduced if held is not None)
-                if each.sharded_param.grad is not None:
-                    yield "gradients", each.sharded_param.grad, on_host
-        yield from (("gathered", result.all_gather_output, False) for result in results if result)
 
 
 class Pipeline:

@@ -37,11 +37,13 @@ class Home(nn.Module):
     reads some of them, such as a LayerNorm's weight, when what was gathered is gone.
     splits: whether its backward comes in two halves. What FSDP hangs on the call that a result comes from would then run in
     the second half once more, where weights meet that very call: its results get a call of their own.
+    wide_gradients: the name of a matrix in the emitted code -> where its gradients of several micro-batches are added up.
     """
 
     shared: Shared | None
     copies_vectors = False
     splits = False
+    wide_gradients: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -121,6 +123,8 @@ def local(unit: Unit | Compiled) -> Any:
             at = at.__dict__[part]
         held = getattr(module, attribute)
         held = held.to_local() if isinstance(held, DTensor) else held
+        if name in unit.home.wide_gradients:
+            held.wide_gradient = unit.home.wide_gradients[name]
         setattr(at, leaf, held.clone() if unit.home.copies_vectors and held.dim() < 2 else held)
     return top
 

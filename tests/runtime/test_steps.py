@@ -16,6 +16,7 @@ from shardcomp import presets
 from shardcomp.lowering import Lowered
 from shardcomp.ranks import run_ranks
 from shardcomp.reference import batches, dense
+from shardcomp.runtime.fsdp import hand_on
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
@@ -151,6 +152,8 @@ def plant(sharded: ShardedModel, value: float) -> Callable[[], None]:
     true = sharded._end_backward
 
     def planted(code: Any) -> Tensor:
+        for chunk in sharded._chunks:
+            hand_on(chunk)
         piece = next(local(p.grad) for p in sharded.parameters() if p.grad is not None and local(p.grad).numel())
         piece.view(-1)[0] = value
         return true(code)

@@ -1,0 +1,117 @@
+"""Gradients of several micro-batches are added up in the masters' dtype by the product that makes them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import tiny
+from torch import Tensor, nn
+from torch.nn import functional
+
+import shardcomp
+from shardcomp import presets
+from shardcomp.ranks import run_ranks
+from shardcomp.runtime.fsdp import WideGradient
+from shardcomp.runtime.initialisation import initialize
+from shardcomp.runtime.linear import linear
+from shardcomp.sharding import allocate, weights_of
+
+ROWS, IN, OUT = 12, 8, 6
+
+
+def weight_of(wide: WideGradient | None) -> nn.Parameter:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(OUT, IN, dtype=torch.bfloat16))
+    if wide is not None:
+        weight.wide_gradient = wide  # type: ignore[attr-defined]
+    return weight
+
+
+def place(reduces: bool, held: Tensor | None = None) -> tuple[SimpleNamespace, WideGradient]:
+    parameter = SimpleNamespace(unsharded_accumulated_grad=held, reduce_dtype=torch.float32, unsharded_param=None)
+    return parameter, WideGradient(SimpleNamespace(reduce_grads=reduces), parameter)
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    made = (torch.randn(3, 4, IN), torch.randn(OUT), torch.randn(3, 4, OUT))
+    return tuple(each.bfloat16() for each in made)  # type: ignore[return-value]
+
+
+def gradients(weight: nn.Parameter) -> tuple[Tensor, Tensor]:
+    x, bias, of_result = operands()
+    x.requires_grad_()
+    bias.requires_grad_()
+    made = linear(x, weight, bias)
+    assert torch.equal(made, functional.linear(x, weight, bias))
+    made.backward(of_result)
+    assert x.grad is not None and bias.grad is not None
+    return x.grad, bias.grad
+
+
+def test_the_gradients_of_micro_batches_are_added_up_unrounded() -> None:
+    x, _, of_result = operands()
+    exact = of_result.reshape(ROWS, OUT).T.float() @ x.reshape(ROWS, IN).float()
+    parameter, wide = place(reduces=False)
+    plain = weight_of(None)
+    expected = gradients(plain)
+    for times in (1, 2, 3):
+        weight = weight_of(wide)
+        for ours, theirs in zip(gradients(weight), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert weight.grad is None
+        torch.testing.assert_close(parameter.unsharded_accumulated_grad, times * exact, rtol=1e-6, atol=1e-6)
+    assert plain.grad is not None and not torch.equal(plain.grad.float(), exact)  # what rounding would have made of it
+
+
+def test_what_is_reduced_at_once_is_not_widened() -> None:
+    parameter, wide = place(reduces=True)
+    weight, plain = weight_of(wide), weight_of(None)
+    gradients(weight)
+    gradients(plain)
+    assert parameter.unsharded_accumulated_grad is None
+    assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.grad, plain.grad)
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "wide_per_step"),
+    [
+        (1, {}, 3),
+        (1, {"recompute": "full"}, 3),
+        (2, {"tensor": 2, "recompute": "selective"}, 3),
+        (2, {"data": 2, "zero": 1}, 3),
+        (2, {"data": 2, "zero": 3}, 0),
+        (2, {"pipeline": 2}, 3),
+        (2, {"pipeline": 2, "schedule": "zero_bubble"}, 0),
+    ],
+)
+def test_each_matrix_of_a_layer_is_widened(
+    world: int, options: dict[str, Any], wide_per_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every micro-batch where nothing is summed over dp at once, also in those whose sum is handed on at last."""
+    config = tiny(num_hidden_layers=2)
+    policy = shardcomp.Policy.load("llama", precision="bf16", micro_batch=2, **options)
+    lowered = shardcomp.lower(initialize(presets.build(config), 0), policy, world, seq=8)
+    added: list[bool] = []
+    true = WideGradient.add
+
+    def watched(self: WideGradient, of_results: Tensor, x: Tensor) -> Tensor | None:
+        made = true(self, of_results, x)
+        added.append(made is None)
+        return made
+
+    monkeypatch.setattr(WideGradient, "add", watched)
+
+    def work(rank: int) -> None:
+        sharded = allocate(lowered, weights_of(lowered))
+        tokens = torch.randint(0, config.vocab_size, (6, 8), generator=torch.Generator().manual_seed(0))
+        sharded.train_step(input_ids=tokens, labels=tokens)
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sharded.parameters())
+
+    run_ranks(world, work)
+    of_layers = 7 * 2 // options.get("pipeline", 1)
+    assert sum(added) == wide_per_step * of_layers * world
