@@ -125,16 +125,25 @@ class Writer:
     def lines(self) -> Iterator[str]:
         if any(node.op == "placeholder" and node.meta["role"] != INPUT for node in self.body.graph.nodes):
             yield f"{INDENT}w = local(self)"
-        statements = [self._statement(node) for node in self.body.calls()]
-        yield from self._size_lines(statements)
-        yield from (text for text, _ in statements)
+        statements = [(node, *self._statement(node)) for node in self.body.calls()]
+        yield from self._size_lines([symbols for *_, symbols in statements])
+        for node in self.body.placeholders(INPUT):
+            yield from self._fan_out(node)
+        for node, text, _ in statements:
+            yield text
+            yield from self._fan_out(node)
         results = ", ".join(self.names[node] for node in self.body.results)
         yield f"{INDENT}return {results}"
 
-    def _size_lines(self, statements: list[tuple[str, set[sympy.Symbol]]]) -> Iterator[str]:
+    def _fan_out(self, node: fx.Node) -> Iterator[str]:
+        """What several matrices are multiplied with is said to be so, for the sake of its gradient."""
+        readers = [u for u in node.users if getattr(u.target, "overloadpacket", None) is aten.linear and u.args[0] is node]
+        if len(readers) > 1 and node.meta["value"].requires_grad:
+            yield f"{INDENT}{self.names[node]} = self.fan_out({self.names[node]})"
+
+    def _size_lines(self, used: list[set[sympy.Symbol]]) -> Iterator[str]:
         """b and s, where an executed expression needs them, from the first input that has such a dimension."""
-        needed = set().union(*(symbols for _, symbols in statements)) if statements else set()
-        for symbol in sorted(needed, key=str):
+        for symbol in sorted(set().union(*used), key=str):
             yield f"{INDENT}{symbol} = {self._size_from_inputs(symbol)}"
 
     def _size_from_inputs(self, symbol: sympy.Symbol) -> str:

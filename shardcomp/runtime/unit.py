@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
 from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
+from shardcomp.runtime.linear import fan_out
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import keep, once, recompute
 
@@ -149,6 +150,11 @@ class Unit:
     def forward(self, *inputs: Tensor) -> Any:
         raise TypeError(f"{type(self).__name__} has no emitted forward")
 
+    def fan_out(self, x: Tensor) -> Tensor:
+        """`x` for several linear layers to read, see `runtime.linear`. Not under a split backward, whose halves are told apart
+        by what autograd gives to whom."""
+        return x if self.home.splits or not (torch.is_grad_enabled() and x.requires_grad) else fan_out(x)
+
     def __call__(self, *inputs: Tensor) -> Any:
         return self.home.run(self._run, *inputs)
 
@@ -166,6 +172,10 @@ class Compiled:
     def __init__(self, unit: Unit) -> None:
         self.__dict__.update({name: held for name, held in vars(unit).items() if name not in ("home", "call")})
         self.weights = local(unit)
+
+    def fan_out(self, x: Tensor) -> Tensor:
+        """As it is: what is compiled adds up by itself."""
+        return x
 
 
 _AS_THEY_ARE = (keep, once, linear_cross_entropy)

@@ -1,7 +1,9 @@
-"""Gradients of several micro-batches are added up in the masters' dtype by the product that makes them."""
+"""Gradients are added up by the products that make them: those of several micro-batches, in the masters' dtype, and those of
+what several layers read."""
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +12,15 @@ import torch
 from models import tiny
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardcomp
 from shardcomp import presets
 from shardcomp.ranks import run_ranks
+from shardcomp.runtime import unit
 from shardcomp.runtime.fsdp import WideGradient
 from shardcomp.runtime.initialisation import initialize
-from shardcomp.runtime.linear import linear
+from shardcomp.runtime.linear import fan_out, linear
 from shardcomp.sharding import allocate, weights_of
 
 ROWS, IN, OUT = 12, 8, 6
@@ -115,3 +119,51 @@ def test_each_matrix_of_a_layer_is_widened(
     run_ranks(world, work)
     of_layers = 7 * 2 // options.get("pipeline", 1)
     assert sum(added) == wide_per_step * of_layers * world
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), ()])
+def test_what_several_layers_read_has_the_gradient_of_all(used: tuple[int, ...], others: bool) -> None:
+    """Also where some of them lead to no loss, or something else reads it."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(OUT, IN, dtype=torch.float64)) for _ in range(3)]
+    x = torch.randn(3, 4, IN, dtype=torch.float64, requires_grad=True)
+
+    def run(shared: bool) -> list[Tensor]:
+        read = fan_out(x * 2) if shared else x * 2
+        results = [linear(read, weight) for weight in weights]
+        total = torch.stack(
+            [x.sum(), *(results[i].square().sum() for i in used), *([read.sin().sum()] if others else [])]
+        ).sum()
+        wanted = [x, *(weights[i] for i in used)]
+        found = list(torch.autograd.grad(total, wanted, retain_graph=True))
+        return found + list(torch.autograd.grad(total, wanted))  # nothing is left over from the first
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_of_what_layers_read_are_not_added_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(num_hidden_layers=2)
+    lowered = shardcomp.lower(initialize(presets.build(config), 0), shardcomp.Policy.load("llama"), seq=8)
+    counted: Counter[Any] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counted[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    def work(rank: int) -> None:
+        sharded = allocate(lowered, weights_of(lowered))
+        tokens = torch.randint(0, config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+        with Count():
+            sharded.train_step(input_ids=tokens, labels=tokens)
+
+    run_ranks(1, work)
+    joint = counted.copy()
+    counted.clear()
+    monkeypatch.setattr(unit, "fan_out", lambda x: x)
+    run_ranks(1, work)
+    aten, of_layers = torch.ops.aten, 2 * 3  # k and v to q, up to gate
+    assert joint[aten.addmm_.default] - counted[aten.addmm_.default] == of_layers
+    assert counted[aten.mm.default] - joint[aten.mm.default] == of_layers
