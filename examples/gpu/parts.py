@@ -206,10 +206,13 @@ def driver() -> str | None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it; outside git what $COMMIT says, else `unknown`."""
+    """What $COMMIT says, for a copy of a checkout; else the commit of this one, with a + where files differ from it, or
+    `unknown` outside git."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     found = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return found + "+" * bool(changed) if found else os.environ.get("COMMIT", "unknown")
+    return found + "+" * bool(changed) if found else "unknown"
 
 
 def _said(*command: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 import tempfile
@@ -37,6 +38,10 @@ WARM_UP, STEPS, MEASURED = 2, 7, 15.0
 """Steps that do not count, the most that do, and the seconds after which three are enough."""
 TO_SPARE = 0.97
 """The share of a GPU's memory up to which a setting is tried."""
+
+
+ALLOCATOR = "expandable_segments:True"
+"""How torch takes a GPU's memory, for all variants: so that pieces of it that are free are not too small to be used."""
 
 
 def fit(shape: Shape, memory: float) -> Shape:
@@ -99,6 +104,7 @@ def timed(variant: str, shape: Shape, setting: Setting, device: Any) -> tuple[di
 
     losses = [step()[1] for _ in range(WARM_UP)]
     before = time.perf_counter() - began
+    retries = torch.cuda.memory_stats(device)["num_alloc_retries"] if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     took: list[float] = []
@@ -121,6 +127,7 @@ def timed(variant: str, shape: Shape, setting: Setting, device: Any) -> tuple[di
             "mfu": arithmetic.mfu(shape, speed, name),
             "peak_memory": torch.cuda.max_memory_allocated(device) if on_gpu else None,
             "reserved_memory": torch.cuda.max_memory_reserved(device) if on_gpu else None,
+            "memory_retries": torch.cuda.memory_stats(device)["num_alloc_retries"] - retries if on_gpu else None,
             "losses": [float(loss) for loss in losses],
         },
         run,
@@ -281,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parts.prepare()
         if asked.child:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
             [name], [variant] = asked.shapes, asked.variants
             measure(variant, fit(SHAPES[name], asked.bytes), asked.bytes, asked.child, asked.out)
             return 0
@@ -307,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ended.state == "failed":
             print(ended.why, flush=True)
         if path is not None:
-            parts.save(path, {**about, "variants": found})
+            parts.save(path, {**about, "allocator": ALLOCATOR, "variants": found})
 
     with tempfile.TemporaryDirectory() as folder:
         budget = Budget(asked.minutes * 60, least=20.0)

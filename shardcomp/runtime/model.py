@@ -582,6 +582,6 @@ def build(
     tree, chunks = allocate(blueprint, weights, mesh, factored, {name: axis.rank for name, axis in axes.items()}, device)
     for chunk in chunks:
         gather_apart(chunk)
-        if COMPUTE[blueprint.precision] != MASTER[blueprint.precision] and not blueprint.compile:
+        if COMPUTE[blueprint.precision] != MASTER[blueprint.precision]:
             widen_gradients(chunk)
     return ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), config, lower)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
 from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
-from shardcomp.runtime.linear import fan_out
+from shardcomp.runtime.linear import fan_out, linear
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import keep, once, recompute
 
@@ -173,14 +173,15 @@ class Compiled:
         self.__dict__.update({name: held for name, held in vars(unit).items() if name not in ("home", "call")})
         self.weights = local(unit)
 
+    @torch.compiler.disable
     def fan_out(self, x: Tensor) -> Tensor:
-        """As it is: what is compiled adds up by itself."""
-        return x
+        """As that of `Unit`."""
+        return fan_out(x) if torch.is_grad_enabled() and x.requires_grad else x
 
 
-_AS_THEY_ARE = (keep, once, linear_cross_entropy)
-"""Compiled code stops before these and goes on behind: recompute watches the first two, and the last is products into memory
-that is there already, some of which torch 2.11 does not trace for a GPU."""
+_AS_THEY_ARE = (keep, once, linear, linear_cross_entropy)
+"""Compiled code stops before these and goes on behind: recompute watches the first two, and the gradients of the last two are
+products into memory that is there already, some of which torch 2.11 does not trace for a GPU."""
 _compiled: dict[tuple[type[Unit], str], Callable[..., Any]] = {}
 _compiling = threading.Lock()
 
