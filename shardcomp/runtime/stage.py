@@ -7,6 +7,7 @@ more to learn shapes that are known, and drops accumulated gradients when it doe
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_input
 
@@ -165,11 +166,12 @@ class ModelStage(PipelineStage):
             weights = self._gathered()
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
             given = [held for held in inputs if held.requires_grad]
+            whole = [] if _nodes_last() else [o.view_as(o) for o, _ in pairs]
             with split_backward():
                 found, groups = stage_backward_input([o for o, _ in pairs], [g for _, g in pairs], given, iter(weights))
             returned = iter(found)
             self._returned[bwd_chunk_id] = _or_zeros([next(returned) if i.requires_grad else None for i in inputs], inputs)
-            self._weights[bwd_chunk_id] = lambda: self._weights_only(weights, groups)
+            self._weights[bwd_chunk_id] = lambda whole=whole: self._weights_only(weights, groups)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The gradients of the weights, behind those of the inputs."""
@@ -215,6 +217,38 @@ class ModelStage(PipelineStage):
         """`begin` does that."""
 
 
+@functools.cache
+def _nodes_last() -> bool:
+    """Whether a backward may begin at a torch.autograd.Function whose results are gone. In torch 2.11 it may not: the graph of
+    a micro-batch is kept whole between the two halves of its backward."""
+    x = torch.zeros((), requires_grad=True)
+    node = _Same.apply(x).grad_fn
+    try:
+        _backward([(GradientEdge(node, 0), x.detach())], [_get_grad_fn_or_grad_acc(x)])
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _backward(begin: list[tuple[GradientEdge, Tensor]], nodes: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The gradients that arrive at `nodes`. torch.autograd.grad of 2.11 cannot begin at a torch.autograd.Function: it asks for
+    the shape of its result."""
+    edges, gradients = zip(*begin, strict=True)
+    arrive = tuple(GradientEdge(node, 0) for node in nodes)
+    retain_graph = create_graph = allow_unused = False
+    return _engine_run_backward(edges, gradients, retain_graph, create_graph, arrive, allow_unused, accumulate_grad=False)
+
+
 def _gradients_of_weights(weights: list[Tensor], groups: list[dict[str, Any]]) -> None:
     """The second half of a split backward, from the calls that `stage_backward_input` noted in `groups` to the weights.
 
@@ -231,9 +265,7 @@ def _gradients_of_weights(weights: list[Tensor], groups: list[dict[str, Any]]) -
         # A call that another one of them leads to would get that one's gradient once more.
         handles = [call.register_prehook(lambda _, given=given: given) for call, given in noted] if len(noted) > 1 else []
         try:
-            found = torch.autograd.grad(
-                [edge for edge, _ in edges], [GradientEdge(node, 0) for node in nodes], [each for _, each in edges]
-            )
+            found = _backward(edges, nodes)
         finally:
             for handle in handles:
                 handle.remove()
