@@ -4,6 +4,8 @@
 // Plain C++ but for a few words that the emulation gives a meaning on the host, so that the same sources run there.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 
 #if defined(SHARDCOMP_EMULATED)
@@ -102,6 +104,14 @@ struct Narrow<fp16> {
 // As a T holds it.
 template <class T>
 DEVICE Wide<T> rounded(Wide<T> x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // The upper half of two is the number itself. One alone is converted by a unit that is four times as slow.
+  if constexpr (std::is_same_v<T, bf16>) {
+    uint32_t made;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(x), "f"(0.0f));
+    return __uint_as_float(made);
+  }
+#endif
   return widen(Narrow<T>::of(x));
 }
 
@@ -134,6 +144,40 @@ struct Pack {
   T held[n];
 };
 
+// What a pack holds, and back.
+template <class T, int n, class W>
+DEVICE void widen(W (&made)[n], const Pack<T, n>& pack) {
+  if constexpr (std::is_same_v<T, bf16> && n % 2 == 0) {
+    uint32_t pairs[n / 2];
+    memcpy(pairs, &pack, sizeof(pairs));
+#pragma unroll
+    for (int j = 0; j < n; ++j) made[j] = __uint_as_float(j % 2 == 0 ? pairs[j / 2] << 16 : pairs[j / 2] & 0xffff0000u);
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) made[j] = widen(pack.held[j]);
+  }
+}
+template <class T, int n, class W>
+DEVICE void narrow(Pack<T, n>& pack, const W (&made)[n]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2 && n % 2 == 0) {
+    uint32_t pairs[n / 2];
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(made[j + 1]), "f"(made[j]));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(made[j + 1]), "f"(made[j]));
+      }
+    }
+    memcpy(&pack, pairs, sizeof(pairs));
+    return;
+  }
+#endif
+#pragma unroll
+  for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+}
+
 // The first `left` of n elements at `p`, zeros behind them. whole: `p` is aligned to as much as is moved at once.
 template <int n, class T, class W>
 DEVICE void load(W (&made)[n], const T* p, int64_t left, bool whole) {
@@ -148,8 +192,7 @@ DEVICE void load(W (&made)[n], const T* p, int64_t left, bool whole) {
 #pragma unroll
     for (int j = 0; j < n; ++j) pack.held[j] = j < left ? p[j] : T{};
   }
-#pragma unroll
-  for (int j = 0; j < n; ++j) made[j] = widen(pack.held[j]);
+  widen(made, pack);
 }
 
 // One word into the device's memory. Were it written in C++, a compiler would find the same elements stored one by one in what
@@ -177,8 +220,7 @@ template <int n, class T, class W>
 DEVICE void keep(T* p, const W (&made)[n], int64_t left = n, bool whole = true) {
   typedef Pack<T, n> P;
   P pack;
-#pragma unroll
-  for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+  narrow(pack, made);
   if (whole && left >= n) {
     typename P::Word words[P::count];
     memcpy(words, &pack, sizeof(pack));
@@ -197,8 +239,7 @@ DEVICE void store(T* p, const W (&made)[n], int64_t left, bool whole) {
   typedef Pack<T, n> P;
   if (!whole || left < n) return keep(p, made, left, false);
   P pack;
-#pragma unroll
-  for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+  narrow(pack, made);
   typename P::Word words[P::count];
   memcpy(words, &pack, sizeof(pack));
 #pragma unroll
