@@ -215,6 +215,15 @@ DEVICE void write(uint2* p, uint2 x) {
 #endif
 }
 
+// 16 bytes as they lie, and what they hold: several can be on their way before the first are looked at.
+DEVICE uint4 fetched(const void* p) { return *static_cast<const uint4*>(p); }
+template <class T, class W>
+DEVICE void unpack(W (&made)[lanes<T>], uint4 word) {
+  Pack<T, lanes<T>> pack;
+  memcpy(&pack, &word, sizeof(pack));
+  widen(made, pack);
+}
+
 // Into shared memory, or into what may be that: n elements, and where they are not `whole` no more than `left`.
 template <int n, class T, class W>
 DEVICE void keep(T* p, const W (&made)[n], int64_t left = n, bool whole = true) {

@@ -46,6 +46,16 @@ _FAULTS = {
         "layouts",
         "AddressSanitizer",
     ),
+    "heads behind the last one": (
+        Fault("cuda/rotary.cu", "      if (work.first + k * heads.threads >= heads.count) continue;\n", "", "cuda/rotary.cu"),
+        "layouts",
+        "AddressSanitizer",
+    ),
+    "a backward takes the sines of a forward": (
+        Fault("cuda/rotary.cu", "a.back && !a.interleaved ? 1 - side : side", "side", "cuda/rotary.cu"),
+        "layouts",
+        "AssertionError",
+    ),
     "an exchange with the wrong lane": (
         Fault("cuda/device.h", "x[k], apart)", "x[k], apart > 1 ? apart : 2)", "cuda/rms_norm.cu"),
         "schedules",
