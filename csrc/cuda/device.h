@@ -18,6 +18,7 @@
 
 extern __shared__ __align__(16) unsigned char shardcomp_shared_memory[];
 #define SHARED_MEMORY shardcomp_shared_memory
+#define ALIGNED(p, bytes) (p)
 #endif
 
 #define DEVICE static __device__ __forceinline__
@@ -105,14 +106,17 @@ struct Narrow<fp16> {
 template <class T>
 DEVICE Wide<T> rounded(Wide<T> x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  // The upper half of two is the number itself. One alone is converted by a unit that is four times as slow.
-  if constexpr (std::is_same_v<T, bf16>) {
+  constexpr bool as_upper = std::is_same_v<T, bf16>;
+#else
+  constexpr bool as_upper = false;
+#endif
+  if constexpr (as_upper) {  // of two numbers, which is this number; one alone is converted by a unit that is four times as slow
     uint32_t made;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(x), "f"(0.0f));
     return __uint_as_float(made);
+  } else {
+    return widen(Narrow<T>::of(x));
   }
-#endif
-  return widen(Narrow<T>::of(x));
 }
 
 DEVICE float square_root(float x) { return sqrtf(x); }
@@ -160,7 +164,11 @@ DEVICE void widen(W (&made)[n], const Pack<T, n>& pack) {
 template <class T, int n, class W>
 DEVICE void narrow(Pack<T, n>& pack, const W (&made)[n]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (sizeof(T) == 2 && n % 2 == 0) {
+  constexpr bool by_two = sizeof(T) == 2 && n % 2 == 0;
+#else
+  constexpr bool by_two = false;
+#endif
+  if constexpr (by_two) {
     uint32_t pairs[n / 2];
 #pragma unroll
     for (int j = 0; j < n; j += 2) {
@@ -171,11 +179,10 @@ DEVICE void narrow(Pack<T, n>& pack, const W (&made)[n]) {
       }
     }
     memcpy(&pack, pairs, sizeof(pairs));
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+    for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+  }
 }
 
 // The first `left` of n elements at `p`, zeros behind them. whole: `p` is aligned to as much as is moved at once.
@@ -204,7 +211,7 @@ DEVICE void write(uint4* p, uint4 x) {
                : "l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 #else
-  *p = x;
+  *static_cast<uint4*>(ALIGNED(p, 16)) = x;
 #endif
 }
 DEVICE void write(uint2* p, uint2 x) {
@@ -216,7 +223,7 @@ DEVICE void write(uint2* p, uint2 x) {
 }
 
 // 16 bytes as they lie, and what they hold: several can be on their way before the first are looked at.
-DEVICE uint4 fetched(const void* p) { return *static_cast<const uint4*>(p); }
+DEVICE uint4 fetched(const void* p) { return *static_cast<const uint4*>(ALIGNED(p, 16)); }
 template <class T, class W>
 DEVICE void unpack(W (&made)[lanes<T>], uint4 word) {
   Pack<T, lanes<T>> pack;
