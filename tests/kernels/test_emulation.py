@@ -56,6 +56,11 @@ _FAULTS = {
         "layouts",
         "what is moved at once is not aligned",
     ),
+    "a vector that only begins in a tensor": (
+        Fault("cuda/gated.cu", "to[k] = whole && some.left >= n", "to[k] = whole && some.left > 0", "cuda/gated.cu"),
+        "layouts",
+        "AddressSanitizer",
+    ),
     "heads behind the last one": (
         Fault("cuda/rotary.cu", "      if (work.first + k * heads.threads >= heads.count) continue;\n", "", "cuda/rotary.cu"),
         "layouts",

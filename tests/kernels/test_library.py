@@ -230,6 +230,15 @@ def test_any_number_of_heads_may_share_their_tables(dtype: torch.dtype, turned: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_up_may_be_halves_of_one_tensor(dtype: torch.dtype) -> None:
+    for h in (24, 21):
+        gate, up = draw(300, 2 * h, dtype=dtype).chunk(2, -1)
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            agree("gated", (gate, up, activation, True))
+            agree("gated_bwd", (gate, gate, up, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_is_so_where_it_is_in_the_reference(dtype: torch.dtype) -> None:
     for name, arguments in calls(dtype, 33).items():
         first = 2 if name.startswith("adamw_") else 0  # the gradients
