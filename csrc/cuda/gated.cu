@@ -30,8 +30,9 @@ DEVICE float quotient(float x, float d, float about) {
   const float first = about * 0.25f;    // d itself may be so large that `about` would be no normal number
   const float reciprocal = fmaf(first, fmaf(-finite, first, 1.0f), first);
   const float near = x * reciprocal;
-  const float rest = fminf(fmaf(-finite, near, x), most);  // no number where x is infinite, and then is not to become the result
-  return fmaf(rest, reciprocal, near);
+  // By how much d · near is more than x, in this order for the sign of zero; no number where x is infinite, which it stays.
+  const float more = fminf(fmaf(finite, near, -x), most);
+  return fmaf(-more, reciprocal, near);
 }
 DEVICE float quotient(float x, float d) { return quotient(x, d, about_reciprocal(d * 0.25f)); }
 

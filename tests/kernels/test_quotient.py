@@ -83,9 +83,10 @@ def test_every_narrow_number_and_many_others_have_the_quotient_of_a_division(tmp
     ("line", "fault"),
     [
         ("fmaf(first, fmaf(-finite, first, 1.0f), first)", "first"),
-        ("return fmaf(rest, reciprocal, near);", "return near;"),
+        ("return fmaf(-more, reciprocal, near);", "return near;"),
         ("fminf(d, most)", "d"),
-        ("about * 0.25f", "about_reciprocal(d)"),
+        ("fminf(fmaf(finite, near, -x), most)", "fmaf(finite, near, -x)"),
+        ("about * 0.25f", "d > 0x1p126f ? 0.0f : 1.0f / d"),  # what a device would make of it
     ],
 )
 def test_a_step_left_out_is_noticed(tmp_path: Path, line: str, fault: str) -> None:
