@@ -4,6 +4,8 @@
 // Plain C++ but for a few words that the emulation gives a meaning on the host, so that the same sources run there.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 
 #if defined(SHARDCOMP_EMULATED)
@@ -16,6 +18,7 @@
 
 extern __shared__ __align__(16) unsigned char shardcomp_shared_memory[];
 #define SHARED_MEMORY shardcomp_shared_memory
+#define ALIGNED(p, bytes) (p)
 #endif
 
 #define DEVICE static __device__ __forceinline__
@@ -102,7 +105,18 @@ struct Narrow<fp16> {
 // As a T holds it.
 template <class T>
 DEVICE Wide<T> rounded(Wide<T> x) {
-  return widen(Narrow<T>::of(x));
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool as_upper = std::is_same_v<T, bf16>;
+#else
+  constexpr bool as_upper = false;
+#endif
+  if constexpr (as_upper) {  // of two numbers, which is this number; one alone is converted by a unit that is four times as slow
+    uint32_t made;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(x), "f"(0.0f));
+    return __uint_as_float(made);
+  } else {
+    return widen(Narrow<T>::of(x));
+  }
 }
 
 DEVICE float square_root(float x) { return sqrtf(x); }
@@ -134,6 +148,43 @@ struct Pack {
   T held[n];
 };
 
+// What a pack holds, and back.
+template <class T, int n, class W>
+DEVICE void widen(W (&made)[n], const Pack<T, n>& pack) {
+  if constexpr (std::is_same_v<T, bf16> && n % 2 == 0) {
+    uint32_t pairs[n / 2];
+    memcpy(pairs, &pack, sizeof(pairs));
+#pragma unroll
+    for (int j = 0; j < n; ++j) made[j] = __uint_as_float(j % 2 == 0 ? pairs[j / 2] << 16 : pairs[j / 2] & 0xffff0000u);
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) made[j] = widen(pack.held[j]);
+  }
+}
+template <class T, int n, class W>
+DEVICE void narrow(Pack<T, n>& pack, const W (&made)[n]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool by_two = sizeof(T) == 2 && n % 2 == 0;
+#else
+  constexpr bool by_two = false;
+#endif
+  if constexpr (by_two) {
+    uint32_t pairs[n / 2];
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(made[j + 1]), "f"(made[j]));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(made[j + 1]), "f"(made[j]));
+      }
+    }
+    memcpy(&pack, pairs, sizeof(pairs));
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+  }
+}
+
 // The first `left` of n elements at `p`, zeros behind them. whole: `p` is aligned to as much as is moved at once.
 template <int n, class T, class W>
 DEVICE void load(W (&made)[n], const T* p, int64_t left, bool whole) {
@@ -148,8 +199,7 @@ DEVICE void load(W (&made)[n], const T* p, int64_t left, bool whole) {
 #pragma unroll
     for (int j = 0; j < n; ++j) pack.held[j] = j < left ? p[j] : T{};
   }
-#pragma unroll
-  for (int j = 0; j < n; ++j) made[j] = widen(pack.held[j]);
+  widen(made, pack);
 }
 
 // One word into the device's memory. Were it written in C++, a compiler would find the same elements stored one by one in what
@@ -161,7 +211,7 @@ DEVICE void write(uint4* p, uint4 x) {
                : "l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 #else
-  *p = x;
+  *static_cast<uint4*>(ALIGNED(p, 16)) = x;
 #endif
 }
 DEVICE void write(uint2* p, uint2 x) {
@@ -172,13 +222,21 @@ DEVICE void write(uint2* p, uint2 x) {
 #endif
 }
 
+// 16 bytes as they lie, and what they hold: several can be on their way before the first are looked at.
+DEVICE uint4 fetched(const void* p) { return *static_cast<const uint4*>(ALIGNED(p, 16)); }
+template <class T, class W>
+DEVICE void unpack(W (&made)[lanes<T>], uint4 word) {
+  Pack<T, lanes<T>> pack;
+  memcpy(&pack, &word, sizeof(pack));
+  widen(made, pack);
+}
+
 // Into shared memory, or into what may be that: n elements, and where they are not `whole` no more than `left`.
 template <int n, class T, class W>
 DEVICE void keep(T* p, const W (&made)[n], int64_t left = n, bool whole = true) {
   typedef Pack<T, n> P;
   P pack;
-#pragma unroll
-  for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+  narrow(pack, made);
   if (whole && left >= n) {
     typename P::Word words[P::count];
     memcpy(words, &pack, sizeof(pack));
@@ -197,8 +255,7 @@ DEVICE void store(T* p, const W (&made)[n], int64_t left, bool whole) {
   typedef Pack<T, n> P;
   if (!whole || left < n) return keep(p, made, left, false);
   P pack;
-#pragma unroll
-  for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+  narrow(pack, made);
   typename P::Word words[P::count];
   memcpy(words, &pack, sizeof(pack));
 #pragma unroll
@@ -239,6 +296,7 @@ template <int count>
 DEVICE void place(int64_t (&offset)[count], const Rows& rows, int64_t row) {
 #pragma unroll
   for (int t = 0; t < count; ++t) offset[t] = 0;
+#pragma unroll 1
   for (int d = rows.dims - 1; d >= 0; --d) {
     const int64_t at = d == 0 ? row : divided(row, rows.sizes[d]);
 #pragma unroll

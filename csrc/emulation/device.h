@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -31,6 +32,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define ALIGNED(p, bytes) (emulation::aligned(p, bytes))
 #define SHARED_MEMORY (emulation::block().shared.get())
 #define threadIdx (emulation::block().thread())
 #define blockIdx (emulation::block().index)
@@ -234,6 +236,16 @@ class Block {
 
 // The one that runs, of this thread and of all sources.
 Block& block();
+
+// A device moves nothing that is not aligned to as many bytes as are moved at once.
+template <class P>
+P* aligned(P* p, uintptr_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fprintf(stderr, "emulation: what is moved at once is not aligned\n");
+    abort();
+  }
+  return p;
+}
 
 inline void Block::begin() {
   Block& self = block();

@@ -42,9 +42,34 @@ _FAULTS = {
         "threads wait for others that have ended",
     ),
     "a row's end is not minded": (
-        Fault("cuda/device.h", "  P pack;\n  if (whole && left >= n) {", "  P pack;\n  if (whole) {", "cuda/cross_entropy.cu"),
+        Fault("cuda/device.h", "  P pack;\n  if (whole && left >= n) {", "  P pack;\n  if (whole) {", "cuda/adamw.cu"),
         "layouts",
         "AddressSanitizer",
+    ),
+    "a vector begins before a row's end and goes on behind it": (
+        Fault("cuda/cross_entropy.cu", "(width - before) / n", "(width - before + n - 1) / n", "cuda/cross_entropy.cu"),
+        "layouts",
+        "AddressSanitizer",
+    ),
+    "a row's vectors do not begin where they are aligned": (
+        Fault("cuda/cross_entropy.cu", " % 16)) % 16 / int(sizeof(T))", " % 16)) % 16 / 16", "cuda/cross_entropy.cu"),
+        "layouts",
+        "what is moved at once is not aligned",
+    ),
+    "a vector that only begins in a tensor": (
+        Fault("cuda/gated.cu", "to[k] = whole && some.left >= n", "to[k] = whole && some.left > 0", "cuda/gated.cu"),
+        "layouts",
+        "AddressSanitizer",
+    ),
+    "heads behind the last one": (
+        Fault("cuda/rotary.cu", "      if (work.first + k * heads.threads >= heads.count) continue;\n", "", "cuda/rotary.cu"),
+        "layouts",
+        "AddressSanitizer",
+    ),
+    "a backward takes the sines of a forward": (
+        Fault("cuda/rotary.cu", "a.back && !a.interleaved ? 1 - side : side", "side", "cuda/rotary.cu"),
+        "layouts",
+        "AssertionError",
     ),
     "an exchange with the wrong lane": (
         Fault("cuda/device.h", "x[k], apart)", "x[k], apart > 1 ? apart : 2)", "cuda/rms_norm.cu"),

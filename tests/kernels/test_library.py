@@ -214,6 +214,30 @@ def test_queries_and_keys_are_turned_as_they_lie() -> None:
     assert made[0].stride() == q.stride() and made[1].stride() == k.stride()
 
 
+@pytest.mark.parametrize("turned", [16, 32, 48, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_heads_may_share_their_tables(dtype: torch.dtype, turned: int) -> None:
+    """The heads inside or outside, the tables of each sequence or of all of them, in the dtype of the heads or another one."""
+    for heads in (1, 3, 7, 8):
+        for other in {dtype, torch.float32}:
+            for tables in ((5,), (1, 1, 5), (2, 1, 5)):
+                cos, sin = (draw(*tables, turned, dtype=other, seed=i) for i in range(2))
+                inside = draw(2, 5, heads, 48, dtype=dtype).transpose(1, 2)
+                for x in (inside, inside.contiguous()):
+                    for interleaved in (False, True):
+                        agree("rotary", (x, x, cos, sin, interleaved, True))
+                        agree("rotary_bwd", (x, x, cos, sin, interleaved))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_up_may_be_halves_of_one_tensor(dtype: torch.dtype) -> None:
+    for h in (24, 21):
+        gate, up = draw(300, 2 * h, dtype=dtype).chunk(2, -1)
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            agree("gated", (gate, up, activation, True))
+            agree("gated_bwd", (gate, gate, up, activation))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_is_so_where_it_is_in_the_reference(dtype: torch.dtype) -> None:
     for name, arguments in calls(dtype, 33).items():
