@@ -239,6 +239,7 @@ template <int count>
 DEVICE void place(int64_t (&offset)[count], const Rows& rows, int64_t row) {
 #pragma unroll
   for (int t = 0; t < count; ++t) offset[t] = 0;
+#pragma unroll 1
   for (int d = rows.dims - 1; d >= 0; --d) {
     const int64_t at = d == 0 ? row : divided(row, rows.sizes[d]);
 #pragma unroll
