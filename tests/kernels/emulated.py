@@ -141,6 +141,8 @@ def _main(path: str, name: str, seed: str) -> None:
     test_library.SPACE = SPACE
     take = ctypes.CDLL(path).shardcomp_seed
     take.argtypes = [ctypes.c_uint64]
+    if name == "held":  # as much shared memory as a device of sm_90 has
+        ctypes.CDLL(path).shardcomp_shared_bytes(ctypes.c_int64(227 << 10))
     state = int(seed)
 
     def another() -> int:
@@ -302,6 +304,41 @@ def schedules(another: Callable[[], int]) -> None:
                     agree(name, arguments)
                 made = results(name, arguments)
                 assert all(torch.equal(a, b) for a, b in zip(made, first.setdefault(name, made), strict=True)), name
+
+
+@_check
+def held(another: Callable[[], int]) -> None:
+    """Rows that threads hold, in the bits of any order of theirs: of one warp and of more, with and without a last vector that
+    only some threads have, and more of them than blocks, so that each goes through several, with the next ones on their way."""
+    from kernels.test_library import agree, calls, results
+
+    norms = ("rms_norm", "add_rms_norm", "layer_norm")
+    for dtype, h, rows in (
+        (torch.bfloat16, 264, 130),
+        (torch.bfloat16, 1032, 100),
+        (torch.bfloat16, 4096, 47),
+        (torch.bfloat16, 8192, 9),
+        (torch.bfloat16, 16384, 9),
+        (torch.float16, 1536, 33),
+        (torch.float16, 6656, 9),
+        (torch.float32, 132, 130),
+        (torch.float32, 2048, 33),
+        (torch.float32, 8192, 9),
+    ):
+        another()
+        some = {name: each for name, each in calls(dtype, h, (rows,)).items() if name.startswith(norms)}
+        some |= {f"{name} other": each for name, each in calls(dtype, h, (3,), torch.float32).items() if name.startswith(norms)}
+        if h >= 4096:
+            some = {name: each for name, each in some.items() if "_bwd" in name or "1.0 True" in name or "True True" in name}
+        first = {}
+        for name, arguments in some.items():
+            agree(name, arguments)
+            first[name] = results(name, arguments)
+        for _ in range(8 if h in (1032, 2048) else 1):
+            another()
+            for name, arguments in some.items():
+                made = results(name, arguments)
+                assert all(torch.equal(a, b) for a, b in zip(made, first[name], strict=True)), (name, dtype, h)
 
 
 if __name__ == "__main__":
