@@ -5,15 +5,17 @@
 namespace shardcomp::cuda {
 namespace {
 
-// What is normalised becomes a result.
+// What is normalised becomes a result. A weight of 1 and a bias of -0 change no bit.
+constexpr float no_weight = 1, no_bias = -0.0f;
+
 template <int n, class W>
-DEVICE void scale(W (&x)[n], const W (&weight)[n], const W (&bias)[n], const LayerNorm& a) {
-  const bool scaled = a.weight.held != nullptr, moved = a.bias.held != nullptr, once = scaled && moved && !a.stepwise;
+DEVICE void scale(W (&x)[n], const W (&weight)[n], const W (&bias)[n], bool stepwise) {
+  if (stepwise) {
 #pragma unroll
-  for (int j = 0; j < n; ++j) {
-    if (once) x[j] = fused(x[j], weight[j], bias[j]);
-    if (!once && scaled) x[j] *= weight[j];
-    if (!once && moved) x[j] += bias[j];
+    for (int j = 0; j < n; ++j) x[j] = x[j] * weight[j] + bias[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] = fused(x[j], weight[j], bias[j]);
   }
 }
 
@@ -60,9 +62,14 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_const
       load(v, again + at, h - at, whole || staged);
 #pragma unroll
       for (int j = 0; j < n; ++j) v[j] = (v[j] - mean) * rstd;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        f[j] = no_weight;
+        b[j] = no_bias;
+      }
       if (a.weight.held != nullptr) load_factor<T>(f, a.weight, at, h - at, whole);
       if (a.bias.held != nullptr) load_factor<T>(b, a.bias, at, h - at, whole);
-      scale(v, f, b, a);
+      scale(v, f, b, a.stepwise);
       store(y + at, v, h - at, whole);
     }
   }
@@ -72,60 +79,62 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_const
 constexpr int held = 4;
 
 template <class T>
-__global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_constant__ LayerNorm a) {
+__global__ void __launch_bounds__(896, 1) layer_norm_held(const __grid_constant__ LayerNorm a) {
   constexpr int n = lanes<T>;
   const int h = int(a.rows.width);
+  const int64_t row = blockIdx.x;
   int sums = 0;
-  for (int64_t row = blockIdx.x; row < a.rows.count; row += gridDim.x) {
-    int64_t offset[1];
-    place(offset, a.rows, row);
-    const T* x = static_cast<const T*>(a.x) + offset[0];
-    uint4 v[held];
+  int64_t offset[1];
+  place(offset, a.rows, row);
+  const T* x = static_cast<const T*>(a.x) + offset[0];
+  uint4 v[held];
 #pragma unroll
-    for (int k = 0; k < held; ++k) v[k] = vector_at(x, place_of<T>(k), h);
-    float total_of[held], squares_of[held];
+  for (int k = 0; k < held; ++k) v[k] = vector_at(x, place_of<T>(k), h);
+  float total_of[held], squares_of[held];
 #pragma unroll
-    for (int k = 0; k < held; ++k) {
-      float one[n];
-      widen_vector<T>(one, v[k]);
-      total_of[k] = sum_of(one);
-    }
-    float total[1] = {sum_of(total_of)};
-    block_sum(total, sums);
-    const float mean = total[0] / float(h);
+  for (int k = 0; k < held; ++k) {
+    float one[n];
+    widen_vector<T>(one, v[k]);
+    total_of[k] = sum_of(one);
+  }
+  float total[1] = {sum_of(total_of)};
+  block_sum(total, sums);
+  const float mean = total[0] / float(h);
 #pragma unroll
-    for (int k = 0; k < held; ++k) {
-      float one[n];
-      widen_vector<T>(one, v[k]);
-      squares_of[k] = 0;
-      if (place_of<T>(k) >= h) continue;
+  for (int k = 0; k < held; ++k) {
+    float one[n];
+    widen_vector<T>(one, v[k]);
+    squares_of[k] = 0;
+    if (place_of<T>(k) >= h) continue;
 #pragma unroll
-      for (int j = 0; j < n; ++j) squares_of[k] = fused(one[j] - mean, one[j] - mean, squares_of[k]);
-    }
-    float squares[1] = {sum_of(squares_of)};
-    block_sum(squares, sums);
-    const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
-    if (threadIdx.x == 0) {
-      static_cast<float*>(a.mean)[row] = mean;
-      static_cast<float*>(a.rstd)[row] = rstd;
-    }
-    T* y = static_cast<T*>(a.y) + row * h;
+    for (int j = 0; j < n; ++j) squares_of[k] = fused(one[j] - mean, one[j] - mean, squares_of[k]);
+  }
+  float squares[1] = {sum_of(squares_of)};
+  uint4 weight[held];
 #pragma unroll
-    for (int k = 0; k < held; ++k) {
-      float one[n], f[n], b[n];
-      widen_vector<T>(one, v[k]);
+  for (int k = 0; k < held; ++k) weight[k] = ask_factor<T>(a.weight, place_of<T>(k), h);
+  block_sum(squares, sums);
+  const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
+  if (threadIdx.x == 0) {
+    static_cast<float*>(a.mean)[row] = mean;
+    static_cast<float*>(a.rstd)[row] = rstd;
+  }
+  T* y = static_cast<T*>(a.y) + row * h;
 #pragma unroll
-      for (int j = 0; j < n; ++j) one[j] = (one[j] - mean) * rstd;
-      factor_at<T>(f, a.weight, place_of<T>(k), h, 1);
-      factor_at<T>(b, a.bias, place_of<T>(k), h, 0);
-      scale(one, f, b, a);
-      put_vector(y, one, place_of<T>(k), h);
-    }
+  for (int k = 0; k < held; ++k) {
+    float one[n], f[n], b[n];
+    widen_vector<T>(one, v[k]);
+#pragma unroll
+    for (int j = 0; j < n; ++j) one[j] = (one[j] - mean) * rstd;
+    factor_at<T>(f, a.weight, weight[k], place_of<T>(k), h, no_weight);
+    factor_at<T>(b, a.bias, place_of<T>(k), h, no_bias);
+    scale(one, f, b, a.stepwise);
+    put_vector(y, one, place_of<T>(k), h);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(most_threads, 1) layer_norm_bwd_held(const __grid_constant__ LayerNormBwd a, int depth) {
+__global__ void __launch_bounds__(768, 1) layer_norm_bwd_held(const __grid_constant__ LayerNormBwd a, int depth) {
   constexpr int n = lanes<T>, held = held_back(2);
   const int h = int(a.rows.width);
   const Stages<held> rows{2, depth};
@@ -143,7 +152,7 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm_bwd_held(const __g
   for (int ahead = 0; ahead + 1 < depth; ++ahead) fetch(first + ahead, ahead);
   float f[held][n], of_weight[held][n] = {}, of_bias[held][n] = {};
 #pragma unroll
-  for (int k = 0; k < held; ++k) factor_at<T>(f[k], a.weight, place_of<T>(k), h, 1);
+  for (int k = 0; k < held; ++k) factor_at<T>(f[k], a.weight, place_of<T>(k), h, no_weight);
   const float *const means = static_cast<const float*>(a.mean), *const rstds = static_cast<const float*>(a.rstd);
   float next_mean = means[first], next_rstd = rstds[first];
   int slot = 0, free = depth - 1, sums = 0;
@@ -265,8 +274,8 @@ void run(const LayerNorm& a, const Device& device) {
     const bool whole = aligned(a.rows, sizeof(T), {a.x, a.weight.held, a.bias.held, a.y}, 1) && a.rows.width % lanes<T> == 0;
     if constexpr (sizeof(T) <= most_held_bytes) {
       const int64_t vectors = a.rows.width / lanes<T>;
-      if (whole && holds(vectors, held)) {
-        const Shape shape{std::min(a.rows.count, most_blocks), holding_threads(vectors, held), 1, exchange_bytes};
+      if (whole && holds(vectors, held) && a.rows.count <= most_blocks) {
+        const Shape shape{a.rows.count, holding_threads(vectors, held), 1, exchange_bytes};
         return start(device, layer_norm_held<T>, shape, a);
       }
     }
@@ -285,9 +294,9 @@ void run(const LayerNormBwd& a, const Device& device) {
                        a.rows.width % lanes<T> == 0;
     if constexpr (sizeof(T) <= most_held_bytes) {
       const int64_t vectors = a.rows.width / lanes<T>;
-      const Holding found = holding(vectors, held_back(2), blocks, 2, device);
-      if (whole && holds(vectors, held_back(2)) && found.depth > 0) {
-        return start(device, layer_norm_bwd_held<T>, found.shape, a, found.depth);
+      if (whole && holds(vectors, held_back(2))) {
+        const Holding found = holding(vectors, held_back(2), blocks, 2, device);
+        if (found.depth > 0) return start(device, layer_norm_bwd_held<T>, found.shape, a, found.depth);
       }
     }
     Shape shape = backward_shape(a.rows.width, lanes<T>);

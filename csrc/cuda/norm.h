@@ -178,30 +178,39 @@ DEVICE void put_sums(float* p, const float (&x)[lanes<T>], int at, int h) {
   }
 }
 
-// The numbers of a factor that a vector meets; where there is no factor, `none`, and zeros behind the end of a row.
+// The numbers of a factor that a vector meets, in two steps: what is narrow is asked for early and waited for late. Where there is no
+// factor it is `none`, and zero behind the end of a row.
 template <class T>
-DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, int at, int h, float none) {
+DEVICE uint4 ask_factor(const Factor& factor, int at, int h) {
+  return factor.held != nullptr && factor.narrow ? vector_at(static_cast<const T*>(factor.held), at, h) : uint4{};
+}
+template <class T>
+DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, uint4 asked, int at, int h, float none) {
   constexpr int n = lanes<T>;
+  widen_vector<T>(made, asked);
+  if (factor.held == nullptr) {
 #pragma unroll
-  for (int j = 0; j < n; ++j) made[j] = factor.held == nullptr ? none : 0;
-  if (factor.held == nullptr || at >= h) return;
-  if (factor.narrow) {
-    widen_vector<T>(made, vector_at(static_cast<const T*>(factor.held), at, h));
-  } else {
+    for (int j = 0; j < n; ++j) made[j] = none;
+    return;
+  }
+  if (!factor.narrow) {
 #pragma unroll
     for (int j = 0; j < n; j += 4) {
       float four[4];
-      widen_vector<float>(four, vector_at(static_cast<const float*>(factor.held), at + j, h));
+      widen_vector<float>(four, at < h ? vector_at(static_cast<const float*>(factor.held), at + j, h) : uint4{});
+#pragma unroll
       for (int i = 0; i < 4; ++i) made[j + i] = four[i];
     }
   }
   if (factor.offset != 0) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-      made[j] += float(factor.offset);
-      if (factor.narrow && factor.rounded) made[j] = rounded<T>(made[j]);
-    }
+    for (int j = 0; j < n; ++j) made[j] += float(factor.offset);
+    if (factor.narrow && factor.rounded) widen_vector<T>(made, narrow_vector<T>(made));
   }
+}
+template <class T>
+DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, int at, int h, float none) {
+  factor_at<T>(made, factor, ask_factor<T>(factor, at, h), at, h, none);
 }
 
 // The sum of a few numbers, in pairs.
@@ -315,7 +324,7 @@ inline int holding_threads(int64_t vectors, int held) { return int(quotient_up(v
 
 // Vectors of a thread in a backward, which has registers for a factor and the sums of its columns beside, and threads of a
 // multiprocessor that have them.
-inline constexpr int held_back(int sums) { return sums == 1 ? 4 : 2; }
+__host__ __device__ constexpr int held_back(int sums) { return sums == 1 ? 4 : 2; }
 constexpr int held_threads = 512;
 
 // Whether rows are held; those of a few vectors are left to single warps, several of which are a block.

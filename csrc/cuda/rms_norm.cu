@@ -62,60 +62,62 @@ template <class T>
 __global__ void __launch_bounds__(most_threads, 2) rms_norm_held(const __grid_constant__ RmsNorm a) {
   constexpr int n = lanes<T>;
   const int h = int(a.rows.width);
+  const int64_t row = blockIdx.x;
   int sums = 0;
-  for (int64_t row = blockIdx.x; row < a.rows.count; row += gridDim.x) {
-    int64_t offset[2];
-    place(offset, a.rows, row);
-    const T* x = static_cast<const T*>(a.x) + offset[0];
-    uint4 v[held];
+  int64_t offset[2];
+  place(offset, a.rows, row);
+  const T* x = static_cast<const T*>(a.x) + offset[0];
+  uint4 v[held];
 #pragma unroll
-    for (int k = 0; k < held; ++k) v[k] = vector_at(x, place_of<T>(k), h);
-    if (a.residual != nullptr) {
-      const T* residual = static_cast<const T*>(a.residual) + offset[1];
-      uint4 r[held];
+  for (int k = 0; k < held; ++k) v[k] = vector_at(x, place_of<T>(k), h);
+  if (a.residual != nullptr) {
+    const T* residual = static_cast<const T*>(a.residual) + offset[1];
+    uint4 r[held];
 #pragma unroll
-      for (int k = 0; k < held; ++k) r[k] = vector_at(residual, place_of<T>(k), h);
-      T* total = static_cast<T*>(a.total) + row * h;
-#pragma unroll
-      for (int k = 0; k < held; ++k) {
-        float one[n], other[n];
-        widen_vector<T>(one, v[k]);
-        widen_vector<T>(other, r[k]);
-#pragma unroll
-        for (int j = 0; j < n; ++j) one[j] += other[j];
-        v[k] = narrow_vector<T>(one);
-        if (place_of<T>(k) < h) write(reinterpret_cast<uint4*>(total + place_of<T>(k)), v[k]);
-      }
-    }
-    float squares_of[held];
+    for (int k = 0; k < held; ++k) r[k] = vector_at(residual, place_of<T>(k), h);
+    T* total = static_cast<T*>(a.total) + row * h;
 #pragma unroll
     for (int k = 0; k < held; ++k) {
-      float one[n];
+      float one[n], other[n];
       widen_vector<T>(one, v[k]);
-      squares_of[k] = 0;
+      widen_vector<T>(other, r[k]);
 #pragma unroll
-      for (int j = 0; j < n; ++j) squares_of[k] = fused(one[j], one[j], squares_of[k]);
+      for (int j = 0; j < n; ++j) one[j] += other[j];
+      v[k] = narrow_vector<T>(one);
+      if (place_of<T>(k) < h) write(reinterpret_cast<uint4*>(total + place_of<T>(k)), v[k]);
     }
-    float squares[1] = {sum_of(squares_of)};
-    block_sum(squares, sums);
-    const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
-    if (threadIdx.x == 0) static_cast<float*>(a.rstd)[row] = rstd;
-    T* y = static_cast<T*>(a.y) + row * h;
+  }
+  float squares_of[held];
 #pragma unroll
-    for (int k = 0; k < held; ++k) {
-      float one[n];
-      widen_vector<T>(one, v[k]);
+  for (int k = 0; k < held; ++k) {
+    float one[n];
+    widen_vector<T>(one, v[k]);
+    squares_of[k] = 0;
 #pragma unroll
-      for (int j = 0; j < n; ++j) one[j] *= rstd;
-      if (a.factor.held != nullptr) {
-        if (a.round_first) widen_vector<T>(one, narrow_vector<T>(one));
-        float f[n];
-        factor_at<T>(f, a.factor, place_of<T>(k), h, 1);
+    for (int j = 0; j < n; ++j) squares_of[k] = fused(one[j], one[j], squares_of[k]);
+  }
+  float squares[1] = {sum_of(squares_of)};
+  uint4 factor[held];
 #pragma unroll
-        for (int j = 0; j < n; ++j) one[j] *= f[j];
-      }
-      put_vector(y, one, place_of<T>(k), h);
+  for (int k = 0; k < held; ++k) factor[k] = ask_factor<T>(a.factor, place_of<T>(k), h);
+  block_sum(squares, sums);
+  const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
+  if (threadIdx.x == 0) static_cast<float*>(a.rstd)[row] = rstd;
+  T* y = static_cast<T*>(a.y) + row * h;
+#pragma unroll
+  for (int k = 0; k < held; ++k) {
+    float one[n];
+    widen_vector<T>(one, v[k]);
+#pragma unroll
+    for (int j = 0; j < n; ++j) one[j] *= rstd;
+    if (a.factor.held != nullptr) {
+      if (a.round_first) widen_vector<T>(one, narrow_vector<T>(one));
+      float f[n];
+      factor_at<T>(f, a.factor, factor[k], place_of<T>(k), h, 1);
+#pragma unroll
+      for (int j = 0; j < n; ++j) one[j] *= f[j];
     }
+    put_vector(y, one, place_of<T>(k), h);
   }
 }
 
@@ -261,8 +263,8 @@ void run(const RmsNorm& a, const Device& device) {
     const bool whole = aligned(a.rows, sizeof(T), {a.x, a.residual, a.factor.held, a.y, a.total}, 2) && a.rows.width % lanes<T> == 0;
     if constexpr (sizeof(T) <= most_held_bytes) {
       const int64_t vectors = a.rows.width / lanes<T>;
-      if (whole && holds(vectors, held)) {
-        const Shape shape{std::min(a.rows.count, most_blocks), holding_threads(vectors, held), 1, exchange_bytes};
+      if (whole && holds(vectors, held) && a.rows.count <= most_blocks) {
+        const Shape shape{a.rows.count, holding_threads(vectors, held), 1, exchange_bytes};
         return start(device, rms_norm_held<T>, shape, a);
       }
     }
@@ -281,9 +283,9 @@ void run(const RmsNormBwd& a, const Device& device) {
                        a.rows.width % lanes<T> == 0;
     if constexpr (sizeof(T) <= most_held_bytes) {
       const int64_t vectors = a.rows.width / lanes<T>;
-      const Holding found = holding(vectors, held_back(1), blocks, a.added != nullptr ? 3 : 2, device);
-      if (whole && holds(vectors, held_back(1)) && found.depth > 0) {
-        return start(device, rms_norm_bwd_held<T>, found.shape, a, found.depth);
+      if (whole && holds(vectors, held_back(1))) {
+        const Holding found = holding(vectors, held_back(1), blocks, a.added != nullptr ? 3 : 2, device);
+        if (found.depth > 0) return start(device, rms_norm_bwd_held<T>, found.shape, a, found.depth);
       }
     }
     Shape shape = backward_shape(a.rows.width, lanes<T>);

@@ -8,12 +8,13 @@ namespace {
 // Columns of a block, and threads that share the sum of each.
 constexpr int columns = warp, parts = 16;
 
+// In float64, so that what blocks leave behind is as good as if one had made the sum.
 template <class T>
 __global__ void __launch_bounds__(columns* parts) summed(const __grid_constant__ Summed a) {
   typedef Wide<T> W;
-  W* const held = reinterpret_cast<W*>(stage());
+  double* const held = reinterpret_cast<double*>(stage());
   const int64_t column = int64_t(blockIdx.x) * columns + threadIdx.x;
-  W total = 0;
+  double total = 0;
   if (column < a.width) {
     const W* partial = static_cast<const W*>(a.partial) + column;
 #pragma unroll 4
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(columns* parts) summed(const __grid_constant__
   __syncthreads();
   if (threadIdx.y != 0 || column >= a.width) return;
   for (int part = 1; part < parts; ++part) total += held[part * columns + threadIdx.x];
-  static_cast<T*>(a.sum)[column] = Narrow<T>::of(total);
+  static_cast<T*>(a.sum)[column] = Narrow<T>::of(W(total));
 }
 
 }  // namespace
