@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_const
 constexpr int held = 4;
 
 template <class T>
-__global__ void __launch_bounds__(896, 1) layer_norm_held(const __grid_constant__ LayerNorm a) {
+__global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_constant__ LayerNorm a) {
   constexpr int n = lanes<T>;
   const int h = int(a.rows.width);
   const int64_t row = blockIdx.x;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(896, 1) layer_norm_held(const __grid_constant_
 }
 
 template <class T>
-__global__ void __launch_bounds__(768, 1) layer_norm_bwd_held(const __grid_constant__ LayerNormBwd a, int depth) {
+__global__ void __launch_bounds__(held_threads(2), 1) layer_norm_bwd_held(const __grid_constant__ LayerNormBwd a, int depth) {
   constexpr int n = lanes<T>, held = held_back(2);
   const int h = int(a.rows.width);
   const Stages<held> rows{2, depth};

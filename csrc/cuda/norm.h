@@ -322,10 +322,10 @@ struct Holding {
 
 inline int holding_threads(int64_t vectors, int held) { return int(quotient_up(vectors, held * warp) * warp); }
 
-// Vectors of a thread in a backward, which has registers for a factor and the sums of its columns beside, and threads of a
+// Vectors of a thread in a backward, which has registers for a factor and so many sums of its columns beside, and the threads of a
 // multiprocessor that have them.
 __host__ __device__ constexpr int held_back(int sums) { return sums == 1 ? 4 : 2; }
-constexpr int held_threads = 512;
+__host__ __device__ constexpr int held_threads(int sums) { return sums == 1 ? 512 : 768; }
 
 // Whether rows are held; those of a few vectors are left to single warps, several of which are a block.
 constexpr int most_held_bytes = 4;

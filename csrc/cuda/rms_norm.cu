@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(most_threads, 2) rms_norm_held(const __grid_co
 }
 
 template <class T>
-__global__ void __launch_bounds__(most_threads, 1) rms_norm_bwd_held(const __grid_constant__ RmsNormBwd a, int depth) {
+__global__ void __launch_bounds__(held_threads(1), 1) rms_norm_bwd_held(const __grid_constant__ RmsNormBwd a, int depth) {
   constexpr int n = lanes<T>, held = held_back(1);
   const int h = int(a.rows.width);
   const Stages<held> rows{a.added != nullptr ? 3 : 2, depth};

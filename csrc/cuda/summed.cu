@@ -34,7 +34,7 @@ int64_t block_rows(DType dtype, const Rows& rows, int sums, const Device& device
   const int held = held_back(sums);
   int64_t each = 1, resident = 0;  // rows of a block at a time, and blocks of a multiprocessor
   if (size <= most_held_bytes && holds(vectors, held)) {
-    resident = std::max(1, held_threads / holding_threads(vectors, held));
+    resident = std::max(1, held_threads(sums) / holding_threads(vectors, held));
   } else {
     const Shape shape = backward_shape(rows.width, int(16 / size));
     const int64_t bytes = std::max<int64_t>(1, shape.rows * rows.width * (2 * size + sums * wide));
