@@ -26,7 +26,7 @@ struct Cpu {
   explicit Cpu(const Tensor&) {}
 
   // A norm's rows are cut into as many blocks whatever the number of threads, so that a weight's gradient has the same bits.
-  static int64_t block_rows(DType, const Rows& rows) { return std::max<int64_t>(16, (rows.count + 63) / 64); }
+  static int64_t block_rows(DType, const Rows& rows, int) { return std::max<int64_t>(16, (rows.count + 63) / 64); }
 
   static Vector factor(const Maybe& vector, const Tensor& x, double offset, bool round_first) {
     return {offset_by(vector, x, offset, round_first)};

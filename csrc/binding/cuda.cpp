@@ -6,7 +6,9 @@
 #include "../cuda/kernels.h"
 #include "operators.h"
 
-#if !defined(SHARDCOMP_EMULATED)
+#if defined(SHARDCOMP_EMULATED)
+#include "../emulation/device.h"
+#else
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,8 +24,7 @@ class Place {
   static bool has(const Tensor&) { return true; }
 
  protected:
-  // Small enough that rows of tests do not all fit in shared memory.
-  const cuda::Device device_{nullptr, 3, 12 << 10};
+  const cuda::Device device_{nullptr, 3, emulation::shared_bytes()};
 };
 #else
 void check_cuda(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
@@ -84,7 +85,7 @@ struct Cuda : Place {
 
   using Place::Place;
 
-  int64_t block_rows(DType dtype, const Rows& rows) const { return cuda::block_rows(dtype, rows, device_); }
+  int64_t block_rows(DType dtype, const Rows& rows, int sums) const { return cuda::block_rows(dtype, rows, sums, device_); }
 
   // Kernels add the offset themselves to what has the dtype of `x` or the one that this is computed in.
   static Vector factor(const Maybe& vector, const Tensor& x, double offset, bool round_first) {

@@ -2,7 +2,7 @@
 // they follow, cast by cast.
 //
 // A `Device` has: a constructor that makes the device of a tensor the current one; run(arguments), which runs a kernel or starts
-// it; block_rows(dtype, rows), the rows of each block of a norm's backward; factor(vector, x, offset, round_first), offset + vector
+// it; block_rows(dtype, rows, sums), the rows of each block of a norm's backward; factor(vector, x, offset, round_first), offset + vector
 // as the kernels take it beside `x`; table(cos or sin, x), the same for rotary; own_layer_norm and own_gelu, whether the values of
 // these two are its kernels', else torch's own operators make them.
 #pragma once
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(
   check_norm(x, weight);
   Tensor g = as(gradient, x.scalar_type()), a = added ? as(*added, x.scalar_type()) : g, held = x;
   const Rows rows = norm_rows({&g, &a, &held});
-  const int64_t block = device.block_rows(dtype_of(x), rows), blocks = (rows.count + block - 1) / block;
+  const int64_t block = device.block_rows(dtype_of(x), rows, 1), blocks = (rows.count + block - 1) / block;
   Tensor of_x = with_shape(x, sizes_of(x), x.scalar_type());
   const Vector factor = Device::factor(weight, x, offset, false);
   const Tensor factor_of_rows = torch::stable::contiguous(as(rstd, wide_of(x)));
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(
   const bool made_here = stepwise || Device::own_layer_norm;
   Tensor y = made_here ? with_shape(x, sizes_of(x), x.scalar_type()) : torch_layer_norm(x, weight, bias, eps);
   const Vector w = Device::factor(weight, x, 0, false), b = Device::factor(bias, x, 0, false);
-  device.run(LayerNorm{dtype_of(x), rows, data(held), w, b, eps, made_here ? y.mutable_data_ptr() : nullptr,
+  device.run(LayerNorm{dtype_of(x), rows, data(held), w, b, eps, stepwise, made_here ? y.mutable_data_ptr() : nullptr,
                        mean.mutable_data_ptr(), rstd.mutable_data_ptr()});
   return {y, mean, rstd};
 }
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
   check_norm(x, bias);
   Tensor g = as(gradient, x.scalar_type()), held = x;
   const Rows rows = norm_rows({&g, &held});
-  const int64_t block = device.block_rows(dtype_of(x), rows), blocks = (rows.count + block - 1) / block;
+  const int64_t block = device.block_rows(dtype_of(x), rows, 2), blocks = (rows.count + block - 1) / block;
   Tensor of_x = with_shape(x, sizes_of(x), x.scalar_type());
   const Vector w = Device::factor(weight, x, 0, false);
   const Tensor means = torch::stable::contiguous(as(mean, wide_of(x)));

@@ -66,6 +66,7 @@ struct LayerNorm {
   Factor weight;
   Factor bias;
   double eps;
+  bool stepwise;  // weight and bias round one after the other, else once; CUDA's alone
   void* y;  // null: moments only
   void* mean;
   void* rstd;  // wide, [rows] each

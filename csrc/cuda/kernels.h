@@ -16,8 +16,8 @@ struct Device {
   int64_t shared;  // bytes of shared memory that a block can have
 };
 
-// Rows that each block of a norm's backward goes through.
-int64_t block_rows(DType dtype, const Rows& rows, const Device& device);
+// Rows that each block of a norm's backward goes through; so many sums are made of each column.
+int64_t block_rows(DType dtype, const Rows& rows, int sums, const Device& device);
 
 void run(const RmsNorm& a, const Device& device);
 void run(const RmsNormBwd& a, const Device& device);

@@ -5,6 +5,20 @@
 namespace shardcomp::cuda {
 namespace {
 
+// What is normalised becomes a result. A weight of 1 and a bias of -0 change no bit.
+constexpr float no_weight = 1, no_bias = -0.0f;
+
+template <int n, class W>
+DEVICE void scale(W (&x)[n], const W (&weight)[n], const W (&bias)[n], bool stepwise) {
+  if (stepwise) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] = x[j] * weight[j] + bias[j];
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) x[j] = fused(x[j], weight[j], bias[j]);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_constant__ LayerNorm a, bool whole, bool staged) {
   typedef Wide<T> W;
@@ -44,21 +58,151 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_const
     }
     T* y = static_cast<T*>(a.y) + row * h;
     for (int64_t at = threadIdx.x * n; at < h; at += step) {
-      W v[n], f[n];
+      W v[n], f[n], b[n];
       load(v, again + at, h - at, whole || staged);
 #pragma unroll
       for (int j = 0; j < n; ++j) v[j] = (v[j] - mean) * rstd;
-      if (a.weight.held != nullptr) {
-        load_factor<T>(f, a.weight, at, h - at, whole);
 #pragma unroll
-        for (int j = 0; j < n; ++j) v[j] *= f[j];
+      for (int j = 0; j < n; ++j) {
+        f[j] = no_weight;
+        b[j] = no_bias;
       }
-      if (a.bias.held != nullptr) {
-        load_factor<T>(f, a.bias, at, h - at, whole);
-#pragma unroll
-        for (int j = 0; j < n; ++j) v[j] += f[j];
-      }
+      if (a.weight.held != nullptr) load_factor<T>(f, a.weight, at, h - at, whole);
+      if (a.bias.held != nullptr) load_factor<T>(b, a.bias, at, h - at, whole);
+      scale(v, f, b, a.stepwise);
       store(y + at, v, h - at, whole);
+    }
+  }
+}
+
+// Where each thread can hold its share of a row.
+constexpr int held = 4;
+
+template <class T>
+__global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_constant__ LayerNorm a) {
+  constexpr int n = lanes<T>;
+  const int h = int(a.rows.width);
+  const int64_t row = blockIdx.x;
+  int sums = 0;
+  int64_t offset[1];
+  place(offset, a.rows, row);
+  const T* x = static_cast<const T*>(a.x) + offset[0];
+  uint4 v[held];
+#pragma unroll
+  for (int k = 0; k < held; ++k) v[k] = vector_at(x, place_of<T>(k), h);
+  float total_of[held], squares_of[held];
+#pragma unroll
+  for (int k = 0; k < held; ++k) {
+    float one[n];
+    widen_vector<T>(one, v[k]);
+    total_of[k] = sum_of(one);
+  }
+  float total[1] = {sum_of(total_of)};
+  block_sum(total, sums);
+  const float mean = total[0] / float(h);
+#pragma unroll
+  for (int k = 0; k < held; ++k) {
+    float one[n];
+    widen_vector<T>(one, v[k]);
+    squares_of[k] = 0;
+    if (place_of<T>(k) >= h) continue;
+#pragma unroll
+    for (int j = 0; j < n; ++j) squares_of[k] = fused(one[j] - mean, one[j] - mean, squares_of[k]);
+  }
+  float squares[1] = {sum_of(squares_of)};
+  uint4 weight[held];
+#pragma unroll
+  for (int k = 0; k < held; ++k) weight[k] = ask_factor<T>(a.weight, place_of<T>(k), h);
+  block_sum(squares, sums);
+  const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
+  if (threadIdx.x == 0) {
+    static_cast<float*>(a.mean)[row] = mean;
+    static_cast<float*>(a.rstd)[row] = rstd;
+  }
+  T* y = static_cast<T*>(a.y) + row * h;
+#pragma unroll
+  for (int k = 0; k < held; ++k) {
+    float one[n], f[n], b[n];
+    widen_vector<T>(one, v[k]);
+#pragma unroll
+    for (int j = 0; j < n; ++j) one[j] = (one[j] - mean) * rstd;
+    factor_at<T>(f, a.weight, weight[k], place_of<T>(k), h, no_weight);
+    factor_at<T>(b, a.bias, place_of<T>(k), h, no_bias);
+    scale(one, f, b, a.stepwise);
+    put_vector(y, one, place_of<T>(k), h);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(held_threads(2), 1) layer_norm_bwd_held(const __grid_constant__ LayerNormBwd a, int depth) {
+  constexpr int n = lanes<T>, held = held_back(2);
+  const int h = int(a.rows.width);
+  const Stages<held> rows{2, depth};
+  const int64_t first = blockIdx.x * a.block_rows, last = first + a.block_rows < a.rows.count ? first + a.block_rows : a.rows.count;
+  const auto fetch = [&](int64_t row, int slot) {
+    if (row < last) {
+      int64_t offset[2];
+      place(offset, a.rows, row);
+      uint4* const to = rows.row(slot);
+      rows.fetch<T>(to, 0, a.gradient, offset[0], h);
+      rows.fetch<T>(to, 1, a.x, offset[1], h);
+    }
+    end_group();
+  };
+  for (int ahead = 0; ahead + 1 < depth; ++ahead) fetch(first + ahead, ahead);
+  float f[held][n], of_weight[held][n] = {}, of_bias[held][n] = {};
+#pragma unroll
+  for (int k = 0; k < held; ++k) factor_at<T>(f[k], a.weight, place_of<T>(k), h, no_weight);
+  const float *const means = static_cast<const float*>(a.mean), *const rstds = static_cast<const float*>(a.rstd);
+  float next_mean = means[first], next_rstd = rstds[first];
+  int slot = 0, free = depth - 1, sums = 0;
+  for (int64_t row = first; row < last; ++row) {
+    fetch(row + depth - 1, free);
+    free = rows.after(free);
+    const float mean = next_mean, rstd = next_rstd;
+    if (row + 1 < last) {
+      next_mean = means[row + 1];
+      next_rstd = rstds[row + 1];
+    }
+    rows.await();
+    const uint4* const held_row = rows.row(slot);
+    slot = rows.after(slot);
+    float plain_of[held] = {}, along_of[held] = {};
+#pragma unroll
+    for (int k = 0; k < held; ++k) {
+      float g[n], v[n];
+      staged_vector<T, held>(g, held_row, 0, k);
+      staged_vector<T, held>(v, held_row, 1, k);
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const float normal = (v[j] - mean) * rstd, scaled = g[j] * f[k][j];
+        of_weight[k][j] = fused(g[j], normal, of_weight[k][j]);
+        of_bias[k][j] += g[j];
+        plain_of[k] += scaled;
+        along_of[k] = fused(scaled, normal, along_of[k]);
+      }
+    }
+    float two[2] = {sum_of(plain_of), sum_of(along_of)};  // of the scaled gradient, and of it along the normalised values
+    block_sum(two, sums);
+    const float plain = two[0] / float(h), along = two[1] / float(h);
+    T* of_x = static_cast<T*>(a.of_x) + row * h;
+#pragma unroll
+    for (int k = 0; k < held; ++k) {
+      float g[n], v[n];
+      staged_vector<T, held>(g, held_row, 0, k);
+      staged_vector<T, held>(v, held_row, 1, k);
+#pragma unroll
+      for (int j = 0; j < n; ++j) v[j] = fused((v[j] - mean) * rstd, -along, fused(g[j], f[k][j], -plain)) * rstd;
+      put_vector(of_x, v, place_of<T>(k), h);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < held; ++k) {
+    if (a.partial_weight != nullptr) {
+      put_sums<T>(static_cast<float*>(a.partial_weight) + int64_t(blockIdx.x) * h, of_weight[k], place_of<T>(k), h);
+    }
+    if (a.partial_bias != nullptr) {
+      put_sums<T>(static_cast<float*>(a.partial_bias) + int64_t(blockIdx.x) * h, of_bias[k], place_of<T>(k), h);
     }
   }
 }
@@ -125,25 +269,40 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm_bwd(const __grid_c
 }  // namespace
 
 void run(const LayerNorm& a, const Device& device) {
-  of_dtype(a.dtype, [&](auto held) {
-    typedef decltype(held) T;
+  of_dtype(a.dtype, [&](auto of) {
+    typedef decltype(of) T;
+    const bool whole = aligned(a.rows, sizeof(T), {a.x, a.weight.held, a.bias.held, a.y}, 1) && a.rows.width % lanes<T> == 0;
+    if constexpr (sizeof(T) <= most_held_bytes) {
+      const int64_t vectors = a.rows.width / lanes<T>;
+      if (whole && holds(vectors, held) && a.rows.count <= most_blocks) {
+        const Shape shape{a.rows.count, holding_threads(vectors, held), 1, exchange_bytes};
+        return start(device, layer_norm_held<T>, shape, a);
+      }
+    }
     Shape shape = Shape::of_rows(quotient_up(a.rows.width, lanes<T>));
     const bool staged = stages(shape, padded<T>(a.rows.width) * sizeof(T), device.shared);
     shape.blocks = std::min(quotient_up(a.rows.count, shape.rows), most_blocks);
-    const bool whole = aligned(a.rows, sizeof(T), {a.x, a.weight.held, a.bias.held, a.y}, 1) && a.rows.width % lanes<T> == 0;
     start(device, layer_norm<T>, shape, a, whole, staged);
   });
 }
 
 void run(const LayerNormBwd& a, const Device& device) {
-  of_dtype(a.dtype, [&](auto held) {
-    typedef decltype(held) T;
+  of_dtype(a.dtype, [&](auto of) {
+    typedef decltype(of) T;
+    const int64_t blocks = quotient_up(a.rows.count, a.block_rows);
+    const bool whole = aligned(a.rows, sizeof(T), {a.gradient, a.x, a.weight.held, a.of_x, a.partial_weight, a.partial_bias}, 2) &&
+                       a.rows.width % lanes<T> == 0;
+    if constexpr (sizeof(T) <= most_held_bytes) {
+      const int64_t vectors = a.rows.width / lanes<T>;
+      if (whole && holds(vectors, held_back(2))) {
+        const Holding found = holding(vectors, held_back(2), blocks, 2, device);
+        if (found.depth > 0) return start(device, layer_norm_bwd_held<T>, found.shape, a, found.depth);
+      }
+    }
     Shape shape = backward_shape(a.rows.width, lanes<T>);
     const int64_t each = 2 * padded<T>(a.rows.width) * sizeof(T) + BlockSums<T, 2>::bytes(a.rows.width);
     const bool staged = stages(shape, each, device.shared);
-    shape.blocks = quotient_up(a.rows.count, a.block_rows);
-    const bool whole = aligned(a.rows, sizeof(T), {a.gradient, a.x, a.weight.held, a.of_x, a.partial_weight, a.partial_bias}, 2) &&
-                       a.rows.width % lanes<T> == 0;
+    shape.blocks = blocks;
     start(device, layer_norm_bwd<T>, shape, a, whole, staged);
   });
 }

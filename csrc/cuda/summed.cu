@@ -8,12 +8,13 @@ namespace {
 // Columns of a block, and threads that share the sum of each.
 constexpr int columns = warp, parts = 16;
 
+// In float64, so that what blocks leave behind is as good as if one had made the sum.
 template <class T>
 __global__ void __launch_bounds__(columns* parts) summed(const __grid_constant__ Summed a) {
   typedef Wide<T> W;
-  W* const held = reinterpret_cast<W*>(stage());
+  double* const held = reinterpret_cast<double*>(stage());
   const int64_t column = int64_t(blockIdx.x) * columns + threadIdx.x;
-  W total = 0;
+  double total = 0;
   if (column < a.width) {
     const W* partial = static_cast<const W*>(a.partial) + column;
 #pragma unroll 4
@@ -23,20 +24,27 @@ __global__ void __launch_bounds__(columns* parts) summed(const __grid_constant__
   __syncthreads();
   if (threadIdx.y != 0 || column >= a.width) return;
   for (int part = 1; part < parts; ++part) total += held[part * columns + threadIdx.x];
-  static_cast<T*>(a.sum)[column] = Narrow<T>::of(total);
+  static_cast<T*>(a.sum)[column] = Narrow<T>::of(W(total));
 }
 
 }  // namespace
 
-int64_t block_rows(DType dtype, const Rows& rows, const Device& device) {
-  const int64_t size = size_of(dtype), wide = dtype == DType::fp64 ? 8 : 4;
-  const Shape shape = backward_shape(rows.width, int(16 / size));
-  const int64_t bytes = std::max<int64_t>(1, shape.rows * rows.width * (2 * size + 2 * wide));
-  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(1024 / (shape.threads * shape.rows), device.shared / bytes));
+int64_t block_rows(DType dtype, const Rows& rows, int sums, const Device& device) {
+  const int64_t size = size_of(dtype), wide = dtype == DType::fp64 ? 8 : 4, vectors = quotient_up(rows.width, 16 / size);
+  const int held = held_back(sums);
+  int64_t each = 1, resident = 0;  // rows of a block at a time, and blocks of a multiprocessor
+  if (size <= most_held_bytes && holds(vectors, held)) {
+    resident = std::max(1, held_threads(sums) / holding_threads(vectors, held));
+  } else {
+    const Shape shape = backward_shape(rows.width, int(16 / size));
+    const int64_t bytes = std::max<int64_t>(1, shape.rows * rows.width * (2 * size + sums * wide));
+    each = shape.rows;
+    resident = std::max<int64_t>(1, std::min<int64_t>(1024 / (shape.threads * shape.rows), device.shared / bytes));
+  }
   // As many as the device runs at a time, but so few that what they leave behind is little beside what they read.
   const int64_t most = std::max<int64_t>(device.multiprocessors, rows.count / 16);
-  const int64_t each = quotient_up(rows.count, std::min(resident * device.multiprocessors, most));
-  return std::max<int64_t>(1, quotient_up(each, shape.rows)) * shape.rows;
+  const int64_t share = quotient_up(rows.count, std::min(resident * device.multiprocessors, most));
+  return std::max<int64_t>(1, quotient_up(share, each)) * each;
 }
 
 void run(const Summed& a, const Device& device) {

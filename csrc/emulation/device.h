@@ -20,6 +20,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -57,6 +58,7 @@ struct Fiber {
   Index index;
   std::vector<uint64_t> sent;  // to others of the warp, the last two exchanges in turn
   int exchanges = 0;
+  std::vector<std::vector<std::pair<uint4*, const void*>>> groups;  // of copies, which are made when they are waited for
   bool ended = false;
   uint64_t order = 0;
 };
@@ -111,6 +113,25 @@ class Block {
     return from.sent[which];
   }
 
+  void copy(uint4* to, const void* from) {
+    Fiber& self = fibers_[at_];
+    if (self.groups.empty()) self.groups.emplace_back();
+    self.groups.back().emplace_back(to, from);
+  }
+  void end_group() {
+    Fiber& self = fibers_[at_];
+    if (self.groups.empty()) self.groups.emplace_back();
+    self.groups.emplace_back();
+  }
+  // The last group is the one that has not ended.
+  void await_groups(int but) {
+    auto& groups = fibers_[at_].groups;
+    while (int(groups.size()) > but + 1) {
+      for (auto& [to, from] : groups.front()) *to = from == nullptr ? uint4{} : *static_cast<const uint4*>(from);
+      groups.erase(groups.begin());
+    }
+  }
+
   void seed(uint64_t seed) { state_ = seed; }
 
  private:
@@ -124,6 +145,7 @@ class Block {
       fiber.index = {unsigned(i) % size.x, unsigned(i) / size.x};
       fiber.sent.assign(2, ~uint64_t(0));
       fiber.exchanges = 0;
+      fiber.groups.clear();
       fiber.ended = false;
       if (state_ != 0) fiber.order = i % 32 == 0 ? uint64_t(random()) << 32 : (fibers_[i - 1].order >> 32 << 32) + random();
       getcontext(&fiber.context);
@@ -246,6 +268,9 @@ P* aligned(P* p, uintptr_t bytes) {
   }
   return p;
 }
+
+// What a block can have of shared memory.
+int64_t& shared_bytes();
 
 inline void Block::begin() {
   Block& self = block();

@@ -21,8 +21,12 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 MOVES = {
     "rms_norm": (4, 2),
     "rms_norm_bwd": (4, 1),
+    "rms_norm_held": (12, 8),
+    "rms_norm_bwd_held": (12, 4),
     "layer_norm": (3, 1),
     "layer_norm_bwd": (3, 1),
+    "layer_norm_held": (12, 4),
+    "layer_norm_bwd_held": (6, 2),
     "rotary": (12, 9),
     "gated": (4, 2),
     "gated_bwd": (3, 2),
@@ -52,8 +56,9 @@ def made(source: Path, folder: Path) -> tuple[dict[tuple[str, str], list[int]], 
     moves = {}
     for text in folder.glob("*.ptx"):
         for entry in text.read_text().split(".entry ")[1:]:
-            found = (len(re.findall(rf"\b{kind}\.global(?:\.nc)?\.{SIXTEEN}", entry)) for kind in ("ld", "st"))
-            moves[entry.split("(")[0].strip()] = tuple(found)
+            loads, stores = (len(re.findall(rf"\b{kind}\.global(?:\.nc)?\.{SIXTEEN}", entry)) for kind in ("ld", "st"))
+            copies = len(re.findall(r"\bcp\.async\.cg\.shared\.global", entry))
+            moves[entry.split("(")[0].strip()] = loads + copies, stores
     return used, moves
 
 

@@ -36,6 +36,31 @@ _FAULTS = {
         "schedules",
         "AssertionError",
     ),
+    "a sum that is held is read before all of it is there": (
+        Fault(
+            "cuda/norm.h",
+            "  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < count; ++k) x[k] = held[k];",
+            "#pragma unroll\n  for (int k = 0; k < count; ++k) x[k] = held[k];",
+            "cuda/layer_norm.cu",
+        ),
+        "held",
+        "AssertionError",
+    ),
+    "sums of one row and the next have one place": (
+        Fault("cuda/norm.h", "calls++ % 2", "calls++ % 1", "cuda/rms_norm.cu"),
+        "held",
+        "AssertionError",
+    ),
+    "a row is read before it has come": (
+        Fault("cuda/norm.h", "return await_groups<1>();", "return await_groups<2>();", "cuda/layer_norm.cu"),
+        "held",
+        "AssertionError",
+    ),
+    "a row comes where one is that is still read": (
+        Fault("cuda/norm.h", "slot + 1 == depth ? 0 : slot + 1", "slot + 2 < depth ? slot + 1 : 0", "cuda/rms_norm.cu"),
+        "held",
+        "AssertionError",
+    ),
     "a barrier that some threads do not come to": (
         Fault("cuda/summed.cu", "  if (column < a.width) {", "  if (column >= a.width) return;\n  {", "cuda/summed.cu"),
         "schedules",
