@@ -45,7 +45,7 @@ def test_a_dry_run_says_in_what_order_how_long_and_at_what_sizes(capsys: Capture
     for text in (
         "nothing is measured",
         "nothing was measured",
-        "at most 210 s",
+        "at most 180 s",
         "8192 × 4096",
         "8192 × 11008",
         "8192 × 128256",
