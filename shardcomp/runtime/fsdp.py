@@ -144,23 +144,31 @@ class WideGradient:
     def __init__(self, group: Any, parameter: Any) -> None:
         self._group, self._parameter = group, parameter
 
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that is gathered, to which gradients belong."""
+        held: Tensor = self._parameter.unsharded_param
+        return held
+
     def add(self, of_results: Tensor, x: Tensor) -> Tensor | None:
-        """Add the gradient of this micro-batch, `of_results`' x: [out, in] of [rows, out] and [rows, in]. Where FSDP sums it
-        over dp at once, nothing is added, and it is returned in their dtype."""
+        """Add the gradient of this micro-batch, `of_results`ᵀ x: [out, in] of [rows, out] and [rows, in]. Where FSDP sums it
+        over dp at once, nothing is added, and it is returned, in their dtype, for `weight`."""
         held = self._parameter.unsharded_accumulated_grad
         if held is not None:
             add_product(held.to_local() if isinstance(held, DTensor) else held, of_results.t(), x)
             return None
         if self._group.reduce_grads:
-            return of_results.t() @ x
-        made = product(of_results.t(), x, self._parameter.reduce_dtype)
-        weight = self._parameter.unsharded_param
-        if isinstance(weight, DTensor):
-            made = DTensor.from_local(
-                made, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-            )
-        self._parameter.unsharded_accumulated_grad = made
+            return self._laid_out(of_results.t() @ x)
+        self._parameter.unsharded_accumulated_grad = self._laid_out(product(of_results.t(), x, self._parameter.reduce_dtype))
         return None
+
+    def _laid_out(self, gradient: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, DTensor):
+            return gradient
+        return DTensor.from_local(
+            gradient, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        )
 
 
 def widen_gradients(chunk: Chunk) -> None:

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: [.., out] of [.., in], [out, in] and [out].
 
-    A weight that knows of a `WideGradient` has its gradient added up there; autograd, and with it `weight.grad`, then does not
-    see it. An `x` that comes from `fan_out` has its gradient added up there.
+    A weight that knows of a `WideGradient` has its gradient added up there; autograd then does not see it. An `x` that comes
+    from `fan_out` has its gradient added up there.
     """
     wide, joint = getattr(weight, "wide_gradient", None), getattr(x, "joint_gradient", None)
     if (wide is None or not weight.requires_grad) and joint is None or not torch.is_grad_enabled():
         return functional.linear(x, weight, bias)
-    made: Tensor = _Linear.apply(x, weight, bias, wide, joint)
+    # A gradient is given to the leaf itself: what lies between would be given zeros where there is none.
+    leaf = weight if wide is None else wide.weight
+    made: Tensor = _Linear.apply(x, weight.detach(), bias, leaf, wide, joint)
     return made
 
 
@@ -71,6 +73,7 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        leaf: Tensor,
         wide: WideGradient | None,
         joint: _JointGradient | None,
     ) -> Tensor:
@@ -81,7 +84,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_weight, *_ = ctx.needs_input_grad
         rows = gradients[0].reshape(-1, weight.shape[0])
         of_x = of_weight = None
         if needs_x and ctx.joint is not None:
@@ -91,4 +94,4 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             columns = x.reshape(-1, weight.shape[1])
             of_weight = rows.t() @ columns if ctx.wide is None else ctx.wide.add(rows, columns)
-        return of_x, of_weight, rows.sum(0) if needs_bias else None, None, None
+        return of_x, None, rows.sum(0) if needs_bias else None, of_weight, None, None

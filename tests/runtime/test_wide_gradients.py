@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import tiny
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,7 @@ def weight_of(wide: WideGradient | None) -> nn.Parameter:
     weight = nn.Parameter(torch.randn(OUT, IN, dtype=torch.bfloat16))
     if wide is not None:
         weight.wide_gradient = wide  # type: ignore[attr-defined]
+        wide._parameter.unsharded_param = weight
     return weight
 
 
@@ -109,6 +111,15 @@ def test_each_matrix_of_a_layer_is_widened(
         return made
 
     monkeypatch.setattr(WideGradient, "add", watched)
+    beside: list[bool] = []
+    theirs = FSDPParam.accumulate_unsharded_grad_if_needed
+
+    def accumulated(self: Any) -> None:
+        if self.unsharded_accumulated_grad is not None:
+            beside.append(self.unsharded_param.grad is not None)
+        theirs(self)
+
+    monkeypatch.setattr(FSDPParam, "accumulate_unsharded_grad_if_needed", accumulated)
 
     def work(rank: int) -> None:
         sharded = allocate(lowered, weights_of(lowered))
@@ -119,6 +130,8 @@ def test_each_matrix_of_a_layer_is_widened(
     run_ranks(world, work)
     of_layers = 7 * 2 // options.get("pipeline", 1)
     assert sum(added) == wide_per_step * of_layers * world
+    # What FSDP adds to them in the later micro-batches: norms' weights, and what the first and the last unit have.
+    assert not wide_per_step or sum(beside) <= (2 * 2 + 3) * 2 * world
 
 
 @pytest.mark.parametrize("others", [False, True])
