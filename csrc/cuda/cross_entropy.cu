@@ -110,7 +110,8 @@ DEVICE int64_t column_of(const Arguments& a, int64_t row) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(most_threads, sizeof(T) == 8 ? 1 : 2) statistics(const __grid_constant__ CrossEntropyStatistics a) {
+__global__ void __launch_bounds__(most_threads, sizeof(T) == 8 ? 1 : 2)
+    statistics(const __grid_constant__ CrossEntropyStatistics a) {
   typedef Wide<T> W;
   constexpr int n = lanes<T>, ahead = 4;  // vectors that are on their way at once
   const int64_t width = a.rows.width;

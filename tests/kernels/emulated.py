@@ -210,7 +210,7 @@ def layouts(another: Callable[[], int]) -> None:
             tests.agree(name, tuple(tests.changed(_aligned, each) for each in arguments))
     tests.test_queries_and_keys_are_turned_as_they_lie()
     for dtype in tests.DTYPES:
-        tests.test_gate_and_up_may_be_halves_of_one_tensor(dtype)
+        tests.test_gate_and_up_may_be_halves_of_one_tensor_or_lie_alone(dtype)
         for turned in (16, 32, 48, 20):
             tests.test_any_number_of_heads_may_share_their_tables(dtype, turned)
     tests.test_what_lies_between_rows_is_not_written()
