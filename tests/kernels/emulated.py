@@ -321,12 +321,12 @@ def held(another: Callable[[], int]) -> None:
     # The last column is of shared memory, in KiB: so much that one, two or three rows are on their way.
     for dtype, other, h, rows, orders, shared in (
         (half, single, 1032, 66, 8, 40),
-        (half, half, 264, 100, 2, 227),
+        (half, half, 520, 100, 2, 227),
         (half, half, 4096, 37, 1, 227),
         (half, half, 8192, 4, 1, 227),
         (short, short, 1536, 37, 1, 227),
         (short, short, 16384, 4, 1, 227),
-        (single, single, 132, 100, 1, 227),
+        (single, single, 264, 100, 1, 227),
         (single, single, 2048, 37, 4, 100),
     ):
         _DEVICE[0].shardcomp_shared_bytes(ctypes.c_int64(shared << 10))
