@@ -227,8 +227,8 @@ DEVICE float sum_of(const float (&x)[n]) {
   return held[0];
 }
 
-// The sums over a block, which all threads get. One call and the next have places of their own in shared memory, so that one barrier
-// is enough: a thread that comes to the next but one has seen that all were at the next.
+// The sums over a block, which all threads get. One call and the next have places of their own in shared memory, so that one
+// barrier is enough: a thread that comes to the next but one has seen that all were at the next.
 template <int count>
 DEVICE void block_sum(float (&x)[count], int& calls) {
   static_assert(2 * count * most_threads / warp * sizeof(float) <= exchange_bytes);
