@@ -178,8 +178,8 @@ DEVICE void put_sums(float* p, const float (&x)[lanes<T>], int at, int h) {
   }
 }
 
-// The numbers of a factor that a vector meets, in two steps: what is narrow is asked for early and waited for late. Where there is no
-// factor it is `none`, and zero behind the end of a row.
+// The numbers of a factor that a vector meets, in two steps: what is narrow is asked for early and waited for late. Where there is
+// no factor it is `none`, and zero behind the end of a row.
 template <class T>
 DEVICE uint4 ask_factor(const Factor& factor, int at, int h) {
   return factor.held != nullptr && factor.narrow ? vector_at(static_cast<const T*>(factor.held), at, h) : uint4{};
@@ -227,8 +227,8 @@ DEVICE float sum_of(const float (&x)[n]) {
   return held[0];
 }
 
-// The sums over a block, which all threads get. Every other call has its own place in shared memory, so that one barrier is enough:
-// a thread that comes to the next but one has seen that all were at the next.
+// The sums over a block, which all threads get. One call and the next have places of their own in shared memory, so that one
+// barrier is enough: a thread that comes to the next but one has seen that all were at the next.
 template <int count>
 DEVICE void block_sum(float (&x)[count], int& calls) {
   static_assert(2 * count * most_threads / warp * sizeof(float) <= exchange_bytes);
@@ -327,10 +327,11 @@ inline int holding_threads(int64_t vectors, int held) { return int(quotient_up(v
 __host__ __device__ constexpr int held_back(int sums) { return sums == 1 ? 4 : 2; }
 __host__ __device__ constexpr int held_threads(int sums) { return sums == 1 ? 512 : 768; }
 
-// Whether rows are held; those of a few vectors are left to single warps, several of which are a block.
+// Elements of more bytes are computed in float64, which a thread has no registers to hold.
 constexpr int most_held_bytes = 4;
 
-inline bool holds(int64_t vectors, int held) { return vectors > warp && vectors <= int64_t(held) * most_threads; }
+// Whether rows are held; those of a few vectors are left to single warps, several of which are a block.
+inline bool holds(int64_t vectors, int held) { return vectors > 2 * warp && vectors <= int64_t(held) * most_threads; }
 
 // As many rows on their way as the blocks of a multiprocessor have shared memory for, each of `tensors` tensors.
 inline Holding holding(int64_t vectors, int held, int64_t blocks, int tensors, const Device& device) {

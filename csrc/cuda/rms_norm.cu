@@ -260,7 +260,8 @@ __global__ void __launch_bounds__(most_threads, 1) rms_norm_bwd(const __grid_con
 void run(const RmsNorm& a, const Device& device) {
   of_dtype(a.dtype, [&](auto of) {
     typedef decltype(of) T;
-    const bool whole = aligned(a.rows, sizeof(T), {a.x, a.residual, a.factor.held, a.y, a.total}, 2) && a.rows.width % lanes<T> == 0;
+    const bool whole =
+        aligned(a.rows, sizeof(T), {a.x, a.residual, a.factor.held, a.y, a.total}, 2) && a.rows.width % lanes<T> == 0;
     if constexpr (sizeof(T) <= most_held_bytes) {
       const int64_t vectors = a.rows.width / lanes<T>;
       if (whole && holds(vectors, held) && a.rows.count <= most_blocks) {

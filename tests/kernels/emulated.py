@@ -120,6 +120,9 @@ def run(made: Path, check: str, seed: int = 0) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=600)
 
 
+_DEVICE: list[ctypes.CDLL] = []
+"""The library, once it is loaded."""
+
 CHECKS: dict[str, Callable[[Callable[[], int]], None]] = {}
 """Name -> a check. It is given what takes the next schedule, and says its number."""
 
@@ -139,10 +142,9 @@ def _main(path: str, name: str, seed: str) -> None:
         held.define(str(getattr(torch.ops.shardcomp, each).default._schema).removeprefix("shardcomp::"))
     torch.ops.load_library(path)
     test_library.SPACE = SPACE
-    take = ctypes.CDLL(path).shardcomp_seed
+    _DEVICE.append(ctypes.CDLL(path))
+    take = _DEVICE[0].shardcomp_seed
     take.argtypes = [ctypes.c_uint64]
-    if name == "held":  # as much shared memory as a device of sm_90 has
-        ctypes.CDLL(path).shardcomp_shared_bytes(ctypes.c_int64(227 << 10))
     state = int(seed)
 
     def another() -> int:
@@ -320,16 +322,18 @@ def held(another: Callable[[], int]) -> None:
     kinds = ("add_rms_norm weighted 0.0 True", "rms_norm weighted 1.0 False", "rms_norm_bwd False False")
     kinds += ("rms_norm_bwd True True", "layer_norm False False", "layer_norm_bwd")
     half, short, single = torch.bfloat16, torch.float16, torch.float32
-    for dtype, other, h, rows, orders in (
-        (half, single, 1032, 66, 8),
-        (half, half, 264, 100, 2),
-        (half, half, 4096, 37, 1),
-        (half, half, 8192, 4, 1),
-        (short, short, 1536, 37, 1),
-        (short, short, 16384, 4, 1),
-        (single, single, 132, 100, 1),
-        (single, single, 2048, 37, 4),
+    # The last column is of shared memory, in KiB: so much that one, two or three rows are on their way.
+    for dtype, other, h, rows, orders, shared in (
+        (half, single, 1032, 66, 8, 40),
+        (half, half, 520, 100, 2, 227),
+        (half, half, 4096, 37, 1, 227),
+        (half, half, 8192, 4, 1, 227),
+        (short, short, 1536, 37, 1, 227),
+        (short, short, 16384, 4, 1, 227),
+        (single, single, 264, 100, 1, 227),
+        (single, single, 2048, 37, 4, 100),
     ):
+        _DEVICE[0].shardcomp_shared_bytes(ctypes.c_int64(shared << 10))
         some = {name: each for name, each in calls(dtype, h, (rows,), other).items() if name.startswith(kinds)}
         first: dict[str, list[Tensor]] = {}
         for _ in range(orders):

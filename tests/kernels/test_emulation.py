@@ -52,7 +52,12 @@ _FAULTS = {
         "AssertionError",
     ),
     "a row is read before it has come": (
-        Fault("cuda/norm.h", "return await_groups<1>();", "return await_groups<2>();", "cuda/layer_norm.cu"),
+        Fault("cuda/norm.h", "return await_groups<2>();", "return await_groups<3>();", "cuda/layer_norm.cu"),
+        "held",
+        "AssertionError",
+    ),
+    "the next row is read before it has come": (
+        Fault("cuda/norm.h", "return await_groups<1>();", "return await_groups<2>();", "cuda/rms_norm.cu"),
         "held",
         "AssertionError",
     ),
