@@ -121,12 +121,23 @@ DEVICE Wide<T> rounded(Wide<T> x) {
 
 DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE double square_root(double x) { return sqrt(x); }
-DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
-DEVICE double reciprocal_root(double x) { return 1 / sqrt(x); }
-DEVICE float exponential(float x) { return expf(x); }
-DEVICE double exponential(double x) { return exp(x); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
+DEVICE double reciprocal_root(double x) { return 1 / sqrt(x); }
+
+// 1 / √x for rows of T. rsqrtf may be off in its last two bits, which all of a row then shares: it is what a model computes rows of
+// 16 bits with, but those of 32 bits have one step of Newton's behind it, from what is left over of x·rsqrt².
+template <class T>
+DEVICE Wide<T> root_of_row(Wide<T> x) {
+  const Wide<T> guess = reciprocal_root(x);
+  if constexpr (sizeof(T) != 4) return guess;
+  const Wide<T> once = x * guess, lost = fused(x, guess, -once);
+  const Wide<T> left = fused(-once, guess, Wide<T>(1)) - lost * guess;
+  return left == left ? fused(guess / 2, left, guess) : guess;
+}
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE double exponential(double x) { return exp(x); }
 
 // What so many bytes are moved as, at most 16 at once.
 template <int bytes>

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_const
       }
     }
     row_sum(squares);
-    const W rstd = reciprocal_root(squares[0] / W(h) + W(a.eps));
+    const W rstd = root_of_row<T>(squares[0] / W(h) + W(a.eps));
     if (threadIdx.x == 0) {
       static_cast<W*>(a.mean)[row] = mean;
       static_cast<W*>(a.rstd)[row] = rstd;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_
 #pragma unroll
   for (int k = 0; k < held; ++k) weight[k] = ask_factor<T>(a.weight, place_of<T>(k), h);
   block_sum(squares, sums);
-  const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
+  const float rstd = root_of_row<T>(squares[0] / float(h) + float(a.eps));
   if (threadIdx.x == 0) {
     static_cast<float*>(a.mean)[row] = mean;
     static_cast<float*>(a.rstd)[row] = rstd;

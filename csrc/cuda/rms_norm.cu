@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(most_threads, 1) rms_norm(const __grid_constan
       for (int j = 0; j < n; ++j) squares[0] += v[j] * v[j];
     }
     row_sum(squares);
-    const W rstd = reciprocal_root(squares[0] / W(h) + W(a.eps));
+    const W rstd = root_of_row<T>(squares[0] / W(h) + W(a.eps));
     if (threadIdx.x == 0) static_cast<W*>(a.rstd)[row] = rstd;
     const T* again = staged ? kept : residuals != nullptr ? total : x;
     T* y = static_cast<T*>(a.y) + row * h;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(most_threads, 2) rms_norm_held(const __grid_co
 #pragma unroll
   for (int k = 0; k < held; ++k) factor[k] = ask_factor<T>(a.factor, place_of<T>(k), h);
   block_sum(squares, sums);
-  const float rstd = reciprocal_root(squares[0] / float(h) + float(a.eps));
+  const float rstd = root_of_row<T>(squares[0] / float(h) + float(a.eps));
   if (threadIdx.x == 0) static_cast<float*>(a.rstd)[row] = rstd;
   T* y = static_cast<T*>(a.y) + row * h;
 #pragma unroll
