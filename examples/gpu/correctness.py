@@ -18,9 +18,6 @@ from shardcomp.precision import Widened
 
 FURTHER = 1.05
 """How much further from float64 than HuggingFace's modules an operator may be, each norm of a difference by itself."""
-UNLIKE = {torch.bfloat16: 1 - EQUAL_BITS, torch.float16: 8 * (1 - EQUAL_BITS)}
-"""The share of results whose bits may be others. fp16 has three more of them than bf16, so that the same difference in float32
-shows eight times as often."""
 BITS = {"rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu"}
 """What has the bits of the model in 16 bits. A loss, which adds many numbers, is compared with float64 alone, and so is
 everything in float32, where two exponentials of one number need not be the same."""
@@ -97,7 +94,7 @@ def _against(case: Case, dtype: torch.dtype) -> tuple[float | None, float, str]:
     bits = None
     if case.operator in BITS and dtype != torch.float32:
         bits = min(equal_bits(a, b) for a, b in zip(made[:results], expected[:results], strict=True))
-        if 1 - bits > UNLIKE[dtype]:
+        if bits < EQUAL_BITS:
             return bits, _furthest(made, expected, exact, dtype), f"{bits:.4%} of the bits are those of HuggingFace"
     further = _furthest(made, expected, exact, dtype)
     return bits, further, "" if further <= FURTHER else f"{further:.2f} times as far from float64 as HuggingFace"

@@ -40,8 +40,9 @@ TO_SPARE = 0.97
 """The share of a GPU's memory up to which a setting is tried."""
 
 
-ALLOCATOR = "expandable_segments:True"
-"""How torch takes a GPU's memory, for all variants: so that pieces of it that are free are not too small to be used."""
+ALLOCATED_BY, ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+"""How torch takes a GPU's memory, for all variants: so that pieces of it that are free are not too small to be used; what the
+environment says already stands."""
 
 
 def fit(shape: Shape, memory: float) -> Shape:
@@ -288,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parts.prepare()
         if asked.child:
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)
+            os.environ.setdefault(ALLOCATED_BY, ALLOCATOR)
             [name], [variant] = asked.shapes, asked.variants
             measure(variant, fit(SHAPES[name], asked.bytes), asked.bytes, asked.child, asked.out)
             return 0
@@ -315,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ended.state == "failed":
             print(ended.why, flush=True)
         if path is not None:
-            parts.save(path, {**about, "allocator": ALLOCATOR, "variants": found})
+            parts.save(path, {**about, "allocator": os.environ.get(ALLOCATED_BY, ALLOCATOR), "variants": found})
 
     with tempfile.TemporaryDirectory() as folder:
         budget = Budget(asked.minutes * 60, least=20.0)

@@ -139,7 +139,7 @@ def hand_over(chunk: Chunk) -> None:
 
 class WideGradient:
     """The gradient of a weight over the micro-batches that FSDP does not yet sum over dp, in the masters' dtype. Left to FSDP,
-    each of them is rounded to the compute dtype, and read again to be added."""
+    each of them is rounded to the compute dtype, and read again to be added. What Megatron-LM calls main_grad."""
 
     def __init__(self, group: Any, parameter: Any) -> None:
         self._group, self._parameter = group, parameter

@@ -22,7 +22,7 @@ from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, sta
 from shardcomp.runtime.allocation import Chunk
 from shardcomp.runtime.fsdp import hand_over, prepare
 from shardcomp.runtime.recompute import split_backward
-from shardcomp.runtime.unit import Stage
+from shardcomp.runtime.unit import Apart, Stage
 from shardcomp.schedules import SCHEDULES
 
 _CLASSES = {
@@ -222,22 +222,12 @@ def _nodes_last() -> bool:
     """Whether a backward may begin at a torch.autograd.Function whose results are gone. In torch 2.11 it may not: the graph of
     a micro-batch is kept whole between the two halves of its backward."""
     x = torch.zeros((), requires_grad=True)
-    node = _Same.apply(x).grad_fn
+    node = Apart.apply(x).grad_fn
     try:
         _backward([(GradientEdge(node, 0), x.detach())], [_get_grad_fn_or_grad_acc(x)])
     except RuntimeError:
         return False
     return True
-
-
-class _Same(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
 
 
 def _backward(begin: list[tuple[GradientEdge, Tensor]], nodes: Sequence[Any]) -> tuple[Tensor, ...]:

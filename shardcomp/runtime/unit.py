@@ -67,14 +67,14 @@ class Home(nn.Module):
         results = body(*inputs)
         if not self.splits:
             return results
-        return tuple(_Apart.apply(each) for each in results) if isinstance(results, tuple) else _Apart.apply(results)
+        return tuple(Apart.apply(each) for each in results) if isinstance(results, tuple) else Apart.apply(results)
 
     def run(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
         """`body` with all parameters of the unit gathered."""
         return self(body, *inputs) if self.shared is None or not self.shared.apart else self.shared(self, body, *inputs)
 
 
-class _Apart(torch.autograd.Function):
+class Apart(torch.autograd.Function):
     """The same numbers as the result of another call."""
 
     @staticmethod
