@@ -30,7 +30,7 @@ INLINE Floats scaled(Floats x, Floats q) {
 #endif
 }
 
-INLINE Floats exponential(Floats x) {
+LONG Floats exponential(Floats x) {
   const Floats q = nearest(x * log2_e);
   Floats s = fma(q, all(-ln2_upper), x);
   s = fma(q, all(-ln2_lower), s);
@@ -46,12 +46,12 @@ INLINE Floats exponential(Floats x) {
   return pick(x > all(100.0f), all(__builtin_inff()), u);
 }
 
-INLINE Vec<double> exponential(Vec<double> x) {
+LONG Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
 
-INLINE Floats error_function(Floats x) {
+LONG Floats error_function(Floats x) {
   const Bits sign = as_bits(x) & 0x80000000u;
   const Floats t = 1.0f / fma(all(0.3275911f), as_floats(as_bits(x) & 0x7fffffffu), all(1.0f));
   Floats r = fma(all(1.061405429f), t, all(-1.453152027f));
@@ -112,7 +112,7 @@ INLINE Pair any_sum(Pair a, Pair b) {
 }
 
 // e^y for 0 ≤ y ≤ 9.
-INLINE Pair exponential_pair(Floats y) {
+LONG Pair exponential_pair(Floats y) {
   const Floats q = nearest(y * log2_e);
   Pair s = any_sum(Pair{y, Floats{}}, q * -ln2_upper);
   s = any_sum(s, q * -ln2_lower);
@@ -128,7 +128,7 @@ INLINE Pair exponential_pair(Floats y) {
   return {scaled(t.x, q), scaled(t.y, q)};
 }
 
-INLINE Floats hyperbolic_tangent(Floats x) {
+LONG Floats hyperbolic_tangent(Floats x) {
   const Bits sign = as_bits(x) & 0x80000000u;
   const Floats y = as_floats(as_bits(x) & 0x7fffffffu);
   const Pair d = exponential_pair(y), e = inverse(d);

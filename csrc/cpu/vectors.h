@@ -19,6 +19,13 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+// A function that becomes long where the processor lacks vectors of this size: called there, else every use of it takes its
+// compilation again.
+#if defined(__x86_64__) && !defined(__AVX2__)
+#define LONG static __attribute__((noinline, unused))
+#else
+#define LONG INLINE
+#endif
 #define INLINED __attribute__((always_inline))
 
 namespace shardcomp::cpu::SHARDCOMP_LEVEL {
@@ -95,10 +102,10 @@ INLINE Bits rounded(Floats x) {
   const Bits bits = as_bits(x);
   return bits + (((bits >> 16) & 1u) + 0x7fffu);
 }
-INLINE Halves narrow(Floats x, bf16) { return shortened(pick(x != x, Bits{} + 0x7fc00000u, rounded(x)) >> 16); }
+LONG Halves narrow(Floats x, bf16) { return shortened(pick(x != x, Bits{} + 0x7fc00000u, rounded(x)) >> 16); }
 
 // fp16: its exponents are put right by one product, which is exact, subnormal ones as well.
-INLINE Floats widen(Halves bits, fp16) {
+LONG Floats widen(Halves bits, fp16) {
   Bits wide = lengthened(bits);
   Bits magnitude = (wide & 0x7fffu) << 13;
   Bits unbiased = as_bits(as_floats(magnitude) * 0x1p112f);
@@ -106,7 +113,7 @@ INLINE Floats widen(Halves bits, fp16) {
   return as_floats(unbiased | infinite | ((wide & 0x8000u) << 16));
 }
 
-INLINE Halves narrow(Floats x, fp16) {
+LONG Halves narrow(Floats x, fp16) {
   Bits bits = as_bits(x);
   Bits sign = (bits >> 16) & 0x8000u;
   Bits magnitude = bits & 0x7fffffffu;
@@ -181,7 +188,7 @@ struct Round<double> {
 };
 
 // a · b + c, rounded once.
-INLINE Floats fma(Floats a, Floats b, Floats c) {
+LONG Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
@@ -192,7 +199,7 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+LONG Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #if defined(__AVX512F__)
   return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__FMA__)
@@ -203,7 +210,7 @@ INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-INLINE Floats square_root(Floats x) {
+LONG Floats square_root(Floats x) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_sqrt_ps((__m512)x);
 #elif defined(__AVX2__)
@@ -213,7 +220,7 @@ INLINE Floats square_root(Floats x) {
   return x;
 #endif
 }
-INLINE Vec<double> square_root(Vec<double> x) {
+LONG Vec<double> square_root(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_sqrt(x[i]);
   return x;
 }

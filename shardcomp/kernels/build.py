@@ -134,6 +134,12 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: {rule} {_escaped(source)}", f"  flags = {' '.join(flags)}"])
 
+    def together(rule: str, folder: str, pattern: str, parts: int, flags: Sequence[str] = (), end: str = "") -> None:
+        """The sources of a folder as so few, since a compiler's own headers take it as long as several kernels do."""
+        for at in range(parts):
+            *before, last = sorted((SOURCES / folder).glob(pattern))[at::parts]
+            compiled(rule, last, f"{folder}_{at}{end}", [*flags, *(f'-include "{_escaped(source)}"' for source in before)])
+
     if how.nvcc:
         lines += [
             "rule nvcc",
@@ -141,16 +147,11 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
             "rule link_cuda",
             f"  command = {how.nvcc} -shared -cudart static -Xlinker -s $in -o $out $flags",
         ]
-        # As two sources, since for each nvcc goes through its own headers several times.
-        for at in range(2):
-            *before, last = _cuda_sources()[at::2]
-            compiled("nvcc", last, f"cuda_{at}", [f'-include "{_escaped(source)}"' for source in before])
+        together("nvcc", "cuda", "*.cu", 2)
         compiled("nvcc", SOURCES / "binding" / "cuda.cpp", "binding_cuda", headers)
     compiled("compile", SOURCES / "binding" / "cpu.cpp", "binding_cpu", ("-O1", *headers, *one))
     for level in how.levels[::-1]:
-        for source in sorted((SOURCES / "cpu").glob("*.cpp")):
-            flags = (*level.flags, *_KERNEL, f"-DSHARDCOMP_LEVEL={level.name}")
-            compiled("compile", source, f"cpu_{source.stem}_{level.name}", flags)
+        together("compile", "cpu", "*.cpp", 3, (*level.flags, *_KERNEL, f"-DSHARDCOMP_LEVEL={level.name}"), f"_{level.name}")
     link = "link_cuda" if how.nvcc else "link"
     lines += [f"build kernels.so: {link} {' '.join(objects)}", f"  flags = -L{torch / 'lib'} -ltorch_cpu"]
     return lines
@@ -161,10 +162,6 @@ def targets() -> list[str]:
     is taken along for devices that are newer than all."""
     archs = sorted(os.environ.get("SHARDCOMP_CUDA_ARCHS", "80;90").split(";"), key=lambda arch: (len(arch), arch))
     return [f"-gencode=arch=compute_{archs[0]},code=[{','.join((*(f'sm_{arch}' for arch in archs), f'compute_{archs[0]}'))}]"]
-
-
-def _cuda_sources() -> list[Path]:
-    return sorted((SOURCES / "cuda").glob("*.cu"))
 
 
 def _escaped(path: Path) -> str:
