@@ -21,7 +21,7 @@ INLINE Floats nearest(Floats x) {
 // x · 2^q for whole q; anything where |q| ≥ 256.
 INLINE Floats scaled(Floats x, Floats q) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)x, (__m512)q);
+  return (Floats)INSTRUCTION_SCALEF(x, q);
 #else
   // In two steps, each of which has a float's exponent.
   q = pick((q < all(256.0f)) & (q > all(-256.0f)), q, Floats{});

@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "instructions.h"
 #include "kernels.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 #if defined(__AVX512F__)
 #define SHARDCOMP_BYTES 64
 #else
@@ -78,17 +76,15 @@ INLINE V pick(Ints mask, V yes, V no) {
 }
 
 INLINE Bits lengthened(Halves bits) {
-#if defined(__AVX512F__)
-  return (Bits)_mm512_cvtepu16_epi32((__m256i)bits);
-#elif defined(__AVX2__)
-  return (Bits)_mm256_cvtepu16_epi32((__m128i)bits);
+#if defined(__AVX2__)
+  return (Bits)INSTRUCTION_LENGTHEN(bits);
 #else
   return __builtin_convertvector(bits, Bits);
 #endif
 }
 INLINE Halves shortened(Bits bits) {
 #if defined(__AVX512F__)
-  return (Halves)_mm512_cvtepi32_epi16((__m512i)bits);
+  return (Halves)INSTRUCTION_SHORTEN(bits);
 #else
   return __builtin_convertvector(bits, Halves);
 #endif
@@ -189,10 +185,8 @@ struct Round<double> {
 
 // a · b + c, rounded once.
 LONG Floats fma(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#if defined(__AVX2__)
+  return (Floats)INSTRUCTION_FMAF(a, b, c);
 #else
   for (int i = 0; i < Lanes<float>::count; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
@@ -200,10 +194,8 @@ LONG Floats fma(Floats a, Floats b, Floats c) {
 }
 
 LONG Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if defined(__AVX512F__)
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#if defined(__AVX2__)
+  return (Vec<double>)INSTRUCTION_FMA(a, b, c);
 #else
   for (int i = 0; i < Lanes<double>::count; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
   return c;
@@ -211,10 +203,8 @@ LONG Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 }
 
 LONG Floats square_root(Floats x) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_sqrt_ps((__m256)x);
+#if defined(__AVX2__)
+  return (Floats)INSTRUCTION_SQRTF(x);
 #else
   for (int i = 0; i < Lanes<float>::count; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
