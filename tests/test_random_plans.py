@@ -142,7 +142,7 @@ def agrees_or_is_refused(plan: Plan, samples: int | None = None) -> Verification
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples // 5)
 @given(plan=plans())
 def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(sequence_parallel: bool, plan: Plan) -> None:
     model, options, data = plan

@@ -45,6 +45,7 @@ def test_float64_agrees_on_three_ranks(sequence_parallel: bool) -> None:
     check(config, tensor=3, sequence_parallel=sequence_parallel, precision="fp64", world=3)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "changes",
     [
