@@ -133,7 +133,8 @@ class _Rewrite:
             given[node] = self._initial(node, name, heads.get(node))
         self._separate_additions(body, given)
         done = self._propagate(unit, body, given)
-        if _add_partial_first(body, done):
+        added: set[fx.Node] = set()
+        while _add_partial_first(body, done, added):
             done = self._propagate(unit, body, given)
         for node, placement in given.items():
             node.meta["value"] = _at(value(node), placement)
@@ -336,13 +337,16 @@ def _pieces(placement: Placement, pieces: int, ranks: int) -> Placement:
     return split(placement.dim, ranks // pieces)  # type: ignore[arg-type]
 
 
-def _add_partial_first(body: Body, done: Propagation) -> bool:
-    """Where several partial terms of a sum would be reduced one by one, add them up before the others; whether any were."""
+def _add_partial_first(body: Body, done: Propagation, added: set[fx.Node]) -> bool:
+    """Where several partial terms of a sum would be reduced one by one, add them up before the others; whether any were. A sum
+    of such sums waits until these have layouts. added: the sums that were made so, each of them once."""
     changed = False
     for root in list(body.calls()):
-        if not _is_sum(root) or any(_is_sum(user) and len(root.users) == 1 for user in root.users):
+        if root in added or not _is_sum(root) or any(_is_sum(user) and len(root.users) == 1 for user in root.users):
             continue
         terms, inner = _terms(root)
+        if any(t not in done.placements for t in terms) or any(user not in done.choices for _, user, _ in inner):
+            continue
         partial = [t for t in terms if done.placements[t][0].partial and value(t).shape == value(root).shape]
         reduced = sum(done.placements[t][0].partial and not done.choices[user].operands[i].partial for t, user, i in inner)
         if reduced < 2 or len(partial) < 2:
@@ -355,6 +359,7 @@ def _add_partial_first(body: Body, done: Propagation) -> bool:
             made.meta = dict(root.meta)
             total = made
         root.replace_all_uses_with(total)
+        added.add(total)
     if changed:
         body.graph.eliminate_dead_code()
     return changed

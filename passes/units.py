@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardcomp.errors import InternalError
+from shardcomp.errors import PolicyError
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.program import (
     BUFFER,
@@ -45,7 +45,8 @@ def run(program: Program, context: Context) -> Program:
     kinds = context.policy.unit_kinds(module_paths(program))
     order, home = _assign(calls, kinds, whole.body)
     entries = context.policy.weight_entries(program.parameters, program.canonical_names())
-    pieces = [_Piece(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
+    every = [_Piece(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
+    pieces = [piece for piece in every if piece.nodes]
     values = dict(program.values)
     bodies: dict[Hashable, Body] = {}
     units = []
@@ -173,8 +174,10 @@ def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[li
             target = first
         home[node] = target
     for node in calls:
-        if any(home.get(a, -1) > home[node] for a in tensor_arguments(node)):
-            raise InternalError(f"units: {node} in unit {order[home[node]]!r} reads a value of a later unit")
+        for read in tensor_arguments(node):
+            if home.get(read, -1) > home[node]:
+                fault = f"{order[home[node]]} reads what {order[home[read]]} gives, which runs behind it"
+                raise PolicyError(f"[units]: {fault}: a unit runs once; name a module that holds both")
     return order, home
 
 

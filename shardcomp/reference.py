@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from shardcomp.capture.twin import configs
+from shardcomp.capture.twin import configs, experts_of_any_dtype
 from shardcomp.precision import COMPUTE, Widened
 from shardcomp.runtime.scaling import LossScale
 
@@ -127,6 +127,8 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             if dtype == torch.float64 and buffer.is_floating_point():
                 module._buffers[name] = buffer.double()
     _exact_attention(twin)
+    if dtype == torch.float64:
+        experts_of_any_dtype(twin, "eager")
     return twin
 
 

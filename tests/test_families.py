@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import GATE, families, tiny_config
+from transformers import PretrainedConfig
 
 import shardcomp
 from shardcomp.ranks import run_ranks
@@ -52,6 +53,17 @@ def test_auto_agrees_with_the_dense_model(kind: str, tensor: int, sequence_paral
     chosen = shardcomp.Policy.load("auto", tensor=tensor, sequence_parallel=sequence_parallel, precision="fp64")
     found = shardcomp.verify(tiny_config(kind), chosen, shrink={"none": True}, kinds=("causal", "padded"), mutate=LONG)
     assert found.ok, (found.worst, found.mutants)
+
+
+@pytest.mark.skipif(not hasattr(PretrainedConfig, "_experts_implementation"), reason="its experts cannot be exported")
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_experts_whose_product_takes_no_float64_agree(precision: str) -> None:
+    chosen = shardcomp.Policy.load("auto", tensor=2, precision=precision)
+    config = tiny_config("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+    degraded = shardcomp.lower(config, chosen, seq=16).program.degraded
+    assert ["experts"] * (precision == "fp64") == [each.what for each in degraded]
+    found = shardcomp.verify(config, chosen, shrink={"none": True}, kinds=("causal",))
+    assert found.ok, found.worst
 
 
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), [(2, True), (4, False)])

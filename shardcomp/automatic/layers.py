@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -43,9 +44,12 @@ def unit_paths(program: Program) -> dict[str, str]:
     heads = {path for node in head(calls) if (path := node.meta["path"])}
     root = _tree(program, calls, tables | heads)
     layers = _layers(root)
+    if not _in_turn(layers, calls):
+        layers = [".".join(_common(layers))]
     outside = [each for each in (*tables, *heads) if not any(_under(each, layer) or _under(layer, each) for layer in layers)]
     found = {path: "first" for path in outside if path in tables}
-    found |= {pattern: "layer" for pattern in _patterns(layers, root)}
+    modules = [*(each.module for each in program.parameters.values()), *(node.meta["path"] for node in calls)]
+    found |= {pattern: "layer" for pattern in _patterns(layers, modules)}
     found |= {path: "last" for path in outside if path in heads and path not in tables}
     return found
 
@@ -75,6 +79,19 @@ def head(calls: Iterable[fx.Node]) -> Iterator[fx.Node]:
             made = operands[0] if operands else None
         if isinstance(made, fx.Node):
             yield made
+
+
+def _in_turn(layers: list[str], calls: Iterable[fx.Node]) -> bool:
+    """Whether each layer has run when the next one begins, and does not run again."""
+    products = (node for node in calls if getattr(node.target, "overloadpacket", None) in PRODUCTS)
+    visits = [layer for node in products for layer in layers if _under(node.meta["path"], layer)]
+    return len(list(itertools.groupby(visits))) == len(set(visits))
+
+
+def _common(paths: list[str]) -> list[str]:
+    """The modules that hold all of `paths`, outermost first."""
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    return [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)]
 
 
 def _module(parameter: fx.Node) -> str:
@@ -127,15 +144,12 @@ def _layers(root: _Module) -> list[str]:
         only = inner[0]
 
 
-def _patterns(layers: list[str], root: _Module) -> list[str]:
-    """One pattern for all layers, where they are all that their parent has."""
+def _patterns(layers: list[str], modules: Iterable[str]) -> list[str]:
+    """One pattern for all layers, where they are all that their parent has. modules: the paths of those that hold or compute
+    something."""
     parents = {path.rpartition(".")[0] for path in layers}
     if len(layers) < 2 or len(parents) > 1:
         return layers
-    parent = parents.pop()
-    node = root
-    for part in parent.split(".") if parent else ():
-        node = node.children[part]
-    if {child.path for child in node.children.values()} == set(layers):
-        return [f"{parent}.*" if parent else "*"]
-    return layers
+    start = f"{parent}." if (parent := parents.pop()) else ""
+    children = {start + path.removeprefix(start).split(".")[0] for path in modules if path.startswith(start) and path != parent}
+    return [f"{start}*"] if children == set(layers) else layers

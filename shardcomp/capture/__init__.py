@@ -21,7 +21,7 @@ from shardcomp.capture.check import check_after_capture, self_check
 from shardcomp.capture.export import explain, export
 from shardcomp.capture.flatten import flatten
 from shardcomp.capture.interface import NAME, Recorder, registered
-from shardcomp.capture.twin import Twin, buffers_of, has_data, parameters_of
+from shardcomp.capture.twin import Twin, buffers_of, experts_of_any_dtype, has_data, parameters_of
 from shardcomp.errors import CaptureError
 from shardcomp.precision import compute_dtype
 from shardcomp.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit, value
@@ -100,6 +100,7 @@ def _export(
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         twin = Twin(model, dtype, mode, signature.training)
         twin.set_attention(attention)
+        other_experts = dtype == torch.float64 and experts_of_any_dtype(twin.module, "batched_mm")
         try:
             with registered(recorder):
                 shape = _SAMPLE if dynamic else sample  # a size of one would be taken for a constant
@@ -118,6 +119,10 @@ def _export(
         if fault is not None:
             return fault
         degraded = [Degraded("attention", "the model makes its mask as a [b, 1, s, s] tensor")] if recorder.dense_masks else []
+        if other_experts:
+            degraded.append(
+                Degraded("experts", "the model's own implementation takes no float64: batched_mm is captured instead")
+            )
         if not dynamic:
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
         return _Found(exported, kind, twin, None if dynamic else sample, degraded)

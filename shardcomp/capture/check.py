@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardcomp.capture.evaluate import compute, evaluate
-from shardcomp.capture.twin import configs
+from shardcomp.capture.twin import configs, experts_of_any_dtype
 from shardcomp.errors import CaptureError
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.precision import Widened
@@ -113,6 +113,8 @@ def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Mod
         # Some versions drop a soft-cap silently under SDPA; there the eager attention is what the model means.
         if capped or config._attn_implementation not in ("sdpa", "eager"):
             config._attn_implementation = "eager" if capped else "sdpa"
+    if dtype == torch.float64:
+        experts_of_any_dtype(twin, "eager")
     return twin
 
 

@@ -14,6 +14,8 @@ from shardcomp import presets
 from shardcomp.errors import CaptureError
 from shardcomp.program import Buffer, Parameter
 
+_EXPERTS_OF_ANY_DTYPE = (None, "eager", "batched_mm")
+
 
 class Twin:
     """`module`: the copy. Its floating parameters have the compute dtype; floating buffers float32, or float64 under that."""
@@ -65,6 +67,15 @@ def configs(model: nn.Module) -> Iterator[Any]:
         if hasattr(config, "_attn_implementation") and id(config) not in seen:
             seen.add(id(config))
             yield config
+
+
+def experts_of_any_dtype(model: nn.Module, name: str) -> bool:
+    """Have transformers' implementation `name` compute a mixture's experts where the one that is set, such as grouped_mm,
+    takes no float64. Returns whether there was one."""
+    narrow = [each for each in configs(model) if getattr(each, "_experts_implementation", None) not in _EXPERTS_OF_ANY_DTYPE]
+    for config in narrow:
+        config._experts_implementation = name
+    return bool(narrow)
 
 
 def parameters_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Parameter]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import string
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import tiny_config
 from models import tiny
 from torch import nn
@@ -159,3 +161,66 @@ class Plain(nn.Module):
 
 def test_a_model_that_is_nothing_but_a_head_is_cut_by_vocabulary() -> None:
     assert entries(auto(Plain(8)))[0] == {"a": "vocab"}
+
+
+class Block(nn.Module):
+    """Attention of four heads over 16 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (each(x).unflatten(2, (-1, 4)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class InTurns(nn.Module):
+    """Two blocks that read each other's results, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"table": nn.Embedding(32, 16), "fast": Block(), "slow": Block()})
+        self.head = nn.Linear(16, 32)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.body["table"]
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        x = slow = self.body["table"](input_ids)
+        for _ in range(2):
+            slow = self.body["slow"](self.body["fast"](x + slow))
+        logits = self.head(slow)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
+
+
+def test_modules_that_run_in_turns_are_one_unit() -> None:
+    torch.manual_seed(0)
+    found = auto(InTurns())
+    assert entries(found)[1] == {"body": "layer", "head": "last"}
+    assert {word for name, word in entries(found)[0].items() if ".o" in name} == {"rowwise"}
+    agreed = shardcomp.verify(InTurns(), Policy.load("auto", tensor=2, precision="fp64"), 2)
+    assert agreed.ok, agreed.worst
+
+
+def test_a_unit_that_would_run_twice_is_refused(tmp_path: Path) -> None:
+    units = "".join(f'"body.{name}" = "{kind}"\n' for name, kind in (("table", "first"), ("fast", "layer"), ("slow", "layer")))
+    (tmp_path / "turns.toml").write_text(f'family = "turns"\n[units]\n{units}')
+    with pytest.raises(PolicyError, match="body.fast reads what body.slow gives, which runs behind it"):
+        shardcomp.lower(InTurns(), Policy.load(tmp_path / "turns.toml"), seq=16)
+
+
+class InLine(InTurns):
+    """Each block once."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        x = self.head(self.body["slow"](self.body["fast"](self.body["table"](input_ids))))
+        return {"loss": nn.functional.cross_entropy(x.flatten(0, 1), labels.flatten())}  # type: ignore[union-attr]
+
+
+def test_what_lies_beside_layers_is_not_taken_for_one() -> None:
+    """As `body.*` would."""
+    assert entries(auto(InLine()))[1] == {"body.table": "first", "body.fast": "layer", "body.slow": "layer", "head": "last"}
