@@ -117,7 +117,8 @@ def _dropping(model: nn.Module) -> Iterator[tuple[str, Any, str, float]]:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose parameters have `dtype`. Floating buffers keep the dtype they were computed in, except in float64."""
+    """A copy whose parameters have `dtype`. Floating buffers keep the dtype they were computed in, except in float64, where a
+    mixture's experts are computed one by one if the implementation that is set takes no float64."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         for parameter in module.parameters(recurse=False):

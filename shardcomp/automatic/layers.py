@@ -45,7 +45,7 @@ def unit_paths(program: Program) -> dict[str, str]:
     root = _tree(program, calls, tables | heads)
     layers = _layers(root)
     if not _in_turn(layers, calls):
-        layers = [".".join(_common(layers))]
+        layers = _holding(layers)
     outside = [each for each in (*tables, *heads) if not any(_under(each, layer) or _under(layer, each) for layer in layers)]
     found = {path: "first" for path in outside if path in tables}
     modules = [*(each.module for each in program.parameters.values()), *(node.meta["path"] for node in calls)]
@@ -88,10 +88,11 @@ def _in_turn(layers: list[str], calls: Iterable[fx.Node]) -> bool:
     return len(list(itertools.groupby(visits))) == len(set(visits))
 
 
-def _common(paths: list[str]) -> list[str]:
-    """The modules that hold all of `paths`, outermost first."""
+def _holding(paths: list[str]) -> list[str]:
+    """The innermost module that holds all of `paths`; none where that is the model itself."""
     columns = zip(*(path.split(".") for path in paths), strict=False)
-    return [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)]
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, columns)]
+    return [".".join(shared)] if shared else []
 
 
 def _module(parameter: fx.Node) -> str:

@@ -179,30 +179,40 @@ class Block(nn.Module):
 class InTurns(nn.Module):
     """Two blocks that read each other's results, twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, within: bool = True) -> None:
         super().__init__()
-        self.body = nn.ModuleDict({"table": nn.Embedding(32, 16), "fast": Block(), "slow": Block()})
+        blocks = {"table": nn.Embedding(32, 16), "fast": Block(), "slow": Block()}
+        if within:
+            self.body = nn.ModuleDict(blocks)
+        else:
+            self.table, self.fast, self.slow = blocks.values()
         self.head = nn.Linear(16, 32)
 
+    def block(self, name: str) -> Any:
+        return self.body[name] if hasattr(self, "body") else getattr(self, name)
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.body["table"]
+        return self.block("table")
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        x = slow = self.body["table"](input_ids)
+        x = slow = self.block("table")(input_ids)
         for _ in range(2):
-            slow = self.body["slow"](self.body["fast"](x + slow))
+            slow = self.block("slow")(self.block("fast")(x + slow))
         logits = self.head(slow)
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
 
 
-def test_modules_that_run_in_turns_are_one_unit() -> None:
+@pytest.mark.parametrize(
+    ("within", "units"), [(True, {"body": "layer", "head": "last"}), (False, {"table": "first", "head": "last"})]
+)
+def test_modules_that_run_in_turns_are_one_unit(within: bool, units: dict[str, str]) -> None:
     torch.manual_seed(0)
-    found = auto(InTurns())
-    assert entries(found)[1] == {"body": "layer", "head": "last"}
+    found = auto(InTurns(within))
+    assert entries(found)[1] == units
     assert {word for name, word in entries(found)[0].items() if ".o" in name} == {"rowwise"}
-    agreed = shardcomp.verify(InTurns(), Policy.load("auto", tensor=2, precision="fp64"), 2)
+    agreed = shardcomp.verify(InTurns(within), Policy.load("auto", tensor=2, precision="fp64"), 2)
     assert agreed.ok, agreed.worst
 
 
