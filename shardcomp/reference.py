@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from shardcomp.capture.export import explain
 from shardcomp.capture.twin import configs, experts_of_any_dtype
+from shardcomp.errors import VerifyError
 from shardcomp.precision import COMPUTE, Widened
 from shardcomp.runtime.scaling import LossScale
 
@@ -72,9 +74,15 @@ def steps(vocabulary: int, rows: int, length: int, seed: int) -> list[Batch]:
 
 def dense(model: nn.Module, precision: str, given: Mapping[str, Batch], updates: list[Batch]) -> Outcome:
     """Run the dense model. `precision` fp64 widens every cast of the model; bf16 and fp16 compute in 16 bits, fp16 under the
-    largest loss scale whose gradients are finite."""
-    dtype = COMPUTE[precision]
-    reference = in_dtype(model, dtype).train()
+    largest loss scale whose gradients are finite. VerifyError where the model fails by itself."""
+    reference = in_dtype(model, COMPUTE[precision]).train()
+    try:
+        return _outcome(reference, precision, given, updates)
+    except Exception as error:  # whatever a model's own code raises
+        raise VerifyError(f"the dense model does not train in {precision}: {explain(error, reference)}") from error
+
+
+def _outcome(reference: nn.Module, precision: str, given: Mapping[str, Batch], updates: list[Batch]) -> Outcome:
     found = Outcome()
     with _widened(precision):
         for kind, batch in given.items():

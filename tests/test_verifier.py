@@ -10,6 +10,8 @@ import pytest
 import torch
 from families import tiny_config
 from models import tiny
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import shardcomp
 from shardcomp import VerifyError, capture, presets
@@ -106,6 +108,18 @@ def test_a_call_with_a_mask_has_units_of_its_own_in_a_later_stage() -> None:
     policy = shardcomp.Policy.load("gpt2", precision="fp64", pipeline=2)
     found = verify(tiny_config("gpt2"), policy, shrink=WHOLE, kinds=("causal", "padded"))
     assert found.ok and found.batches == ("causal", "padded"), found.worst
+
+
+class Failing(LlamaForCausalLM):
+    def forward(self, *args: Any, labels: Tensor | None = None, **given: Any) -> Any:
+        if labels is not None:
+            raise IndexError("no such expert")
+        return super().forward(*args, **given)
+
+
+def test_a_dense_model_that_fails_by_itself_is_told_with_its_line() -> None:
+    with pytest.raises(VerifyError, match=r"does not train in fp64: .*test_verifier.py:\d+: raise IndexError.*: no such expert"):
+        verify(Failing(tiny()), shardcomp.Policy.load("llama", precision="fp64"), shrink=WHOLE)
 
 
 def test_two_copies_of_a_tied_weight_on_one_rank_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
