@@ -24,7 +24,7 @@ class Place {
   static bool has(const Tensor&) { return true; }
 
  protected:
-  const cuda::Device device_{nullptr, 3, emulation::shared_bytes()};
+  const cuda::Device device_{nullptr, emulation::facts().multiprocessors, emulation::facts().shared};
 };
 #else
 void check_cuda(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }

@@ -10,15 +10,27 @@ namespace {
 constexpr float sqrt_half = 0.707106781186547524400844362104849039f;
 constexpr float inner_scale = 0.797884560802865355879892119868763737f;  // √(2/π)
 constexpr float cubic = 0.044715f;
+constexpr float log2_e = 1.44269504088896340735992468100189214f;
 
-// 1 / x but for one unit in its last place, zero for infinity; x is at least 1/4.
+// 1 / x but for one unit in its last place, zero where that is no normal number; x is at least 1/4.
 DEVICE float about_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float made;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
   return made;
 #else
-  return 1.0f / x;
+  return x > 0x1p126f ? 0.0f : 1.0f / x;
+#endif
+}
+
+// 2ˣ but for two units in its last place.
+DEVICE float about_power_of_2(float x) {
+#if defined(__CUDA_ARCH__)
+  float made;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
+  return made;
+#else
+  return exp2f(x);
 #endif
 }
 
@@ -37,6 +49,15 @@ DEVICE float quotient(float x, float d, float about) {
 DEVICE float quotient(float x, float d) { return quotient(x, d, about_reciprocal(d * 0.25f)); }
 
 DEVICE float silu(float x) { return quotient(x, 1.0f + expf(-x)); }
+
+// The same in a third of the instructions, for an x that is a bf16 and a result that is rounded to one: what it is off by may be
+// seen for no more than four of all x, whose value lies almost halfway between two bf16. It divides by a fourth of 1 + e⁻ˣ, whose
+// reciprocal is a normal number as long as e⁻ˣ is finite.
+DEVICE float silu_of_bf16(float x) {
+  const float fourth = 0.25f + about_power_of_2(fmaf(x, -log2_e, -2.0f));
+  return 0.25f * x * about_reciprocal(fourth);
+}
+
 DEVICE float gelu(float x) { return x * 0.5f * (1.0f + erff(x * sqrt_half)); }
 DEVICE float gelu_tanh(float x) { return 0.5f * x * (1.0f + tanhf(inner_scale * fmaf(cubic, x * x * x, x))); }
 
@@ -69,7 +90,7 @@ DEVICE void for_all(F each) {
 template <class T, int n>
 DEVICE void combine(const Gated& a, float (&gate)[n], const float (&up)[n]) {
   if (a.activation == Activation::silu) {
-    for_all<n>([&](int j) { gate[j] = silu(gate[j]); });
+    for_all<n>([&](int j) { gate[j] = std::is_same_v<T, bf16> ? silu_of_bf16(gate[j]) : silu(gate[j]); });
   } else if (a.activation == Activation::gelu) {
     for_all<n>([&](int j) { gate[j] = gelu(gate[j]); });
   } else {
@@ -128,11 +149,38 @@ struct Some {
   }
 };
 
-constexpr int threads = 256;
+constexpr int threads = 256, ahead = 2;  // vectors of each tensor that are on their way at once
+
+// Where all elements lie one behind another, in whole vectors.
+template <class T>
+__global__ void __launch_bounds__(threads) gated_flat(const __grid_constant__ Gated a) {
+  constexpr int n = lanes<T>;
+  const int64_t vectors = a.rows.width / n, first = int64_t(blockIdx.x) * ahead * threads + threadIdx.x;
+  const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
+  T* y = static_cast<T*>(a.y);
+  uint4 words[ahead][2] = {};
+#pragma unroll
+  for (int k = 0; k < ahead; ++k) {
+    const int64_t at = first + k * threads;
+    if (at >= vectors) continue;
+    words[k][0] = fetched(gate + at * n);
+    words[k][1] = fetched(up + at * n);
+  }
+#pragma unroll
+  for (int k = 0; k < ahead; ++k) {
+    const int64_t at = first + k * threads;
+    if (at >= vectors) continue;
+    float v[n], other[n];
+    unpack<T>(v, words[k][0]);
+    unpack<T>(other, words[k][1]);
+    combine<T>(a, v, other);
+    store(y + at * n, v, n, true);
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(threads) gated(const __grid_constant__ Gated a, bool whole) {
-  constexpr int n = lanes<T>, ahead = 2;  // vectors of each that are on their way at once
+  constexpr int n = lanes<T>;
   const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
   T* y = static_cast<T*>(a.y);
   const int64_t vectors = (a.rows.width + n - 1) / n * a.rows.count, step = int64_t(gridDim.x) * ahead * threads;
@@ -216,8 +264,8 @@ void of_narrow_dtype(DType dtype, F body) {
   }
 }
 
-Shape elementwise(const Rows& rows, int n, int ahead) {
-  return {std::min(quotient_up(quotient_up(rows.width, n) * rows.count, threads * ahead), most_blocks), threads, 1, 0};
+Shape elementwise(const Rows& rows, int n, int each) {
+  return {std::min(quotient_up(quotient_up(rows.width, n) * rows.count, threads * each), most_blocks), threads, 1, 0};
 }
 
 }  // namespace
@@ -226,7 +274,11 @@ void run(const Gated& a, const Device& device) {
   of_narrow_dtype(a.dtype, [&](auto held) {
     typedef decltype(held) T;
     const bool whole = aligned(a.rows, sizeof(T), {a.gate, a.up, a.y}, 3);
-    start(device, gated<T>, elementwise(a.rows, lanes<T>, 2), a, whole);
+    const Shape shape = elementwise(a.rows, lanes<T>, ahead);
+    if (whole && a.rows.dims == 0 && a.rows.width % lanes<T> == 0 && shape.blocks < most_blocks) {
+      return start(device, gated_flat<T>, shape, a);
+    }
+    start(device, gated<T>, shape, a, whole);
   });
 }
 

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(most_threads, 1) layer_norm(const __grid_const
 // Where each thread can hold its share of a row.
 constexpr int held = 4;
 
-template <class T>
+template <class T, bool plain>
 __global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_constant__ LayerNorm a) {
   constexpr int n = lanes<T>;
   const int h = int(a.rows.width);
@@ -110,9 +110,6 @@ __global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_
     for (int j = 0; j < n; ++j) squares_of[k] = fused(one[j] - mean, one[j] - mean, squares_of[k]);
   }
   float squares[1] = {sum_of(squares_of)};
-  uint4 weight[held];
-#pragma unroll
-  for (int k = 0; k < held; ++k) weight[k] = ask_factor<T>(a.weight, place_of<T>(k), h);
   block_sum(squares, sums);
   const float rstd = root_of_row<T>(squares[0] / float(h) + float(a.eps));
   if (threadIdx.x == 0) {
@@ -123,11 +120,11 @@ __global__ void __launch_bounds__(most_threads, 2) layer_norm_held(const __grid_
 #pragma unroll
   for (int k = 0; k < held; ++k) {
     float one[n], f[n], b[n];
+    factor_at<T, plain>(f, a.weight, place_of<T>(k), h, no_weight);  // which has no register before the sums are made
+    factor_at<T, plain>(b, a.bias, place_of<T>(k), h, no_bias);
     widen_vector<T>(one, v[k]);
 #pragma unroll
     for (int j = 0; j < n; ++j) one[j] = (one[j] - mean) * rstd;
-    factor_at<T>(f, a.weight, weight[k], place_of<T>(k), h, no_weight);
-    factor_at<T>(b, a.bias, place_of<T>(k), h, no_bias);
     scale(one, f, b, a.stepwise);
     put_vector(y, one, place_of<T>(k), h);
   }
@@ -138,32 +135,27 @@ __global__ void __launch_bounds__(held_threads(2), 1) layer_norm_bwd_held(const 
   constexpr int n = lanes<T>, held = held_back(2);
   const int h = int(a.rows.width);
   const Stages<held> rows{2, depth};
-  const int64_t first = blockIdx.x * a.block_rows, last = first + a.block_rows < a.rows.count ? first + a.block_rows : a.rows.count;
-  const auto fetch = [&](int64_t row, int slot) {
-    if (row < last) {
-      int64_t offset[2];
-      place(offset, a.rows, row);
+  Walk<2> next(a.rows, a.block_rows);
+  const auto fetch = [&](int slot) {
+    if (next.at < next.many) {
       uint4* const to = rows.row(slot);
-      rows.fetch<T>(to, 0, a.gradient, offset[0], h);
-      rows.fetch<T>(to, 1, a.x, offset[1], h);
+      rows.fetch<T>(to, 0, a.gradient, next.offset[0], h);
+      rows.fetch<T>(to, 1, a.x, next.offset[1], h);
+      next.step();
     }
     end_group();
   };
-  for (int ahead = 0; ahead + 1 < depth; ++ahead) fetch(first + ahead, ahead);
+  RowNumbers means(a.mean, next.first, next.many), rstds(a.rstd, next.first, next.many);
+  for (int ahead = 0; ahead + 1 < depth; ++ahead) fetch(ahead);
   float f[held][n], of_weight[held][n] = {}, of_bias[held][n] = {};
 #pragma unroll
-  for (int k = 0; k < held; ++k) factor_at<T>(f[k], a.weight, place_of<T>(k), h, no_weight);
-  const float *const means = static_cast<const float*>(a.mean), *const rstds = static_cast<const float*>(a.rstd);
-  float next_mean = means[first], next_rstd = rstds[first];
+  for (int k = 0; k < held; ++k) factor_at<T, false>(f[k], a.weight, place_of<T>(k), h, no_weight);
+  const float share = 1 / float(h);
   int slot = 0, free = depth - 1, sums = 0;
-  for (int64_t row = first; row < last; ++row) {
-    fetch(row + depth - 1, free);
+  for (int at = 0; at < next.many; ++at) {
+    fetch(free);
     free = rows.after(free);
-    const float mean = next_mean, rstd = next_rstd;
-    if (row + 1 < last) {
-      next_mean = means[row + 1];
-      next_rstd = rstds[row + 1];
-    }
+    const float mean = means.of(at), rstd = rstds.of(at);
     rows.await();
     const uint4* const held_row = rows.row(slot);
     slot = rows.after(slot);
@@ -184,15 +176,15 @@ __global__ void __launch_bounds__(held_threads(2), 1) layer_norm_bwd_held(const 
     }
     float two[2] = {sum_of(plain_of), sum_of(along_of)};  // of the scaled gradient, and of it along the normalised values
     block_sum(two, sums);
-    const float plain = two[0] / float(h), along = two[1] / float(h);
-    T* of_x = static_cast<T*>(a.of_x) + row * h;
+    const float plain = two[0] * share, along = two[1] * share * rstd * rstd;
+    T* of_x = static_cast<T*>(a.of_x) + (next.first + at) * h;
 #pragma unroll
     for (int k = 0; k < held; ++k) {
       float g[n], v[n];
       staged_vector<T, held>(g, held_row, 0, k);
       staged_vector<T, held>(v, held_row, 1, k);
 #pragma unroll
-      for (int j = 0; j < n; ++j) v[j] = fused((v[j] - mean) * rstd, -along, fused(g[j], f[k][j], -plain)) * rstd;
+      for (int j = 0; j < n; ++j) v[j] = fused(v[j] - mean, -along, fused(g[j], f[k][j], -plain) * rstd);
       put_vector(of_x, v, place_of<T>(k), h);
     }
   }
@@ -276,7 +268,8 @@ void run(const LayerNorm& a, const Device& device) {
       const int64_t vectors = a.rows.width / lanes<T>;
       if (whole && holds(vectors, held) && a.rows.count <= most_blocks) {
         const Shape shape{a.rows.count, holding_threads(vectors, held), 1, exchange_bytes};
-        return start(device, layer_norm_held<T>, shape, a);
+        const bool plain = is_plain(a.weight) && is_plain(a.bias);
+        return start(device, plain ? layer_norm_held<T, true> : layer_norm_held<T, false>, shape, a);
       }
     }
     Shape shape = Shape::of_rows(quotient_up(a.rows.width, lanes<T>));

@@ -179,20 +179,23 @@ DEVICE void put_sums(float* p, const float (&x)[lanes<T>], int at, int h) {
 }
 
 // The numbers of a factor that a vector meets, in two steps: what is narrow is asked for early and waited for late. Where there is
-// no factor it is `none`, and zero behind the end of a row.
+// no factor they are `none`, which T can hold.
 template <class T>
-DEVICE uint4 ask_factor(const Factor& factor, int at, int h) {
-  return factor.held != nullptr && factor.narrow ? vector_at(static_cast<const T*>(factor.held), at, h) : uint4{};
+DEVICE uint4 ask_factor(const Factor& factor, int at, int h, float none) {
+  float x[lanes<T>];
+#pragma unroll
+  for (int j = 0; j < lanes<T>; ++j) x[j] = none;
+  const uint4 nothing = narrow_vector<T>(x);
+  const bool there = factor.held != nullptr;
+  const uint4 asked = there && factor.narrow && at < h ? fetched(static_cast<const T*>(factor.held) + at) : uint4{};
+  return {there ? asked.x : nothing.x, there ? asked.y : nothing.y, there ? asked.z : nothing.z, there ? asked.w : nothing.w};
 }
-template <class T>
-DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, uint4 asked, int at, int h, float none) {
+// plain: as below, so that what is asked for is all there is to it.
+template <class T, bool plain>
+DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, uint4 asked, int at, int h) {
   constexpr int n = lanes<T>;
   widen_vector<T>(made, asked);
-  if (factor.held == nullptr) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) made[j] = none;
-    return;
-  }
+  if (plain || factor.held == nullptr) return;
   if (!factor.narrow) {
 #pragma unroll
     for (int j = 0; j < n; j += 4) {
@@ -208,10 +211,13 @@ DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, uint4 asked
     if (factor.narrow && factor.rounded) widen_vector<T>(made, narrow_vector<T>(made));
   }
 }
-template <class T>
+template <class T, bool plain>
 DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, int at, int h, float none) {
-  factor_at<T>(made, factor, ask_factor<T>(factor, at, h), at, h, none);
+  factor_at<T, plain>(made, factor, ask_factor<T>(factor, at, h, none), at, h);
 }
+
+// On the host: whether a factor, if there is one, is just what its memory holds as a T.
+inline bool is_plain(const Factor& factor) { return factor.held == nullptr || (factor.narrow && factor.offset == 0); }
 
 // The sum of a few numbers, in pairs.
 template <int n>
@@ -277,6 +283,52 @@ DEVICE void await_groups() {
   emulation::block().await_groups(but);
 #endif
 }
+
+// The rows of a block: how many there are and where each lies in some tensors, from the first one on.
+template <int count>
+struct Walk {
+  const Rows& rows;
+  const int64_t first;
+  const int many;
+  int at = 0;
+  int64_t offset[count];
+
+  __device__ __forceinline__ Walk(const Rows& rows, int64_t block_rows)
+      : rows(rows),
+        first(blockIdx.x * block_rows),
+        many(int(rows.count - first < block_rows ? rows.count - first : block_rows)) {
+    place(offset, rows, first);
+  }
+  __device__ __forceinline__ void step() {
+    ++at;
+    if (rows.dims > 1) return place(offset, rows, first + at);
+#pragma unroll
+    for (int t = 0; t < count; ++t) offset[t] += rows.strides[t][0];
+  }
+};
+
+// A number of each row of a block, of which each lane of a warp holds one. Were it read row by row, a compiler would see that all
+// threads read the same, and would wait for it there.
+struct RowNumbers {
+  const float* const numbers;  // that of the block's first row
+  const int many;
+  float mine;
+
+  __device__ __forceinline__ RowNumbers(const void* numbers, int64_t first, int many)
+      : numbers(static_cast<const float*>(numbers) + first), many(many) {
+    hold(0);
+  }
+  __device__ __forceinline__ void hold(int at) {
+    at += threadIdx.x % warp;
+    mine = at < many ? numbers[at] : 0;
+  }
+  // All threads of a block take one row after another.
+  __device__ __forceinline__ float of(int at) {
+    const int lane = at % warp;
+    if (lane == 0 && at != 0) hold(at);
+    return __shfl_sync(0xffffffffu, mine, lane);
+  }
+};
 
 // The rows that a block goes through, those of a few tensors side by side: while it is at one, the next ones are on their way. Each
 // thread reads what it has copied itself, so that none waits for another.

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(most_threads, 1) rms_norm(const __grid_constan
 // Where each thread can hold its share of a row.
 constexpr int held = 4;
 
-template <class T>
+template <class T, bool plain>
 __global__ void __launch_bounds__(most_threads, 2) rms_norm_held(const __grid_constant__ RmsNorm a) {
   constexpr int n = lanes<T>;
   const int h = int(a.rows.width);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(most_threads, 2) rms_norm_held(const __grid_co
   float squares[1] = {sum_of(squares_of)};
   uint4 factor[held];
 #pragma unroll
-  for (int k = 0; k < held; ++k) factor[k] = ask_factor<T>(a.factor, place_of<T>(k), h);
+  for (int k = 0; k < held; ++k) factor[k] = ask_factor<T>(a.factor, place_of<T>(k), h, 1);
   block_sum(squares, sums);
   const float rstd = root_of_row<T>(squares[0] / float(h) + float(a.eps));
   if (threadIdx.x == 0) static_cast<float*>(a.rstd)[row] = rstd;
@@ -110,13 +110,11 @@ __global__ void __launch_bounds__(most_threads, 2) rms_norm_held(const __grid_co
     widen_vector<T>(one, v[k]);
 #pragma unroll
     for (int j = 0; j < n; ++j) one[j] *= rstd;
-    if (a.factor.held != nullptr) {
-      if (a.round_first) widen_vector<T>(one, narrow_vector<T>(one));
-      float f[n];
-      factor_at<T>(f, a.factor, factor[k], place_of<T>(k), h, 1);
+    if (a.round_first) widen_vector<T>(one, narrow_vector<T>(one));
+    float f[n];
+    factor_at<T, plain>(f, a.factor, factor[k], place_of<T>(k), h);
 #pragma unroll
-      for (int j = 0; j < n; ++j) one[j] *= f[j];
-    }
+    for (int j = 0; j < n; ++j) one[j] *= f[j];
     put_vector(y, one, place_of<T>(k), h);
   }
 }
@@ -126,30 +124,28 @@ __global__ void __launch_bounds__(held_threads(1), 1) rms_norm_bwd_held(const __
   constexpr int n = lanes<T>, held = held_back(1);
   const int h = int(a.rows.width);
   const Stages<held> rows{a.added != nullptr ? 3 : 2, depth};
-  const int64_t first = blockIdx.x * a.block_rows, last = first + a.block_rows < a.rows.count ? first + a.block_rows : a.rows.count;
-  const auto fetch = [&](int64_t row, int slot) {
-    if (row < last) {
-      int64_t offset[3];
-      place(offset, a.rows, row);
+  Walk<3> next(a.rows, a.block_rows);
+  const auto fetch = [&](int slot) {
+    if (next.at < next.many) {
       uint4* const to = rows.row(slot);
-      rows.fetch<T>(to, 0, a.gradient, offset[0], h);
-      rows.fetch<T>(to, 1, a.x, offset[2], h);
-      if (a.added != nullptr) rows.fetch<T>(to, 2, a.added, offset[1], h);
+      rows.fetch<T>(to, 0, a.gradient, next.offset[0], h);
+      rows.fetch<T>(to, 1, a.x, next.offset[2], h);
+      if (a.added != nullptr) rows.fetch<T>(to, 2, a.added, next.offset[1], h);
+      next.step();
     }
     end_group();
   };
-  for (int ahead = 0; ahead + 1 < depth; ++ahead) fetch(first + ahead, ahead);
+  RowNumbers rstds(a.rstd, next.first, next.many);
+  for (int ahead = 0; ahead + 1 < depth; ++ahead) fetch(ahead);
   float f[held][n], of_factor[held][n] = {};
 #pragma unroll
-  for (int k = 0; k < held; ++k) factor_at<T>(f[k], a.factor, place_of<T>(k), h, 1);
-  const float* rstds = static_cast<const float*>(a.rstd);
-  float next = rstds[first];
+  for (int k = 0; k < held; ++k) factor_at<T, false>(f[k], a.factor, place_of<T>(k), h, 1);
+  const float share = 1 / float(h);
   int slot = 0, free = depth - 1, sums = 0;
-  for (int64_t row = first; row < last; ++row) {
-    fetch(row + depth - 1, free);
+  for (int at = 0; at < next.many; ++at) {
+    fetch(free);
     free = rows.after(free);
-    const float rstd = next;
-    if (row + 1 < last) next = rstds[row + 1];
+    const float rstd = rstds.of(at);
     rows.await();
     const uint4* const held_row = rows.row(slot);
     slot = rows.after(slot);
@@ -168,8 +164,8 @@ __global__ void __launch_bounds__(held_threads(1), 1) rms_norm_bwd_held(const __
     }
     float along[1] = {sum_of(along_of)};
     block_sum(along, sums);
-    const float back = along[0] / float(h) * rstd;
-    T* of_x = static_cast<T*>(a.of_x) + row * h;
+    const float back = along[0] * share * rstd;
+    T* of_x = static_cast<T*>(a.of_x) + (next.first + at) * h;
 #pragma unroll
     for (int k = 0; k < held; ++k) {
       float g[n], v[n];
@@ -266,7 +262,7 @@ void run(const RmsNorm& a, const Device& device) {
       const int64_t vectors = a.rows.width / lanes<T>;
       if (whole && holds(vectors, held) && a.rows.count <= most_blocks) {
         const Shape shape{a.rows.count, holding_threads(vectors, held), 1, exchange_bytes};
-        return start(device, rms_norm_held<T>, shape, a);
+        return start(device, is_plain(a.factor) ? rms_norm_held<T, true> : rms_norm_held<T, false>, shape, a);
       }
     }
     Shape shape = Shape::of_rows(quotient_up(a.rows.width, lanes<T>));

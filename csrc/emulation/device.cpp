@@ -9,9 +9,8 @@ Block& block() {
   return held;
 }
 
-// Little at first, so that rows of tests do not all fit.
-int64_t& shared_bytes() {
-  static int64_t held = 12 << 10;
+Facts& facts() {
+  static Facts held;
   return held;
 }
 
@@ -19,6 +18,6 @@ int64_t& shared_bytes() {
 
 // The schedule of all blocks from now on; 0 is the one in order.
 extern "C" __attribute__((visibility("default"))) void shardcomp_seed(uint64_t seed) { shardcomp::emulation::block().seed(seed); }
-extern "C" __attribute__((visibility("default"))) void shardcomp_shared_bytes(int64_t bytes) {
-  shardcomp::emulation::shared_bytes() = bytes;
+extern "C" __attribute__((visibility("default"))) void shardcomp_device(int multiprocessors, int64_t shared) {
+  shardcomp::emulation::facts() = {multiprocessors, shared};
 }

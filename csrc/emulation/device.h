@@ -101,10 +101,12 @@ class Block {
 
   void wait_block() { wait(barriers_.back()); }
 
-  // What the thread whose lane differs in the bits of `apart` sends in the same exchange.
-  uint64_t exchanged(uint64_t sent, int apart) {
+  int lane() const { return at_ % 32; }
+
+  // What the thread of a lane of this warp sends in the same exchange.
+  uint64_t exchanged(uint64_t sent, int lane) {
     Fiber& self = fibers_[at_];
-    const int other = at_ ^ apart, which = self.exchanges++ % 2, number = self.exchanges;
+    const int other = at_ / 32 * 32 + lane, which = self.exchanges++ % 2, number = self.exchanges;
     self.sent[which] = sent;
     wait(barriers_[at_ / 32]);
     const Fiber& from = fibers_[other];
@@ -270,7 +272,11 @@ P* aligned(P* p, uintptr_t bytes) {
 }
 
 // What a block can have of shared memory.
-int64_t& shared_bytes();
+struct Facts {
+  int multiprocessors = 3;
+  int64_t shared = 12 << 10;  // little, so that rows of tests do not all fit
+};
+Facts& facts();
 
 inline void Block::begin() {
   Block& self = block();
@@ -294,12 +300,16 @@ inline void run(int64_t blocks, int x, int y, int64_t shared, const std::functio
 inline void __syncthreads() { shardcomp::emulation::block().wait_block(); }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int apart) {
+T __shfl_sync(unsigned, T value, int lane) {
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof(T));
-  bits = shardcomp::emulation::block().exchanged(bits, apart);
+  bits = shardcomp::emulation::block().exchanged(bits, lane);
   memcpy(&value, &bits, sizeof(T));
   return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned all, T value, int apart) {
+  return __shfl_sync(all, value, shardcomp::emulation::block().lane() ^ apart);
 }
 
 inline float __uint_as_float(uint32_t bits) {

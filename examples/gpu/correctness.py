@@ -53,6 +53,7 @@ def checks(device: torch.device, shapes: tuple[str, ...] = tuple(SHAPES)) -> Ite
             torch.manual_seed(0)
             for case in benchmark.cases(name, setting, set(benchmark.OPERATORS) - {"adamw"}, shape):
                 yield _guarded(case.operator, name, dtype, lambda case=case, dtype=dtype: _against(case, dtype))
+    yield _guarded("swiglu", "gates", torch.bfloat16, lambda: _every_gate(device))
     for dtype in DTYPES:
         yield _guarded("adamw", "lists", dtype, lambda dtype=dtype: _adamw(device, dtype))
         yield _guarded("grad_norm", "lists", dtype, lambda dtype=dtype: _grad_norm(device, dtype))
@@ -112,6 +113,20 @@ def _furthest(made: list[Tensor], expected: list[Tensor], exact: list[Tensor], d
         chance = 1 + 3 / true.numel() ** 0.5 if true.numel() > 1 else 1
         ratios.append(apart / max(allowed, luck, 1e-300) / chance if apart == apart else float("inf"))
     return max(ratios)
+
+
+MOST_GATES = 4
+"""Of the bf16 numbers, those whose silu lies so near halfway between two of them that it takes more than float32 to tell them
+apart."""
+
+
+def _every_gate(device: torch.device) -> tuple[float, None, str]:
+    """silu of every bf16, beside torch's."""
+    gates = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).to(device)
+    ones = torch.ones_like(gates)
+    bits = equal_bits(kernels.swiglu(gates, ones, round_first=True), nn.functional.silu(gates) * ones)
+    other = round((1 - bits) * gates.numel())
+    return bits, None, "" if other <= MOST_GATES else f"{other} of all {gates.numel()} gates have other bits than in torch"
 
 
 def _adamw(device: torch.device, dtype: torch.dtype) -> tuple[None, float, str]:

@@ -322,18 +322,20 @@ def held(another: Callable[[], int]) -> None:
     kinds = ("add_rms_norm weighted 0.0 True", "rms_norm weighted 1.0 False", "rms_norm_bwd False False")
     kinds += ("rms_norm_bwd True True", "layer_norm False False", "layer_norm_bwd")
     half, short, single = torch.bfloat16, torch.float16, torch.float32
-    # The last column is of shared memory, in KiB: so much that one, two or three rows are on their way.
-    for dtype, other, h, rows, orders, shared in (
-        (half, single, 1032, 66, 8, 40),
-        (half, half, 520, 100, 2, 227),
-        (half, half, 4096, 37, 1, 227),
-        (half, half, 8192, 4, 1, 227),
-        (short, short, 1536, 37, 1, 227),
-        (short, short, 16384, 4, 1, 227),
-        (single, single, 264, 100, 1, 227),
-        (single, single, 2048, 37, 4, 100),
+    # Then multiprocessors, one so that a block has more rows than a warp has lanes; and of shared memory, in KiB, so much that
+    # one, two or three rows are on their way.
+    for dtype, other, h, rows, orders, multiprocessors, shared in (
+        (half, single, 1032, 66, 8, 3, 40),
+        (half, half, 520, 100, 2, 3, 227),
+        (half, half, 4096, 37, 1, 3, 227),
+        (half, half, 8192, 4, 1, 3, 227),
+        (half, half, 1032, 300, 1, 1, 227),
+        (short, short, 1536, 37, 1, 3, 227),
+        (short, short, 16384, 4, 1, 3, 227),
+        (single, single, 264, 100, 1, 3, 227),
+        (single, single, 2048, 37, 4, 3, 100),
     ):
-        _DEVICE[0].shardcomp_shared_bytes(ctypes.c_int64(shared << 10))
+        _DEVICE[0].shardcomp_device(multiprocessors, ctypes.c_int64(shared << 10))
         some = {name: each for name, each in calls(dtype, h, (rows,), other).items() if name.startswith(kinds)}
         first: dict[str, list[Tensor]] = {}
         for _ in range(orders):

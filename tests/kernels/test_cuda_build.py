@@ -29,6 +29,7 @@ MOVES = {
     "layer_norm_bwd_held": (6, 2),
     "rotary": (12, 9),
     "gated": (4, 2),
+    "gated_flat": (4, 2),
     "gated_bwd": (3, 2),
     "statistics": (4, 0),
     "gradient": (1, 1),

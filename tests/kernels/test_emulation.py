@@ -66,6 +66,11 @@ _FAULTS = {
         "held",
         "AssertionError",
     ),
+    "the numbers of a warp's rows are kept for those behind them": (
+        Fault("cuda/norm.h", "    if (lane == 0 && at != 0) hold(at);\n", "", "cuda/layer_norm.cu"),
+        "held",
+        "AssertionError",
+    ),
     "a barrier that some threads do not come to": (
         Fault("cuda/summed.cu", "  if (column < a.width) {", "  if (column >= a.width) return;\n  {", "cuda/summed.cu"),
         "schedules",
