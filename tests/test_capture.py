@@ -510,9 +510,11 @@ def known() -> dict[str, Callable[..., Any]]:
         packed = m.packed_sequence_mask_function(SEQUENCES)
         functions["packed"] = m.and_masks(causal, packed)
         functions["padded and packed"] = m.and_masks(window, packed, m.padding_mask_function(PADDING))
-    if hasattr(m, "packed_sequence_compatibility_function"):
-        functions["packed, positions restart"] = m.packed_sequence_compatibility_function(causal, POSITIONS, SEQUENCES)
-        functions["packed window"] = m.packed_sequence_compatibility_function(window, POSITIONS, SEQUENCES)
+    if hasattr(m, "remap_positions_for_packed_sequence"):
+        remap = m.remap_positions_for_packed_sequence
+        functions["packed, positions restart"] = m.and_masks(packed, remap(causal, POSITIONS))
+        functions["packed window"] = m.and_masks(packed, remap(window, POSITIONS))
+        functions["a part, then packed"] = m.and_masks(m.and_masks(remap(causal, POSITIONS), window), packed)
         functions["bidirectional"] = m.bidirectional_mask_function
         functions["chunked"] = m.chunked_causal_mask_function(5, torch.tensor([0, 0]))
         functions["chunked after padding"] = m.chunked_causal_mask_function(5, torch.tensor([3, 0]))
@@ -552,7 +554,8 @@ if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
     remap = masking_utils.remap_positions_for_packed_sequence
     UNCLEAR["restarts alone"] = remap(masking_utils.causal_mask_function, POSITIONS)
     chunks = masking_utils.chunked_causal_mask_function(5, torch.tensor([0, 0]))
-    UNCLEAR["packed chunks"] = masking_utils.packed_sequence_compatibility_function(chunks, POSITIONS, SEQUENCES)
+    packed = masking_utils.packed_sequence_mask_function(SEQUENCES)
+    UNCLEAR["packed chunks"] = masking_utils.and_masks(packed, remap(chunks, POSITIONS))
 
 
 @pytest.mark.parametrize("name", UNCLEAR)

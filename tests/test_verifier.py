@@ -118,7 +118,9 @@ class Failing(LlamaForCausalLM):
 
 
 def test_a_dense_model_that_fails_by_itself_is_told_with_its_line() -> None:
-    with pytest.raises(VerifyError, match=r"does not train in fp64: .*test_verifier.py:\d+: raise IndexError.*: no such expert"):
+    with pytest.raises(
+        VerifyError, match=r"does not train in fp64: .*test_verifier.py:\d+: raise IndexError.*: no such expert"
+    ):
         verify(Failing(tiny()), shardcomp.Policy.load("llama", precision="fp64"), shrink=WHOLE)
 
 

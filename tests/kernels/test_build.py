@@ -39,6 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SHARDCOMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.delenv("CXXFLAGS", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))  # where there is no nvcc
     monkeypatch.setattr(library, "_open", lambda path: None)  # this process has loaded one
     monkeypatch.setattr(library, "PACKAGED", tmp_path / "_kernels.so")
     return tmp_path

@@ -250,19 +250,19 @@ def test_numerics_fp32_takes_what_rounds_elsewhere() -> None:
     assert counts(lowered(compute, precision="bf16", numerics="fp32")) == {"rms_norm": 1}
 
 
-USUAL = {"rms_norm": 1, "add_rms_norm": 1, "rotary": 1, "swiglu": 1, "attention": 1}
+USUAL = {"rms_norm": 1, "add_rms_norm": 1, "rotary": 1, "swiglu": 1}
 FAMILIES: dict[str, dict[str, int]] = {
     "llama": USUAL,
     "mistral": USUAL,
     "qwen2": USUAL,
     "qwen3": {**USUAL, "rms_norm": 3},
-    "gemma": {"rms_norm": 1, "add_rms_norm": 1, "rotary": 1, "geglu": 1, "attention": 1},
-    "gemma2": {"rms_norm": 3, "add_rms_norm": 1, "rotary": 1, "geglu": 1, "attention": 1},
+    "gemma": {"rms_norm": 1, "add_rms_norm": 1, "rotary": 1, "geglu": 1},
+    "gemma2": {"rms_norm": 3, "add_rms_norm": 1, "rotary": 1, "geglu": 1},
     "phi3": USUAL,
-    "gpt_neox": {"layer_norm": 2, "rotary": 1, "attention": 1},
+    "gpt_neox": {"layer_norm": 2, "rotary": 1},
     "gptj": {"layer_norm": 1, "rotary": 1},
-    "cohere": {"layer_norm": 1, "rotary": 1, "swiglu": 1, "attention": 1},
-    "olmo2": {"rms_norm": 4, "rotary": 1, "swiglu": 1, "attention": 1},
+    "cohere": {"layer_norm": 1, "rotary": 1, "swiglu": 1},
+    "olmo2": {"rms_norm": 4, "rotary": 1, "swiglu": 1},
 }
 
 
@@ -270,13 +270,15 @@ FAMILIES: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_gets_its_kernels_by_structure(kind: str, precision: str) -> None:
     found = shardcomp.lower(tiny_config(kind), shardcomp.Policy.load("auto", precision=precision), seq=16)
-    assert counts(found) == FAMILIES[kind]
+    own = any(each.what == "attention" for each in found.program.degraded)
+    assert not own or kind == "gptj"  # which calls transformers' attention interface in newer releases
+    assert counts(found) == FAMILIES[kind] | ({} if own else {"attention": 1})
     assert not found.program.missed
 
 
 def test_a_norm_over_features_that_ranks_share_stays_in_steps() -> None:
     found = shardcomp.lower(tiny_config("olmo2"), shardcomp.Policy.load("auto", tensor=2), seq=16)
-    assert counts(found) == {**FAMILIES["olmo2"], "rms_norm": 2}
+    assert counts(found) == {**FAMILIES["olmo2"], "rms_norm": 2, "attention": 1}
     assert {miss.where for miss in found.program.missed} == {f"model.layers.*.self_attn.{x}_norm" for x in "qk"}
     assert all("tensor = 2 cuts the features" in miss.reason for miss in found.program.missed)
 
@@ -291,7 +293,7 @@ def test_a_norm_over_features_that_ranks_share_stays_in_steps() -> None:
 )
 def test_kernels_are_switched_off_by_name(options: dict[str, Any], gone: set[str]) -> None:
     found = shardcomp.lower(tiny(), shardcomp.Policy.load("llama", **options), seq=16)
-    assert counts(found) == {name: count for name, count in USUAL.items() if name not in gone - {"attention"}}
+    assert counts(found) == {name: count for name, count in USUAL.items() if name not in gone} | {"attention": 1}
     assert not found.program.missed
 
 

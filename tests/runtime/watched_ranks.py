@@ -6,12 +6,14 @@ One process imports torch and forks the ranks of each run: on a small machine th
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -96,16 +98,16 @@ def sharded(rank: int, size: int, what: str) -> None:
         loss.backward()  # here: backward
 
 
-def lower(what: str) -> None:
-    """Before the fork, once for all ranks."""
+def lower(what: str) -> Blueprint:
+    """Before the fork, once for all ranks, in a process of its own: where torch is built with CUDA, one that has been through a
+    backward cannot be forked."""
     from models import tiny
 
     import shardcomp
 
     degrees = {"data": 2, "zero": 3} if what == "zero" else {"tensor": 2}
     policy = shardcomp.Policy.load("llama", precision="fp32", **degrees)
-    blueprint = shardcomp.lower(tiny(), policy, 2, seq=16).blueprint()
-    BLUEPRINTS.update({"zero": blueprint} if what == "zero" else {"forward": blueprint, "backward": blueprint})
+    return shardcomp.lower(tiny(), policy, 2, seq=16).blueprint()
 
 
 def weights(name: str, index: tuple[slice, ...]) -> torch.Tensor:
@@ -132,7 +134,9 @@ def rank_process(rank: int, size: int, port: int, what: str, folder: Path) -> in
 def run(what: str, size: int, folder: Path, limit: float) -> dict:
     """Fork the ranks and wait for them, killing those that are left after `limit` seconds or are stopped."""
     if what in ("forward", "backward", "zero") and what not in BLUEPRINTS:
-        lower(what)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as alone:
+            made = alone.submit(lower, what).result()
+        BLUEPRINTS.update({"zero": made} if what == "zero" else {"forward": made, "backward": made})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
