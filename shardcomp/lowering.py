@@ -11,7 +11,7 @@ from torch import nn
 
 from shardcomp import driver, presets
 from shardcomp.automatic import derive
-from shardcomp.capture import capture
+from shardcomp.capture import Exports, capture
 from shardcomp.cost.communication import stages_of
 from shardcomp.errors import PlanError
 from shardcomp.inspect.diff import diff
@@ -52,6 +52,7 @@ class Lowered:
     seq: int
     micro_batch: int
     global_batch: int
+    _exports: Exports = field(default_factory=dict, repr=False)
     _others: dict[tuple[Signature, tuple[int, int] | None], Blueprint] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -140,7 +141,7 @@ class Lowered:
             if signature == self.program.signature and self.program.static_shape in (None, shape):
                 return self.blueprint()
             step = (self.seq, self.micro_batch, self.global_batch)
-            again = lower(self.model, self._pinned(), self.mesh.world_size, *step, signature, shape).blueprint()
+            again = lower(self.model, self._pinned(), self.mesh.world_size, *step, signature, shape, self._exports).blueprint()
             self._others[signature, again.static_shape] = again
             return again
 
@@ -197,13 +198,14 @@ def lower(
     global_batch: int | None = None,
     signature: Signature = TRAINING,
     sample: tuple[int, int] | None = None,
+    exports: Exports | None = None,
 ) -> Lowered:
     """`shard()` short of allocating: no process group, no memory for weights.
 
     model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
     world_size: the number of ranks, by default what the policy's degrees make with data = 1. seq, micro_batch, global_batch:
-    the step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only. Raises
-    ShardError, with every violation at once.
+    the step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only. exports: those
+    of other calls of this model. Raises ShardError, with every violation at once.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
@@ -215,10 +217,11 @@ def lower(
     if options.sequence_parallel and seq % mesh.tp:
         raise PlanError(f"seq = {seq} does not split over tensor = {mesh.tp}: use {-(-seq // mesh.tp) * mesh.tp}")
     model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
-    program = capture(model, signature, precision=options.precision, sample=sample or _sample(mesh.tp))
+    exports = {} if exports is None else exports
+    program = capture(model, signature, precision=options.precision, sample=sample or _sample(mesh.tp), exports=exports)
     if policy.automatic:
         policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
     names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
     policy.check(program.parameters, module_paths(program), names, model_type)
     records = driver.run(program, Context(mesh, policy, micro_batch, seq), PASSES)
-    return Lowered(model, policy, mesh, records, seq, micro_batch, batch)
+    return Lowered(model, policy, mesh, records, seq, micro_batch, batch, exports)

@@ -199,10 +199,8 @@ def _sharded(lowered: Lowered, given: dict[str, Batch], updates: list[Batch], mu
     if mutant is None:
         causal = given["causal"]
         rows, length = causal["input_ids"].shape[0] // lowered.mesh.dp, causal["input_ids"].shape[1]
-        if lowered.mesh.pp == 1:
-            lowered.for_call(_call({"input_ids": causal["input_ids"]}, ("logits",)), (rows, length))
-        else:
-            lowered.for_call(_call(causal, ("loss", "logits")), (lowered.policy.options.micro_batch or rows, length))
+        at_once = rows if lowered.mesh.pp == 1 else lowered.policy.options.micro_batch or rows
+        lowered.for_call(_call(causal, ("loss", "logits")), (at_once, length))
 
     def work(rank: int) -> Outcome:
         torch.set_num_threads(1)
@@ -270,7 +268,7 @@ def _run(
     if with_logits:
         if sharded.mesh["pp"].size() == 1:
             with torch.no_grad():
-                logits = sharded(input_ids=mine(given["causal"])["input_ids"])["logits"]
+                logits = sharded(**mine(given["causal"]), return_logits=True)["logits"]
         else:
             logits = sharded.eval_step(**mine(given["causal"]), return_logits=True).logits
         found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits

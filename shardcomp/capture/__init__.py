@@ -8,17 +8,16 @@ The parts: `twin` copies the model without its data, `interface` and `masks` sta
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from shardcomp.capture.check import check_after_capture, self_check
-from shardcomp.capture.export import explain, export
+from shardcomp.capture.export import Export, explain, export, missing
 from shardcomp.capture.flatten import flatten
 from shardcomp.capture.interface import NAME, Recorder, registered
 from shardcomp.capture.twin import Twin, buffers_of, experts_of_any_dtype, has_data, parameters_of
@@ -26,24 +25,33 @@ from shardcomp.errors import CaptureError
 from shardcomp.precision import compute_dtype
 from shardcomp.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit, value
 
-__all__ = ["capture", "self_check"]
+__all__ = ["Exports", "capture", "self_check"]
 
 _SAMPLE = (3, 18)
 """The shape that a call is traced with where the caller names none. Neither is a size that a model is likely to have."""
 _SHORTEST = (2, 4, None)
 """The least length of a sequence, tried in turn: a model that shifts its labels itself has one token fewer, and a single one is
 another graph. Last comes one shape alone."""
+_BOTH = ("loss", "logits")
 _LOCK = threading.RLock()
 """transformers' registries are global: one capture at a time."""
 
 
-def capture(model: nn.Module, signature: Signature, *, precision: str, sample: tuple[int, int] | None = None) -> Program:
+def capture(
+    model: nn.Module,
+    signature: Signature,
+    *,
+    precision: str,
+    sample: tuple[int, int] | None = None,
+    exports: Exports | None = None,
+) -> Program:
     """The Program of one call of `model`, which is left as it is: its tensors may be real or on meta, on any device.
 
     signature: which [b, s] int64 inputs are given, which outputs are wanted, and whether in training mode.
     precision: bf16, fp32 or fp64; under fp64 the model's own casts to float32 are widened.
     sample: the (b, s) that is captured where the model's graph holds for a single shape only; the Program then says so in
     `static_shape` and `degraded`.
+    exports: what captures of this model in this precision have exported so far, which is looked up and added to.
     A model that is not too large is run with random weights and compared with what was captured. Raises CaptureError, and
     PolicyError for an unknown precision.
     """
@@ -52,7 +60,15 @@ def capture(model: nn.Module, signature: Signature, *, precision: str, sample: t
         raise CaptureError(f"{type(model).__name__}: {', '.join(wrong)}; a capture takes [b, s] inputs")
     dtype = compute_dtype(precision)
     with _LOCK:
-        found = _first_that_exports(model, signature, dtype, sample or _SAMPLE)
+        # Of a call with labels both results are exported, most of the work being the same, and each capture takes its own.
+        call = replace(signature, outputs=_BOTH) if "loss" in signature.outputs else signature
+        key = call, sample or _SAMPLE
+        exports = {} if exports is None else exports
+        if key not in exports:
+            exports[key] = _first_that_exports(model, call, dtype, key[1])
+        found = replace(exports[key], degraded=list(exports[key].degraded))
+        if not set(signature.outputs) <= set(found.export.outputs):
+            raise missing(model, signature, found.export.outputs)
         program = _program(model, signature, dtype, found)
         unchecked = check_after_capture(program, model)
         if unchecked is not None:
@@ -61,20 +77,23 @@ def capture(model: nn.Module, signature: Signature, *, precision: str, sample: t
 
 
 @dataclass
-class _Found:
+class Found:
     """An export that holds, and what was given up for it."""
 
-    exported: ExportedProgram
-    output_type: type
+    export: Export
     twin: Twin
     static_shape: tuple[int, int] | None
     degraded: list[Degraded]
 
 
-def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> _Found:
+Exports = dict[tuple[Signature, tuple[int, int]], Found]
+"""A call and the shape it was traced with -> its export."""
+
+
+def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> Found:
     """With attention as one operator, or else with the model's own."""
     found = _export(model, signature, dtype, sample, NAME)
-    if isinstance(found, _Found):
+    if isinstance(found, Found):
         return found
     fault, failure = found, CaptureError("")
     for attention in _own_attention(model):
@@ -83,15 +102,13 @@ def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dty
         except CaptureError as error:
             failure = error
             continue
-        assert isinstance(found, _Found)
+        assert isinstance(found, Found)
         found.degraded.insert(0, Degraded("attention", f"{fault}: the model's own attention and mask are captured instead"))
         return found
     raise failure
 
 
-def _export(
-    model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int], attention: str
-) -> _Found | str:
+def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int], attention: str) -> Found | str:
     """Any shape before a single one. A string says why the attention that was recorded is not the model's."""
     first: str | None = None
     for shortest in _SHORTEST:
@@ -104,7 +121,7 @@ def _export(
         try:
             with registered(recorder):
                 shape = _SAMPLE if dynamic else sample  # a size of one would be taken for a constant
-                exported, kind = export(twin.module, mode, signature, shape, shortest, dtype == torch.float64)
+                exported = export(twin.module, mode, signature, shape, shortest, dtype == torch.float64)
         except CaptureError:
             raise
         except Exception as error:
@@ -125,7 +142,7 @@ def _export(
             )
         if not dynamic:
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
-        return _Found(exported, kind, twin, None if dynamic else sample, degraded)
+        return Found(exported, twin, None if dynamic else sample, degraded)
     raise AssertionError("an export without dynamic shapes returns or raises")
 
 
@@ -140,10 +157,10 @@ def _own_attention(model: nn.Module) -> list[str]:
     return list(dict.fromkeys((preferred, "eager")))
 
 
-def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: _Found) -> Program:
+def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: Found) -> Program:
     """The exported graph as a Program of one unit."""
     parameters = parameters_of(model, dtype)
-    body = flatten(found.exported, parameters)
+    body = flatten(found.export.program, parameters, [name in signature.outputs for name in found.export.outputs])
     inputs = {node.meta["path"]: value(node) for node in body.placeholders(INPUT)}
     outputs = {key: value(node) for key, node in zip(signature.outputs, body.results, strict=True)}
     unit = Unit(
@@ -164,23 +181,23 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: 
         values=inputs | outputs,
         parameters=parameters,
         buffers=buffers_of(model, dtype) | _constants(found, body),
-        output_type=found.output_type,
+        output_type=found.export.kind,
         config=getattr(model, "config", None),
         static_shape=found.static_shape,
         degraded=found.degraded,
     )
 
 
-def _constants(found: _Found, body: Body) -> dict[str, Buffer]:
+def _constants(found: Found, body: Body) -> dict[str, Buffer]:
     """Tensors that the model makes or holds outside of its buffers and that its graph reads."""
     constants = {}
-    specs = found.exported.graph_signature.input_specs
+    specs = found.export.program.graph_signature.input_specs
     names = {str(spec.target) for spec in specs if spec.kind == InputKind.CONSTANT_TENSOR}
     for node in body.placeholders(BUFFER):
         name = node.meta["path"]
         if name not in names:
             continue
-        held: Tensor | None = found.exported.constants[name]
+        held: Tensor | None = found.export.program.constants[name]
         if held is not None and not has_data(held):
             held = found.twin.original(held)
         if held is None or not has_data(held):

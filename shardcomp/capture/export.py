@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,12 +26,21 @@ from shardcomp.precision import Widened
 from shardcomp.program import Signature
 
 
+@dataclass(frozen=True)
+class Export:
+    """What torch.export made of a call. outputs: those of the exported program, in order. kind: the type of the model's result."""
+
+    program: ExportedProgram
+    outputs: tuple[str, ...]
+    kind: type
+
+
 def export(
     module: nn.Module, mode: FakeTensorMode, signature: Signature, sample: tuple[int, int], shortest: int | None, widened: bool
-) -> tuple[ExportedProgram, type]:
+) -> Export:
     """Export `module` called with [b, s] int64 inputs; b and s stay symbols, s at least `shortest`, or else they are `sample`.
 
-    Returns the exported program, whose outputs are `signature.outputs` in that order, and the type of the model's result.
+    The export has those of `signature.outputs` that the model returns; CaptureError if it returns none.
     """
     with mode:
         given: dict[str, Any] = {name: torch.ones(sample, dtype=torch.int64) for name, _ in signature.inputs}
@@ -54,11 +64,11 @@ def export(
         modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
         free = shapes if shortest is not None else None
         with broadcast(), modes[0], modes[1], modes[2], torch.enable_grad(), quiet[0], quiet[1]:
-            exported = torch.export.export(module, (), given, strict=False, dynamic_shapes=free)
+            program = torch.export.export(module, (), given, strict=False, dynamic_shapes=free)
     finally:
         hook.remove()
     assert results.kind is not None
-    return exported, results.kind
+    return Export(program, results.outputs, results.kind)
 
 
 def _by_name(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
@@ -103,21 +113,28 @@ class _NoLayerDrop(TorchFunctionMode):
 
 
 class _Results:
-    """A forward hook: notes the type of the model's result and keeps what the signature asks for."""
+    """A forward hook: notes the type of the model's result and keeps what the signature asks for and the model returns."""
 
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
         self.kind: type | None = None
+        self.outputs: tuple[str, ...] = ()
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> tuple[Tensor, ...]:
         self.kind = type(result)
         found = result if isinstance(result, Mapping) else {}
-        missing = [name for name in self.signature.outputs if not isinstance(found.get(name), Tensor)]
-        if missing:
-            has = ", ".join(key for key, held in found.items() if isinstance(held, Tensor)) or self.kind.__name__
-            given = ", ".join(name for name, _ in self.signature.inputs)
-            raise CaptureError(f"{type(module).__name__}({given}) returns no {' and no '.join(missing)}: it returns {has}")
-        return tuple(found[name] for name in self.signature.outputs)
+        self.outputs = tuple(name for name in self.signature.outputs if isinstance(found.get(name), Tensor))
+        if not self.outputs:
+            has = tuple(key for key, held in found.items() if isinstance(held, Tensor)) or (self.kind.__name__,)
+            raise missing(module, self.signature, has)
+        return tuple(found[name] for name in self.outputs)
+
+
+def missing(module: nn.Module, signature: Signature, has: tuple[str, ...]) -> CaptureError:
+    """The error of a model that does not return all that the signature asks for."""
+    lacks = " and no ".join(name for name in signature.outputs if name not in has)
+    given = ", ".join(name for name, _ in signature.inputs)
+    return CaptureError(f"{type(module).__name__}({given}) returns no {lacks}: it returns {', '.join(has)}")
 
 
 def explain(error: BaseException, module: nn.Module) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,18 @@ _TORCH = str(Path(torch.__file__).parent)
 _MAKES_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
 
 
-def flatten(exported: ExportedProgram, parameters: Mapping[str, Parameter]) -> Body:
-    """The exported graph as a Body.
+def flatten(exported: ExportedProgram, parameters: Mapping[str, Parameter], wanted: Sequence[bool]) -> Body:
+    """The exported graph as a Body that makes those of its results that are wanted.
 
     Placeholders come inputs first, then parameters, then buffers; a tied weight is one placeholder under its first name. Every
     call has `value`, `path` (its module), `source` (the model's file and line) and, if it was made under no_grad, `no_grad`.
     Raises CaptureError for what has no place in such a graph.
     """
-    return _Flattening(exported, parameters).body
+    return _Flattening(exported, parameters, wanted).body
 
 
 class _Flattening:
-    def __init__(self, exported: ExportedProgram, parameters: Mapping[str, Parameter]) -> None:
+    def __init__(self, exported: ExportedProgram, parameters: Mapping[str, Parameter], wanted: Sequence[bool]) -> None:
         self.graph = fx.Graph()
         self.sizes: dict[sympy.Symbol, sympy.Symbol] = {}
         self.meta: dict[str, Any] = {}
@@ -51,7 +52,7 @@ class _Flattening:
         self.writes = Writes(self._emit)
         env = self._placeholders(exported)
         results = self._inline(exported.graph_module, env, {})
-        self.graph.output(tuple(self._now(results)))
+        self.graph.output(tuple(compress(self._now(results), wanted)))
         _drop_dead(self.graph)
         self.body = Body("Model", self.graph)
         mark_gradients(self.body, parameters)

@@ -145,7 +145,7 @@ class Tuple(Small):
 
 
 def test_a_model_that_returns_no_names_is_refused() -> None:
-    with pytest.raises(CaptureError, match="returns no loss: it returns tuple"):
+    with pytest.raises(CaptureError, match="returns no loss and no logits: it returns tuple"):
         lower(Tuple())
 
 
