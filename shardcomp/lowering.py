@@ -204,8 +204,8 @@ def lower(
 
     model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
     world_size: the number of ranks, by default what the policy's degrees make with data = 1. seq, micro_batch, global_batch:
-    the step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only. exports: those
-    of other calls of this model. Raises ShardError, with every violation at once.
+    the step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only. exports:
+    those of this model's other calls. Raises ShardError, with every violation at once.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)

@@ -28,7 +28,7 @@ from shardcomp.program import Signature
 
 @dataclass(frozen=True)
 class Export:
-    """What torch.export made of a call. outputs: those of the exported program, in order. kind: the type of the model's result."""
+    """What torch.export made of a call. outputs: what the program returns, in order. kind: the type of the model's result."""
 
     program: ExportedProgram
     outputs: tuple[str, ...]
