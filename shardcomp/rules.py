@@ -388,6 +388,7 @@ _LINES = {
 _FUNCTIONS: dict[Any, Callable[[fx.Node], Factoring | None]] = {
     aten.reshape: reshape,
     aten.expand: expand,
+    aten.repeat: expand,
     aten.unsqueeze: unsqueeze,
     aten.transpose: reorder,
     aten.permute: reorder,

@@ -71,6 +71,8 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "index": (aten.index.Tensor, (f(2, 6, 4), [None, None, torch.tensor([3, 1])]), {}),
     "repeat_interleave": (aten.repeat_interleave.self_int, (f(2, 6, 4), 2, 2), {}),
     "expand": (aten.expand.default, (f(2, 1, 4), [2, 6, 4]), {}),
+    "repeat": (aten.repeat.default, (f(2, 3, 4), [1, 2, 1]), {}),
+    "repeat along a new dimension": (aten.repeat.default, (f(2, 4), [3, 1, 1]), {}),
     "slice": (aten.slice.Tensor, (f(2, 6, 4), 2, 0, 2), {}),
     "select": (aten.select.int, (f(2, 6, 4), 2, 1), {}),
     "cat": (aten.cat.default, ([f(2, 4), f(2, 6)], -1), {}),
