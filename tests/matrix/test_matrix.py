@@ -93,9 +93,9 @@ def test_the_notes_name_every_failure_and_every_difference() -> None:
     ]
 
 
-def test_the_newest_pinned_release_is_the_one_that_make_installs() -> None:
+def test_the_release_that_make_installs_is_a_pinned_one() -> None:
     constraints = Path(__file__).parents[2].joinpath("constraints.txt").read_text().splitlines()
-    assert f"transformers=={pinned()[-1]}" in constraints
+    assert {f"transformers=={version}" for version in pinned()} & set(constraints)
 
 
 def test_what_is_here_needs_no_environment_of_its_own() -> None:
