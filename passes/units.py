@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardcomp.errors import PolicyError
+from shardcomp.errors import PlanError, PolicyError
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.program import (
     BUFFER,
@@ -41,6 +41,7 @@ CONTRACT = Contract(requires=frozenset({"canonical", "parts"}), provides=frozens
 
 def run(program: Program, context: Context) -> Program:
     [whole] = program.units
+    _refuse_unused(program, whole.body)
     calls = list(whole.body.calls())
     kinds = context.policy.unit_kinds(module_paths(program))
     order, home = _assign(calls, kinds, whole.body)
@@ -71,6 +72,17 @@ def run(program: Program, context: Context) -> Program:
         )
     results = {key: names[node] for key, node in zip(program.outputs, whole.body.results, strict=True)}
     return replace(program, units=units, outputs=results, values=values, tokens=_tokens(whole.body))
+
+
+def _refuse_unused(program: Program, body: Body) -> None:
+    """PlanError for parameters that the call does not use: no unit would hold them."""
+    unused = [program.resolve(node.meta["path"]) for node in body.placeholders(PARAMETER) if not node.users]
+    if unused:
+        some = ", ".join(unused[:4]) + (", …" if len(unused) > 4 else "")
+        raise PlanError(
+            f"{program.name}{program.signature} does not use {len(unused)} of its parameters: {some}: no unit would hold or "
+            "save them; take their modules out of the model, or give the inputs that use them"
+        )
 
 
 def _tokens(body: Body) -> Unit | None:
