@@ -18,6 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
+import shardcomp
+from shardcomp import capture as capturing
 from shardcomp import presets
 from shardcomp.capture import capture, self_check
 from shardcomp.capture.mapped import broadcast
@@ -562,6 +564,17 @@ if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
 def test_a_mask_that_is_not_known_is_never_guessed(name: str) -> None:
     with pytest.raises(UnclearMask):
         classify(UNCLEAR[name], 2, LENGTH, None)
+
+
+@pytest.mark.exports_anew
+def test_a_call_is_exported_once_whichever_of_its_results_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = []
+    true = capturing.export
+    monkeypatch.setattr(capturing, "export", lambda *given: exported.append(given) or true(*given))
+    lowered = shardcomp.lower(tiny(), shardcomp.Policy.load("llama", tensor=2), seq=16)
+    call = lowered.program.signature
+    lowered.for_call((call.inputs, ("loss", "logits"), call.training), (2, 24))
+    assert len(exported) == 1 and lowered.program.signature.outputs == ("loss",)
 
 
 USES: dict[str, Callable[[Any], Any]] = {

@@ -271,7 +271,7 @@ P* aligned(P* p, uintptr_t bytes) {
   return p;
 }
 
-// What a block can have of shared memory.
+// What the device has, shared memory being that of a block.
 struct Facts {
   int multiprocessors = 3;
   int64_t shared = 12 << 10;  // little, so that rows of tests do not all fit

@@ -62,11 +62,12 @@ def capture(
     with _LOCK:
         # Of a call with labels both results are exported, most of the work being the same, and each capture takes its own.
         call = replace(signature, outputs=_BOTH) if "loss" in signature.outputs else signature
-        key = call, sample or _SAMPLE
-        exports = {} if exports is None else exports
-        if key not in exports:
-            exports[key] = _first_that_exports(model, call, dtype, key[1])
-        found = replace(exports[key], degraded=list(exports[key].degraded))
+        shape, exports = sample or _SAMPLE, {} if exports is None else exports
+        known = exports.get((call, None)) or exports.get((call, shape))
+        if known is None:
+            known = _first_that_exports(model, call, dtype, shape)
+            exports[call, known.static_shape] = known
+        found = replace(known, degraded=list(known.degraded))
         if not set(signature.outputs) <= set(found.export.outputs):
             raise missing(model, signature, found.export.outputs)
         program = _program(model, signature, dtype, found)
@@ -86,8 +87,8 @@ class Found:
     degraded: list[Degraded]
 
 
-Exports = dict[tuple[Signature, tuple[int, int]], Found]
-"""A call and the shape it was traced with -> its export."""
+Exports = dict[tuple[Signature, tuple[int, int] | None], Found]
+"""A call, and the shape that its export is for if that is only one -> the export."""
 
 
 def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> Found:
