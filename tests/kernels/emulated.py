@@ -233,6 +233,11 @@ def extremes(another: Callable[[], int]) -> None:
             tests.test_a_vocabulary_may_be_read_in_pieces(dtype, columns)
     for dtype in (torch.bfloat16, torch.float16):
         tests.test_narrow_numbers_are_rounded_as_torch_rounds_them(dtype)
+    gates = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    made = getattr(torch.ops, SPACE).gated(gates, torch.ones_like(gates), "silu", True)
+    different = (made != torch.nn.functional.silu(gates)) & ~gates.isnan() & (gates != -torch.inf)
+    assert int(different.sum()) <= 4, gates[different]
+    assert bool(made[gates.isnan() | (gates == -torch.inf)].isnan().all())
     tests.test_logits_that_are_not_finite_give_what_the_reference_gives()
     tests.test_a_norm_that_float32_cannot_hold_is_infinite()
     another()
