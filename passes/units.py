@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardcomp.errors import PlanError, PolicyError
+from shardcomp.errors import PolicyError
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.program import (
     BUFFER,
@@ -28,6 +28,7 @@ from shardcomp.program import (
     Body,
     Context,
     Contract,
+    Degraded,
     Program,
     Unit,
     Value,
@@ -41,13 +42,14 @@ CONTRACT = Contract(requires=frozenset({"canonical", "parts"}), provides=frozens
 
 def run(program: Program, context: Context) -> Program:
     [whole] = program.units
-    _refuse_unused(program, whole.body)
     calls = list(whole.body.calls())
     kinds = context.policy.unit_kinds(module_paths(program))
     order, home = _assign(calls, kinds, whole.body)
     entries = context.policy.weight_entries(program.parameters, program.canonical_names())
     every = [_Piece(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
     pieces = [piece for piece in every if piece.nodes]
+    idle = _idle(program, whole.body)
+    _give_homes(idle, pieces, kinds)
     values = dict(program.values)
     bodies: dict[Hashable, Body] = {}
     units = []
@@ -71,18 +73,34 @@ def run(program: Program, context: Context) -> Program:
             )
         )
     results = {key: names[node] for key, node in zip(program.outputs, whole.body.results, strict=True)}
-    return replace(program, units=units, outputs=results, values=values, tokens=_tokens(whole.body))
+    unused = [program.resolve(node.meta["path"]) for node in idle]
+    return replace(
+        program,
+        units=units,
+        outputs=results,
+        values=values,
+        parameters={name: replace(p, idle=name in unused) for name, p in program.parameters.items()},
+        tokens=_tokens(whole.body),
+        degraded=program.degraded + _noted(unused),
+    )
 
 
-def _refuse_unused(program: Program, body: Body) -> None:
-    """PlanError for parameters that the call does not use: no unit would hold them."""
-    unused = [program.resolve(node.meta["path"]) for node in body.placeholders(PARAMETER) if not node.users]
-    if unused:
-        some = ", ".join(unused[:4]) + (", …" if len(unused) > 4 else "")
-        raise PlanError(
-            f"{program.name}{program.signature} does not use {len(unused)} of its parameters: {some}: no unit would hold or "
-            "save them; take their modules out of the model, or give the inputs that use them"
-        )
+def _idle(program: Program, body: Body) -> list[fx.Node]:
+    """The parameters that the call does not use."""
+    used = {program.resolve(node.meta["path"]) for node in body.placeholders(PARAMETER) if node.users}
+    return [node for node in body.placeholders(PARAMETER) if program.resolve(node.meta["path"]) not in used]
+
+
+def _give_homes(idle: list[fx.Node], pieces: list[_Piece], kinds: dict[str, str]) -> None:
+    """Let the unit whose module has it hold a parameter that no call uses, and the first unit what is in no unit's module."""
+    by_path = {piece.path: piece for piece in pieces}
+    for node in idle:
+        by_path.get(_claim(node.meta["path"], kinds) or "", pieces[0]).idle.append(node)
+
+
+def _noted(unused: list[str]) -> list[Degraded]:
+    some = ", ".join(unused[:4]) + (f" and {len(unused) - 4} more" if len(unused) > 4 else "")
+    return [Degraded(f"not used by this call: {some}", "held and saved, without a gradient")] if unused else []
 
 
 def _tokens(body: Body) -> Unit | None:
@@ -118,6 +136,7 @@ class _Piece:
 
     def __init__(self, path: str, kind: str, nodes: list[fx.Node]) -> None:
         self.path, self.kind, self.nodes = path, kind, nodes
+        self.idle: list[fx.Node] = []
 
     def key(self, program: Program, entries: dict[str, str], inputs: list[fx.Node], outputs: list[fx.Node]) -> Hashable:
         """Equal for units that are alike: the graph with its nodes numbered."""
@@ -209,7 +228,7 @@ def _claim(path: str, kinds: dict[str, str]) -> str | None:
 def _borders(piece: _Piece, body: Body) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a unit reads from outside, in the order it is read, inputs before parameters before buffers; and what it gives."""
     own = set(piece.nodes)
-    read = list(dict.fromkeys(a for node in piece.nodes for a in tensor_arguments(node) if a not in own))
+    read = list(dict.fromkeys(a for node in piece.nodes for a in tensor_arguments(node) if a not in own)) + piece.idle
     ranks = {INPUT: 0, PARAMETER: 1, BUFFER: 2}
     read.sort(key=lambda n: ranks[_role(n)])
     given = [node for node in piece.nodes if any(user not in own for user in node.users)]

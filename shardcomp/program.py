@@ -65,6 +65,13 @@ class Parameter:
     """Axes on which each rank holds one summand of the gradient; the runtime adds them up once per step."""
     part: Part | None = None
     """Which rows of a packed weight this is; None for a parameter that the model has itself."""
+    idle: bool = False
+    """Whether no call uses it: it is held and saved, and never gets a gradient."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient comes for it."""
+        return self.requires_grad and not self.idle
 
     @property
     def module(self) -> str:

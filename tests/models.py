@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import LlamaConfig
+
+import shardcomp
+from shardcomp import presets
 
 
 def tiny(**changes: Any) -> LlamaConfig:
@@ -20,3 +24,12 @@ def tiny(**changes: Any) -> LlamaConfig:
         "tie_word_embeddings": False,
     }
     return LlamaConfig(**{**settings, **changes})
+
+
+def with_idle(layers: int = 4) -> Any:
+    """A model with modules that its forward does not call."""
+    model = presets.build(tiny(num_hidden_layers=layers))
+    model.spare = nn.Linear(5, 3)
+    for layer in model.model.layers[1::2]:
+        layer.spare = nn.Linear(5, 3)
+    return shardcomp.initialize(model, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import tiny
+from models import tiny, with_idle
 from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
 
 import shardcomp
@@ -237,6 +237,13 @@ def test_what_is_frozen_is_gathered_where_a_gradient_passes_and_never_summed(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     compare(monkeypatch, model, **options)
+
+
+@pytest.mark.parametrize("options", [{"zero": 1}, {"zero": 3, "tensor": 2}, {"zero": 2, "pipeline": 2, "schedule": "zbv"}])
+def test_what_no_call_uses_is_gathered_with_its_unit_and_never_summed(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    compare(monkeypatch, with_idle(), **options)
 
 
 def per_layer(config: Any, **options: Any) -> Counter[tuple[str, str]]:

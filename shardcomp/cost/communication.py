@@ -119,7 +119,7 @@ def _data_parallel(
         if group.reshard and group.passes_back:
             times = micro_batches * group.passes_back
             yield Message("all_gather", "dp", "backward", times, times * each, group.where)
-    trained = [name for name in group.names if program.parameters[name].requires_grad]
+    trained = [name for name in group.names if program.parameters[name].trained]
     if not trained:
         return
     each = sum(padded_numel(program, name, pieces, rank) for name in trained) * master.itemsize
@@ -144,7 +144,7 @@ def _step(program: Program, held: list[str], options: Options, rank: dict[str, i
     tied: dict[tuple[int, ...], int] = {}
     for name in held:
         parameter = program.parameters[name]
-        if parameter.requires_grad:
+        if parameter.trained:
             size = piece_numel(program, name, pieces, rank) * master
             for axis in parameter.partial_gradient:
                 if program.mesh.size(axis) > 1:

@@ -98,7 +98,7 @@ def held_in(program: Program, stage: int, options: Options, rank: dict[str, int]
     found = Held()
     for group in groups_of(program, stage):
         padded = {name: padded_numel(program, name, pieces, rank) for name in group.names}
-        trained = [name for name in group.names if program.parameters[name].requires_grad]
+        trained = [name for name in group.names if program.parameters[name].trained]
         masters = master * sum(padded.values()) // pieces
         copy = 0 if group.reshard else compute * sum(padded.values())
         whole = master * sum(local_numel(program, name, rank) for name in trained) if options.zero < 2 else 0

@@ -549,11 +549,27 @@ class ShardedModel(nn.Module):
         same = (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training)
         if same and mine.static_shape in (None, shape):
             return mine
+        has = f"({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = {mine.training}"
         if self._lower is None:
             asked = f"({', '.join(name for name, _ in inputs)}) -> ({', '.join(outputs)}), training = {training}, shape {shape}"
-            has = f"({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = {mine.training}"
             raise PlanError(f"this source was written for {has}, shape {mine.static_shape or 'any'}; the call is {asked}")
-        return self._lower(call, shape)
+        again = self._lower(call, shape)
+        if problem := _not_held(mine, again):
+            raise PlanError(f"the call ({', '.join(again.inputs)}) -> ({', '.join(outputs)}) {problem} for the call {has}")
+        return again
+
+
+def _not_held(mine: Blueprint, other: Blueprint) -> str | None:
+    """What another call needs of the parameters otherwise than the model was allocated."""
+    held = {unit.path: set(unit.parameters.values()) for unit in mine.units}
+    for unit in other.units:
+        for name in unit.parameters.values():
+            there, here = other.parameters[name], mine.parameters[name]
+            if name not in held.get(unit.path, ()):
+                return f"uses {name} in {unit.path}, a unit that does not hold it: the model was allocated"
+            if (there.split, there.copies) != (here.split, here.copies):
+                return f"needs {name} in {unit.path} cut as {there.layout}: it is {here.layout}, as the model was allocated"
+    return None
 
 
 def _as_dtensor(held: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:

@@ -29,15 +29,6 @@ def test_heads_that_do_not_divide_name_the_legal_degrees() -> None:
         lower(tiny(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8), tensor=4)
 
 
-def test_parameters_that_a_call_does_not_use_are_named() -> None:
-    model = presets.build(tiny())
-    model.model.layers[0].spare = nn.Linear(4, 4)
-    with pytest.raises(
-        PlanError, match=r"does not use 2 of its parameters: model.layers.0.spare.weight, model.layers.0.spare.bias"
-    ):
-        shardcomp.lower(model, shardcomp.Policy.load("auto"), seq=16)
-
-
 def test_every_weight_that_does_not_divide_is_in_one_message() -> None:
     with pytest.raises(PolicyError) as raised:
         lower(tiny(intermediate_size=50, num_attention_heads=6, num_key_value_heads=3, hidden_size=48), tensor=3, seq=12)

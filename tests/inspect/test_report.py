@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
+from models import tiny, with_idle
 from torch import fx
 
 from shardcomp.collectives import allgather_reducescatter, reducescatter_allgather
@@ -273,8 +273,16 @@ def test_a_diff_shows_what_differs_and_nothing_where_nothing_does() -> None:
     ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
 def test_a_run_holds_between_micro_batches_what_the_report_says(options: dict[str, Any], tied: bool) -> None:
-    config = tiny(vocab_size=67, tie_word_embeddings=tied)
-    lowered = lower(config, Policy.load("llama", **options, micro_batch=1), seq=8, micro_batch=1)
+    holds_what_the_report_says(tiny(vocab_size=67, tie_word_embeddings=tied), **options)
+
+
+@pytest.mark.parametrize("options", [{"data": 2, "zero": 1}, {"data": 2, "tensor": 2, "zero": 3}], ids=str)
+def test_a_run_holds_no_gradient_of_what_no_call_uses(options: dict[str, Any]) -> None:
+    holds_what_the_report_says(with_idle(), **options)
+
+
+def holds_what_the_report_says(model: Any, **options: Any) -> None:
+    lowered = lower(model, Policy.load("llama", **options, micro_batch=1), seq=8, micro_batch=1)
     weights = weights_of(lowered)
     ids = torch.arange(16).view(2, 8)
 
