@@ -22,7 +22,7 @@ from shardcomp.passes import canonicalize, emit, pipeline, recompute, substitute
 from shardcomp.policy import Policy
 from shardcomp.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
-from shardcomp.runtime.model import Call
+from shardcomp.runtime.calls import Call
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given

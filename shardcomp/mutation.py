@@ -137,7 +137,7 @@ def _plant_axis(name: str, axis: str, phase: str, fault: str) -> Callable[[Shard
     def plant(sharded: ShardedModel) -> None:
         true = sharded._axes[axis]
         other = sharded._axes["dp"]
-        sharded._unit_axes[name] = FaultyAxis(true.name, true.size, true.rank, true.group, phase, fault, other)
+        sharded._calls.unit_axes[name] = FaultyAxis(true.name, true.size, true.rank, true.group, phase, fault, other)
 
     return plant
 
@@ -177,7 +177,7 @@ def _plant_stage(index: int, change: Callable[[ModelStage], None]) -> Callable[[
     """Change a stage of every pipeline that a model makes."""
 
     def plant(sharded: ShardedModel) -> None:
-        true = sharded._pipeline
+        true = sharded._calls.pipeline
 
         def pipeline(*args: Any) -> Pipeline:
             made = true(*args)
@@ -186,7 +186,7 @@ def _plant_stage(index: int, change: Callable[[ModelStage], None]) -> Callable[[
                     change(stage)
             return made
 
-        object.__setattr__(sharded, "_pipeline", pipeline)
+        sharded._calls.pipeline = pipeline  # type: ignore[assignment, method-assign]
 
     return plant
 
@@ -227,7 +227,7 @@ def _plant_tie(name: str) -> Callable[[ShardedModel], None]:
     """Leave out the sum over the stages that use a weight: over those of a rank, and over ranks."""
 
     def plant(sharded: ShardedModel) -> None:
-        true = sharded._partial_gradients
+        true = sharded._calls.partial_gradients
 
         def partial_gradients(blueprint: Blueprint) -> PartialGradients:
             found = true(blueprint)
@@ -239,7 +239,7 @@ def _plant_tie(name: str) -> Callable[[ShardedModel], None]:
                 found._partial += [Partial((copy,), axes) for copy in each.copies]
             return found
 
-        object.__setattr__(sharded, "_partial_gradients", partial_gradients)
+        sharded._calls.partial_gradients = partial_gradients  # type: ignore[method-assign]
 
     return plant
 
@@ -255,7 +255,7 @@ def _plant_silence(name: str) -> Callable[[ShardedModel], None]:
 
 
 def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
-    trained = [u for u in program.units if any(program.parameters[name].requires_grad for name in u.parameters)]
+    trained = [u for u in program.units if any(program.parameters[name].trained for name in u.parameters)]
     shards = program.mesh.size(SHARDING[1]) if blueprint.zero else 1
     plants = ([_unscattered] if shards > 1 else []) + ([_unreduced] if shards < program.mesh.dp else [])
     for unit in {id(u.body): u for u in trained}.values():

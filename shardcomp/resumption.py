@@ -28,6 +28,7 @@ from shardcomp.checkpoint.states import Stored
 from shardcomp.errors import VerifyError
 from shardcomp.options import flags
 from shardcomp.policy import Policy
+from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.stream import Stream, digest_text
 from shardcomp.sharding import shard
 from shardcomp.verifier import FLOOR, TOLERANCE, small_config
@@ -258,7 +259,7 @@ def _train(job: _Job, rank: int) -> None:
     random.seed(rank)
     numpy.random.seed(rank)  # noqa: NPY002
     sharded = shard(presets.build(presets.config_of(job.config)), job.policy)
-    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-3)
+    optimizer = AdamW(sharded.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 4))
     axis = sharded.mesh["dp"]
     vocabulary = int(sharded.config.get_text_config().vocab_size)

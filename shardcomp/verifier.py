@@ -26,6 +26,7 @@ from shardcomp.ranks import run_alone, run_ranks
 from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.whole import whole
 from shardcomp.sharding import allocate, weights_of
 from shardcomp.weights import module_of
@@ -274,7 +275,7 @@ def _run(
         found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
     if updates:
         trained = [p for p in sharded.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, foreach=True, **OPTIMIZER) if trained else None
+        optimizer = AdamW(trained, **OPTIMIZER) if trained else None
         for batch in updates:
             sharded.train_step(**mine(batch))
             if optimizer is not None:  # all of this rank's stages may be frozen

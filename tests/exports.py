@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import nn
 
 from shardcomp import capture
@@ -25,7 +26,9 @@ _held: OrderedDict[Hashable, Any] = OrderedDict()
 
 
 def share() -> None:
-    """Have the exports of this process be looked up first."""
+    """Have the exports of this process be looked up first. They are of small models, for which torch's cache of what operators
+    give for fake tensors costs more than it saves."""
+    torch._dynamo.config.fake_tensor_cache_enabled = False
     export = capture._first_that_exports
 
     def first(model: nn.Module, *how: Any) -> Any:

@@ -2,6 +2,32 @@
 
 #include "device.h"
 
+#if defined(__x86_64__)
+asm(R"(
+  .text
+  .hidden shardcomp_go_on
+  .globl shardcomp_go_on
+  .type shardcomp_go_on, @function
+shardcomp_go_on:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size shardcomp_go_on, .-shardcomp_go_on
+)");
+#endif
+
 namespace shardcomp::emulation {
 
 Block& block() {

@@ -8,8 +8,6 @@
 // for, so that a sanitizer of addresses sees what lies outside.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -24,7 +22,11 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
 #endif
 
 #define __global__
@@ -53,8 +55,39 @@ struct Index {
   unsigned x, y;
 };
 
+#if defined(__x86_64__)
+// Keeps where the caller stands in `from` and goes on at `to`; in device.cpp. That of the C library asks the system twice each time.
+extern "C" __attribute__((visibility("hidden"))) void shardcomp_go_on(void** from, void* to);
+
+struct Context {
+  void* top = nullptr;  // of its stack, where the registers lie that a call keeps
+
+  void begin(void (*function)(), char* stack, size_t bytes) {
+    void** end = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) / 16 * 16);
+    *--end = nullptr;  // whence it was called
+    *--end = reinterpret_cast<void*>(function);
+    for (int i = 0; i < 6; ++i) *--end = nullptr;
+    top = end;
+  }
+  void leave_for(Context& to) { shardcomp_go_on(&top, to.top); }
+};
+#else
+struct Context {
+  ucontext_t held;
+
+  void begin(void (*function)(), char* stack, size_t bytes) {
+    getcontext(&held);
+    held.uc_stack.ss_sp = stack;
+    held.uc_stack.ss_size = bytes;
+    held.uc_link = nullptr;
+    makecontext(&held, function, 0);
+  }
+  void leave_for(Context& to) { swapcontext(&held, &to.held); }
+};
+#endif
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   Index index;
   std::vector<uint64_t> sent;  // to others of the warp, the last two exchanges in turn
   int exchanges = 0;
@@ -150,15 +183,14 @@ class Block {
       fiber.groups.clear();
       fiber.ended = false;
       if (state_ != 0) fiber.order = i % 32 == 0 ? uint64_t(random()) << 32 : (fibers_[i - 1].order >> 32 << 32) + random();
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = &stacks_[i * stack_bytes];
-      fiber.context.uc_stack.ss_size = stack_bytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Block::begin, 0);
+#if defined(__SANITIZE_ADDRESS__)
+      ASAN_UNPOISON_MEMORY_REGION(&stacks_[i * stack_bytes], stack_bytes);  // of a fiber that ended in the middle of its calls
+#endif
+      fiber.context.begin(&Block::begin, &stacks_[i * stack_bytes], stack_bytes);
       ready(i);
     }
     at_ = next();
-    enter(&main_, at_);
+    enter(at_);
     left_main();
     for (int i = 0; i < count && failure_.empty(); ++i) {
       if (!fibers_[i].ended) failure_ = "threads wait for others that have ended";
@@ -215,14 +247,14 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
       __sanitizer_start_switch_fiber(for_good ? nullptr : &held, main_bottom_, main_size_);
 #endif
-      swapcontext(&fibers_[from].context, &main_);
+      fibers_[from].context.leave_for(main_);
     } else {
       at_ = next();
       if (at_ == from) return;
 #if defined(__SANITIZE_ADDRESS__)
       __sanitizer_start_switch_fiber(for_good ? nullptr : &held, &stacks_[at_ * stack_bytes], stack_bytes);
 #endif
-      swapcontext(&fibers_[from].context, &fibers_[at_].context);
+      fibers_[from].context.leave_for(fibers_[at_].context);
     }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(held, nullptr, nullptr);
@@ -231,11 +263,11 @@ class Block {
     (void)for_good;
   }
 
-  void enter(ucontext_t* from, int to) {
+  void enter(int to) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&main_fake_, &stacks_[to * stack_bytes], stack_bytes);
 #endif
-    swapcontext(from, &fibers_[to].context);
+    main_.leave_for(fibers_[to].context);
   }
 
   void left_main() {
@@ -250,7 +282,7 @@ class Block {
   std::vector<Barrier> barriers_;
   const std::function<void()>* body_ = nullptr;
   std::string failure_;
-  ucontext_t main_;
+  Context main_;
   const void* main_bottom_ = nullptr;
   size_t main_size_ = 0;
   void* main_fake_ = nullptr;

@@ -64,11 +64,6 @@ class Chunk:
         """Whether the gradients of its inputs and of its weights are computed together."""
         return any(unit.whole_backward for unit in self.units)
 
-    def lay_down(self) -> None:
-        """Put the parameters in pieces, which an optimizer updates, in the place of gathered copies."""
-        for module in self.groups:
-            module.reshard()
-
 
 @dataclass(frozen=True)
 class Held:

@@ -64,7 +64,14 @@ def gather_apart(chunk: Chunk) -> None:
             module._set_unshard_async_op(True)
 
 
-def forget_forwards(chunk: Chunk) -> None:
+def lay_down(chunk: Chunk) -> None:
+    """Put the parameters in pieces, which an optimizer updates, in the place of gathered copies."""
+    for module in chunk.groups:
+        module.reshard()
+    _forget_forwards(chunk)
+
+
+def _forget_forwards(chunk: Chunk) -> None:
     """Drop FSDP's list of the forwards that were made. It guesses from it what to gather ahead, which `_prefetch` says, and
     clears it in a backward, which frozen units and evaluation never have."""
     getattr(chunk.root._get_fsdp_state()._comm_ctx, "post_forward_order", []).clear()  # type: ignore[operator]
@@ -103,7 +110,7 @@ def reset(chunk: Chunk, device: torch.device) -> None:
             setattr(root._comm_ctx, name, None)
     for name in ("reduce_scatter_states", "_last_post_reduce_events"):
         getattr(root._comm_ctx, name, []).clear()
-    forget_forwards(chunk)
+    _forget_forwards(chunk)
 
 
 def _parameter_groups(module: Any) -> list[Any]:

@@ -22,10 +22,9 @@ from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
 from shardcomp.runtime.allocation import Chunk, Held, Weights, allocate, held_index, tied_axes, users
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
-from shardcomp.runtime.fsdp import forget_forwards, gather_apart, hand_on, prepare, reset, widen_gradients
+from shardcomp.runtime.calls import Calls, LoadedCall, Lower
+from shardcomp.runtime.fsdp import gather_apart, hand_on, lay_down, prepare, reset, widen_gradients
 from shardcomp.runtime.gradients import (
-    Partial,
-    PartialGradients,
     around_backward,
     coefficient,
     global_norm,
@@ -36,15 +35,8 @@ from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
-from shardcomp.runtime.stage import ModelStage, Pipeline
-from shardcomp.runtime.unit import Home, Stage
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
-
-Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool]
-"""A call signature: the inputs given as (name, dimensions), the outputs wanted, training or not."""
-Lower = Callable[[Call, tuple[int, int]], Blueprint]
-"""Lowers a call of a given (batch, length), which matters only for models with static shapes."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +53,6 @@ class StepResult:
     tokens: Tensor
     skipped: Tensor
     logits: Any = None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """The code of one call signature on this rank: its stages, and the parameters whose gradient it leaves partial."""
-
-    blueprint: Blueprint
-    stages: list[Stage]
-    partial: PartialGradients
-    pipeline: Pipeline | None
 
 
 class ShardedModel(nn.Module):
@@ -108,19 +90,15 @@ class ShardedModel(nn.Module):
         self.mesh = mesh
         self.device = device
         self._axes = axes
-        self._unit_axes = dict(axes)
-        self._tied = tied
         coordinates = {name: axis.rank for name, axis in axes.items()}
         self.random = Streams(blueprint.seed, blueprint.mesh, coordinates, device)
         self.loss_scale = LossScale(enabled=blueprint.precision == "fp16")
         self.skipped_steps = 0
         self._bad: Tensor | None = None  # the bad gradients since the last optimizer step, counted by rank
         self._scaled = False  # whether gradients are multiplied by the loss scale: within a backward
-        self._lower = lower
         self._blueprint = blueprint
         self._users = users(blueprint)
-        self._codes: dict[tuple[Call, tuple[int, int] | None], _Loaded] = {}
-        self._partials: dict[tuple[tuple[str, tuple[str, ...]], ...], PartialGradients] = {}
+        self._calls = Calls(self, blueprint, chunks, axes, tied, device, self.random, lower)
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
         """The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
@@ -131,7 +109,7 @@ class ShardedModel(nn.Module):
         self._check(batch)
         labelled = "labels" in batch
         outputs = (("loss",) if labelled else ()) + (("logits",) if return_logits or not labelled else ())
-        code = self._code(batch, outputs)
+        code = self._calls.of(batch, outputs, self.training)
         inputs = dict(batch)
         if labelled:
             count = self._tokens(code, batch) if num_items_in_batch is None else num_items_in_batch
@@ -166,8 +144,7 @@ class ShardedModel(nn.Module):
     def _lay_down(self) -> None:
         """Put the parameters themselves back where a forward without a backward left its copies. FSDP takes them up again."""
         for chunk in self._chunks:
-            chunk.lay_down()
-            forget_forwards(chunk)
+            lay_down(chunk)
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -193,7 +170,7 @@ class ShardedModel(nn.Module):
         if "labels" not in batch:
             raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
         pieces = self._micro_batches(batch)
-        code = self._code(pieces[0], ("loss",))
+        code = self._calls.of(pieces[0], ("loss",), self.training)
         tokens = self._tokens(code, *pieces)
         pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
         scale = self._begin_backward(code)
@@ -220,7 +197,7 @@ class ShardedModel(nn.Module):
         if "labels" not in batch:
             raise PlanError("eval_step: no labels; give labels=, with -100 where a token does not count")
         pieces = self._micro_batches(batch)
-        code = self._code(pieces[0], ("loss", "logits") if return_logits else ("loss",))
+        code = self._calls.of(pieces[0], ("loss", "logits") if return_logits else ("loss",), self.training)
         tokens = self._tokens(code, *pieces)
         pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
         with self._restoring():
@@ -272,7 +249,7 @@ class ShardedModel(nn.Module):
     def _note(self, bad: Tensor) -> None:
         self._bad = bad if self._bad is None else self._bad + bad
 
-    def _begin_backward(self, code: _Loaded) -> float:
+    def _begin_backward(self, code: LoadedCall) -> float:
         """Called before a backward, once for each loss that it starts from; returns what that is to be multiplied by."""
         scale = self.loss_scale.scale
         if not self._scaled:
@@ -281,7 +258,7 @@ class ShardedModel(nn.Module):
         code.partial.set_aside()
         return scale
 
-    def _end_backward(self, code: _Loaded) -> Tensor:
+    def _end_backward(self, code: LoadedCall) -> Tensor:
         """Called when every gradient of a backward is there; returns whether one on this rank is not finite: 0 or 1, []."""
         for chunk in self._chunks:
             hand_on(chunk)
@@ -300,7 +277,7 @@ class ShardedModel(nn.Module):
             both = self._axes[axis].all_reduce(both)
         return both[0], self._axes["tp"].all_reduce(both[1])
 
-    def _backward(self, code: _Loaded, piece: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
+    def _backward(self, code: LoadedCall, piece: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
         """Forward and backward of one micro-batch. Returns its part of the loss."""
         [chunk] = self._chunks
         prepare(chunk, reduce=last or self._blueprint.zero >= 2, last=last)
@@ -365,7 +342,7 @@ class ShardedModel(nn.Module):
         """What this rank holds now: "device" or "host" -> "parameters", "gathered" (copies in the compute dtype), "unreduced"
         (gradients before their sum over dp), "gradients" or "optimizer" (the states of the one given) -> bytes. Activations are
         not counted."""
-        set_aside = [held for partial in self._partials.values() for held in partial.held()]
+        set_aside = [held for partial in self._calls.partials.values() for held in partial.held()]
         return held_bytes(self._chunks, self.device, optimizer, set_aside)
 
     def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3) -> None:
@@ -442,7 +419,7 @@ class ShardedModel(nn.Module):
         torch.distributed.broadcast(held, group=axis.group, group_src=source)
         return held
 
-    def _tokens(self, code: _Loaded, *pieces: Mapping[str, Tensor]) -> Tensor:
+    def _tokens(self, code: LoadedCall, *pieces: Mapping[str, Tensor]) -> Tensor:
         """The labels of the global batch that the loss is a mean over."""
         with torch.no_grad():
             mine = [code.stages[0].tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces]
@@ -466,110 +443,6 @@ class ShardedModel(nn.Module):
                 f"a sequence of {length} does not split over tensor = {multiple} under sequence parallelism; the next length "
                 f"that does is {longer}: pad with labels of -100, or set sequence_parallel = false"
             )
-
-    def _code(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...]) -> _Loaded:
-        """The code for a call: lowered when its signature, or for a model with static shapes its shape, is first met."""
-        call: Call = (tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, self.training)
-        rows, length = next(iter(batch.values())).shape[:2]
-        for shape in (None, (rows, length)):
-            if (call, shape) in self._codes:
-                return self._codes[call, shape]
-        blueprint = self._blueprint_for(call, (rows, length))
-        stages = [
-            blueprint.module(chunk.index).Model(self._homes(blueprint, chunk), self._unit_axes, self.device, self.random)
-            for chunk in self._chunks
-        ]
-        if blueprint.compile:
-            for unit in (unit for stage in stages for unit in stage.each):
-                unit.compile()
-        pipeline = self._pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
-        self._codes[call, blueprint.static_shape] = loaded = _Loaded(
-            blueprint, stages, self._partial_gradients(blueprint), pipeline
-        )
-        return loaded
-
-    def _homes(self, blueprint: Blueprint, chunk: Chunk) -> list[Home]:
-        """The homes of the units that a call has in a stage. Each call has units of its own that have no parameters: what it
-        computes again in a stage, such as masks."""
-        kept = {unit.path: home for unit, home in zip(chunk.units, chunk.homes, strict=True) if unit.parameters}
-        units = [unit for unit in blueprint.units if unit.stage == chunk.index]
-        return [
-            kept[unit.path]
-            if unit.parameters
-            else Home({short: self._buffer(blueprint, name) for short, name in unit.buffers.items()}, [], path=unit.path)
-            for unit in units
-        ]
-
-    def _buffer(self, blueprint: Blueprint, name: str) -> tuple[nn.Module, str]:
-        """The module that has a buffer, and the attribute: one of the model, or one made here where this rank's stages have no
-        use for it in the first call."""
-        path, _, leaf = name.rpartition(".")
-        try:
-            module = self.get_submodule(path)
-        except AttributeError:
-            module = nn.Module()
-        if getattr(module, leaf, None) is None:
-            module = nn.Module()
-            module.register_buffer(leaf, blueprint.buffers[name].to(self.device), persistent=False)
-        return module, leaf
-
-    def _pipeline(self, blueprint: Blueprint, stages: list[Stage]) -> Pipeline:
-        axis, count, schedule = self._axes["pp"], len(blueprint.sources), SCHEDULES[blueprint.schedule]
-        placement = {stage: schedule.rank_of(stage, axis.size) for stage in range(count)}
-        made = [
-            ModelStage(chunk, code, count, placement, blueprint.zero, axis.group, self.device)
-            for chunk, code in zip(self._chunks, stages, strict=True)
-        ]
-        return Pipeline(made, schedule.name, axis.size)
-
-    def _partial_gradients(self, blueprint: Blueprint) -> PartialGradients:
-        """One for all calls that leave the same gradients partial, so that a backward through two of them adds up once."""
-        left = tuple((name, plan.partial_gradient) for name, plan in blueprint.parameters.items() if plan.partial_gradient)
-        if left not in self._partials:
-            self._lay_down()
-            axes = dict(left)
-            held = [
-                Partial(copies, (*(self._axes[axis] for axis in axes.get(name, ())), *self._tie(name)))
-                for name, plan in blueprint.parameters.items()
-                if plan.requires_grad
-                and (copies := tuple(self.get_parameter(c.names[name]) for c in self._chunks if name in c.names))
-            ]
-            self._partials[left] = PartialGradients(held, self.device)
-        return self._partials[left]
-
-    def _tie(self, name: str) -> list[Axis]:
-        """The axis of the pipeline ranks that hold a parameter, where there are several."""
-        schedule, pipeline = SCHEDULES[self._blueprint.schedule], self._axes["pp"].size
-        ranks = tuple(sorted({schedule.rank_of(stage, pipeline) for stage in self._users.get(name, [])}))
-        return [self._tied[ranks]] if ranks in self._tied else []
-
-    def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
-        inputs, outputs, training = call
-        mine = self._blueprint
-        same = (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training)
-        if same and mine.static_shape in (None, shape):
-            return mine
-        has = f"({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = {mine.training}"
-        if self._lower is None:
-            asked = f"({', '.join(name for name, _ in inputs)}) -> ({', '.join(outputs)}), training = {training}, shape {shape}"
-            raise PlanError(f"this source was written for {has}, shape {mine.static_shape or 'any'}; the call is {asked}")
-        again = self._lower(call, shape)
-        if problem := _not_held(mine, again):
-            raise PlanError(f"the call ({', '.join(again.inputs)}) -> ({', '.join(outputs)}) {problem} for the call {has}")
-        return again
-
-
-def _not_held(mine: Blueprint, other: Blueprint) -> str | None:
-    """What another call needs of the parameters otherwise than the model was allocated."""
-    held = {unit.path: set(unit.parameters.values()) for unit in mine.units}
-    for unit in other.units:
-        for name in unit.parameters.values():
-            there, here = other.parameters[name], mine.parameters[name]
-            if name not in held.get(unit.path, ()):
-                return f"uses {name} in {unit.path}, a unit that does not hold it: the model was allocated"
-            if (there.split, there.copies) != (here.split, here.copies):
-                return f"needs {name} in {unit.path} cut as {there.layout}: it is {here.layout}, as the model was allocated"
-    return None
 
 
 def _as_dtensor(held: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:

@@ -41,13 +41,13 @@ def lowered_for(config: PretrainedConfig, policy: str = "llama", **options: Any)
     return shardcomp.lower(initialize(presets.build(config), 0), chosen, seq=LENGTH)
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, kind: type[torch.optim.Optimizer] = shardcomp.AdamW) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=3e-3)
+    return kind(groups, lr=3e-3)
 
 
 def train(

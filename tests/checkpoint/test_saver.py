@@ -29,7 +29,7 @@ from shardcomp.runtime.whereabouts import is_communication, of_error
 root = Path(sys.argv[1])
 policy = shardcomp.Policy.load("llama", data=2, zero=3, precision="fp32")
 sharded = shardcomp.shard(presets.build(tiny(tie_word_embeddings=True)), policy)
-optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-2)
+optimizer = shardcomp.AdamW(sharded.parameters(), lr=1e-2)
 rank, found = dist.get_rank(), {}
 
 def step():

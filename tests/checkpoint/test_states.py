@@ -36,7 +36,8 @@ def on_ranks(lowered: Any, call: Callable[[ShardedModel], Any]) -> list[Any]:
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "adamw": adamw,
+    "shardcomp": adamw,
+    "adamw": lambda m: adamw(m, torch.optim.AdamW),
     "amsgrad": lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(1e-3), amsgrad=True, foreach=False),
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3, centered=True),

@@ -59,7 +59,7 @@ def forward(lowered: Lowered, vocabulary: int) -> list[tuple[int, int]]:
     def work(rank: int) -> tuple[int, int]:
         sharded: ShardedModel = allocate(lowered, weights)
         sharded.train_step(**batch)  # FSDP sets itself up, and gathers
-        code = sharded._code(batch, ("loss",))
+        code = sharded._calls.of(batch, ("loss",), sharded.training)
         inputs = {**batch, "num_items_in_batch": torch.tensor(1)}
         chunk = sharded._chunks[0]
         chunk.root(code.stages[0].forward, **inputs)  # the copies to compute with are there

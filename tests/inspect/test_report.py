@@ -26,6 +26,7 @@ from shardcomp.policy import Policy
 from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Plan, Program, S, Signature, Unit, Value
 from shardcomp.ranks import run_ranks
 from shardcomp.runtime.gradients import local
+from shardcomp.runtime.optimizer import AdamW
 from shardcomp.sharding import allocate, weights_of
 
 H, F, LAYERS, BATCH, LENGTH = 6, 10, 3, 2, 8
@@ -288,7 +289,7 @@ def holds_what_the_report_says(model: Any, **options: Any) -> None:
 
     def work(rank: int) -> dict[str, int]:
         sharded = allocate(lowered, weights)
-        optimizer = torch.optim.AdamW(sharded.parameters(), foreach=True)
+        optimizer = AdamW(sharded.parameters())
         sharded.train_step(input_ids=ids, labels=ids)
         optimizer.step()
         optimizer.zero_grad()

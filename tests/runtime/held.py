@@ -54,7 +54,7 @@ def samples_of_a_step(sharded: ShardedModel, optimizer: Any, batch: dict[str, Te
         return loss
 
     object.__setattr__(sharded, "_backward", backward)
-    stages = [stage for code in sharded._codes.values() if code.pipeline for stage in code.pipeline.stages]
+    stages = [stage for code in sharded._calls.loaded.values() if code.pipeline for stage in code.pipeline.stages]
     for stage in stages:
         _watch(stage, progress[stage.stage_index], sample)
     sharded.train_step(**batch)

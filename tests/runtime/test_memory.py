@@ -25,14 +25,14 @@ def lowered_for(tied: bool = False, pipeline: int = 1, vocabulary: int = 97, **o
     return shardcomp.lower(config, policy, seq=8)
 
 
-def trained(lowered: Any) -> tuple[ShardedModel, torch.optim.AdamW, dict[str, torch.Tensor]]:
+def trained(lowered: Any) -> tuple[ShardedModel, shardcomp.AdamW, dict[str, torch.Tensor]]:
     """A model after a step, so that the optimizer has its states; this rank's part of a batch."""
     sharded = allocate(lowered, weights_of(lowered))
     size = sharded.mesh["dp"].size()
     mine = {
         n: held.chunk(size)[sharded.mesh.get_local_rank("dp")] for n, held in batches(96, ROWS * size, 8, 0)["causal"].items()
     }
-    optimizer = torch.optim.AdamW(sharded.parameters())
+    optimizer = shardcomp.AdamW(sharded.parameters())
     sharded.train_step(**mine)
     assert sharded.clip_grad_norm_(1.0) > 0 and sharded.optimizer_step(optimizer)
     optimizer.zero_grad()

@@ -77,7 +77,7 @@ def test_parameters_of_a_stage_are_listed_under_huggingfaces_names_and_frozen_on
     def work(rank: int) -> tuple[set[str], int]:
         sharded = allocate(lowered, weights_of(lowered))
         before = {name: p.to_local().clone() for name, p in sharded.named_parameters()}
-        optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], lr=0.1)
+        optimizer = shardcomp.AdamW([p for p in sharded.parameters() if p.requires_grad], lr=0.1)
         sharded.train_step(**{n: held.chunk(2)[sharded.mesh.get_local_rank("dp")] for n, held in batch.items()})
         assert sharded.clip_grad_norm_(1.0) > 0 and sharded.optimizer_step(optimizer)
         for name, p in sharded.named_parameters():

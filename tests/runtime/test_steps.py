@@ -244,7 +244,7 @@ def test_a_loss_scale_that_is_too_large_comes_down_until_steps_are_made(options:
     def work(rank: int) -> float:
         sharded = allocate(lowered, weights_of(lowered))
         sharded.loss_scale = LossScale(enabled=True, initial=2.0**24)
-        optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-3)
+        optimizer = shardcomp.AdamW(sharded.parameters(), lr=1e-3)
         tries = 0
         while not sharded.train_step(**part(batch, sharded)) or not sharded.optimizer_step(optimizer):
             optimizer.zero_grad()
