@@ -26,7 +26,7 @@ def config(heads: int) -> Any:
 @pytest.mark.parametrize("heads", [1, 2])
 def test_heads_in_copies_agree_with_the_dense_model(heads: int, sequence_parallel: bool) -> None:
     chosen = policy(4, data=1 if sequence_parallel else 2, sequence_parallel=sequence_parallel)
-    found = shardcomp.verify(config(heads), chosen, shrink={"none": True}, mutate=sequence_parallel)
+    found = shardcomp.verify(config(heads), chosen, shrink={"none": True}, mutate=sequence_parallel and heads == 2)
     assert found.ok, found.worst
     if found.mutants:
         assert not found.mutants["survivors"]
