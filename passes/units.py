@@ -86,9 +86,12 @@ def run(program: Program, context: Context) -> Program:
 
 
 def _idle(program: Program, body: Body) -> list[fx.Node]:
-    """The parameters that the call does not use."""
+    """The parameters that the call does not use, a tied one by its first name."""
     used = {program.resolve(node.meta["path"]) for node in body.placeholders(PARAMETER) if node.users}
-    return [node for node in body.placeholders(PARAMETER) if program.resolve(node.meta["path"]) not in used]
+    first: dict[str, fx.Node] = {}
+    for node in body.placeholders(PARAMETER):
+        first.setdefault(program.resolve(node.meta["path"]), node)
+    return [node for name, node in first.items() if name not in used]
 
 
 def _give_homes(idle: list[fx.Node], pieces: list[_Piece], kinds: dict[str, str]) -> None:

@@ -180,7 +180,7 @@ def _names(unit: Unit, role: str) -> dict[str, str]:
 def _parameter_plan(p: Any) -> ParameterPlan:
     cut = {axis: placement.dim for axis, placement in p.layout.placements}
     copies = p.layout.on("tp").copies
-    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part, copies)
+    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part, copies, p.idle)
 
 
 def _sample(tensor: int) -> tuple[int, int]:

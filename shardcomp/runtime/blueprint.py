@@ -43,6 +43,8 @@ class ParameterPlan:
     part: Part | None = None
     copies: int = 1
     """How many neighbouring ranks of tp hold each piece."""
+    idle: bool = False
+    """Whether the call does not use it."""
 
     @property
     def layout(self) -> Layout:
@@ -169,6 +171,7 @@ class Blueprint:
                 tuple(p["aliases"]),
                 p["part"] and Part(**{**p["part"], "shape": tuple(p["part"]["shape"])}),
                 p["copies"],
+                p["idle"],
             )
             for name, p in plan["parameters"].items()
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
 from shardcomp.runtime.allocation import Chunk, users
-from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.blueprint import Blueprint, UnitPlan
 from shardcomp.runtime.fsdp import lay_down
 from shardcomp.runtime.gradients import Partial, PartialGradients
 from shardcomp.runtime.random import Streams
@@ -98,13 +98,13 @@ class Calls:
         return again
 
     def _homes(self, blueprint: Blueprint, chunk: Chunk) -> list[Home]:
-        """The homes of the units that a call has in a stage. Each call has units of its own that have no parameters: what it
+        """The homes of the units that a call has in a stage. Each call has units of its own that use no parameters: what it
         computes again in a stage, such as masks."""
         kept = {unit.path: home for unit, home in zip(chunk.units, chunk.homes, strict=True) if unit.parameters}
         units = [unit for unit in blueprint.units if unit.stage == chunk.index]
         return [
             kept[unit.path]
-            if unit.parameters
+            if _used(blueprint, unit)
             else Home({short: self._buffer(blueprint, name) for short, name in unit.buffers.items()}, [], path=unit.path)
             for unit in units
         ]
@@ -154,11 +154,15 @@ class Calls:
         return [self.tied[ranks]] if ranks in self.tied else []
 
 
+def _used(blueprint: Blueprint, unit: UnitPlan) -> list[str]:
+    return [name for name in unit.parameters.values() if not blueprint.parameters[name].idle]
+
+
 def _not_held(mine: Blueprint, other: Blueprint) -> str | None:
     """What another call needs of the parameters otherwise than the model was allocated."""
     held = {unit.path: set(unit.parameters.values()) for unit in mine.units}
     for unit in other.units:
-        for name in unit.parameters.values():
+        for name in _used(other, unit):
             there, here = other.parameters[name], mine.parameters[name]
             if name not in held.get(unit.path, ()):
                 return f"uses {name} in {unit.path}, a unit that does not hold it: the model was allocated"

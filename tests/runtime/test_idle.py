@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import shardcomp
 from shardcomp.errors import PlanError
 from shardcomp.lowering import Lowered
 from shardcomp.ranks import run_ranks
+from shardcomp.runtime import Blueprint, build
 from shardcomp.sharding import allocate, weights_of
 
 IDLE = [f"{at}.{leaf}" for at in ("spare", "model.layers.1.spare", "model.layers.3.spare") for leaf in ("weight", "bias")]
@@ -133,3 +135,56 @@ def test_another_call_may_use_them_where_they_are(options: dict[str, Any]) -> No
     for found, gradient in run_ranks(2, work):
         assert found == pytest.approx(float(loss.detach()), rel=1e-6)
         assert torch.allclose(gradient, model.kinds.weight.grad, rtol=1e-5, atol=1e-8)
+
+
+class Training(LlamaForCausalLM):
+    """Has a module behind the layers that only training uses."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = nn.Linear(config.vocab_size, config.vocab_size)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **more: Any) -> Any:
+        out = super().forward(input_ids, **more)
+        if self.training:
+            out.logits = out.logits + self.scale(out.logits)
+        out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=self.config.vocab_size)
+        return out
+
+
+@pytest.mark.parametrize("options", [{"tensor": 2}, {"data": 2, "zero": 3}, {"pipeline": 2}], ids=str)
+def test_another_call_may_leave_out_what_the_first_one_uses(options: dict[str, Any]) -> None:
+    model = shardcomp.initialize(Training(tiny(vocab_size=96)), 0)
+    ids = torch.arange(32).view(4, 8)
+    expected = {training: float(model.train(training)(ids, ids).loss.detach()) for training in (True, False)}
+    assert abs(expected[True] - expected[False]) > 1e-3
+    lowered = lowered_for(model.train(), **{**options, "precision": "fp32"})
+    weights = weights_of(lowered)
+
+    def work(rank: int) -> dict[bool, float]:
+        sharded = allocate(lowered, weights)
+        place = sharded.mesh["dp"]
+        mine = ids.chunk(place.size())[place.get_local_rank()]
+        found = {True: float(sharded.train_step(input_ids=mine, labels=mine).loss)}
+        sharded.eval()
+        return {**found, False: float(sharded.eval_step(input_ids=mine, labels=mine).loss)}
+
+    for found in run_ranks(2, work):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_call_that_needs_a_weight_cut_otherwise_is_refused() -> None:
+    lowered = lowered_for(tiny(), tensor=2)
+    weights, ids = weights_of(lowered), torch.arange(16).view(2, 8)
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def lower(*call: Any) -> Blueprint:
+        other = lowered.for_call(*call)
+        return replace(other, parameters={**other.parameters, name: replace(other.parameters[name], split={"tp": 0})})
+
+    def work(rank: int) -> None:
+        sharded = build(lowered.blueprint(), weights, lower=lower)
+        with pytest.raises(PlanError, match=f"needs {name} in model.layers.0 cut as"):
+            sharded(input_ids=ids)
+
+    run_ranks(2, work)
