@@ -22,8 +22,9 @@ import torch
 from torch import fx
 
 from shardcomp.conversion import path
-from shardcomp.errors import InternalError, PolicyError, raise_all
+from shardcomp.errors import InternalError, PlanError, PolicyError, raise_all
 from shardcomp.kernels.dropout import stream_for
+from shardcomp.kernels.embedding import scales_by_frequency
 from shardcomp.layout import WHOLE, Layout, Placement, split
 from shardcomp.program import (
     INPUT,
@@ -53,6 +54,7 @@ COPIES = "tp_rep"
 def run(program: Program, context: Context) -> Program:
     size = context.mesh.size(AXIS)
     layouts, uncut = weight_layouts(program, context.policy, AXIS, size)
+    raise_all(PlanError, f"{program.name} with {context.policy.source}", _partly_counted(program, context, layouts))
     shared = {name for unit in program.units for name in unit.parameters if _owners(program, name) > 1}
     rewrite = _Rewrite(program, context, layouts, shared)
     held = {name: Layout() for name in program.inputs}
@@ -82,6 +84,35 @@ def run(program: Program, context: Context) -> Program:
     known = {name: replace(v, layout=held.get(name, v.layout)) for name, v in program.values.items()}
     degraded = list(dict.fromkeys(program.degraded + rewrite.degraded))
     return replace(program, units=units, parameters=parameters, values=known, degraded=degraded, mesh=mesh)
+
+
+def _partly_counted(program: Program, context: Context, layouts: dict[str, Layout]) -> list[str]:
+    """What is wrong with embeddings that divide a row's gradient by how often the whole batch has it: a rank, or a
+    micro-batch, that sees a part of it."""
+    mesh, micro_batch, found = context.mesh, context.policy.options.micro_batch, []
+    for unit in program.units:
+        names = dict(zip(unit.body.placeholders(PARAMETER), unit.parameters, strict=True))
+        for node in unit.body.calls():
+            if node.target is not torch.ops.aten.embedding.default or not scales_by_frequency(node):
+                continue
+            if not value(node).requires_grad:
+                continue
+            weight = stored(node.args[0])
+            what = names[weight] if weight is not None else module_of(unit, node)
+            start = f"{what}: scale_grad_by_freq = True divides a row's gradient by how often the batch has it, and"
+            at = layouts.get(what, Layout()).on(AXIS).dim
+            if weight is not None and at is not None and _is_row(node, weight, at):
+                found.append(f'{start} its rows are split over tensor = {mesh.size(AXIS)}: use "whole" for it, or tensor = 1')
+            if mesh.dp > 1:
+                found.append(f"{start} each of data = {mesh.dp} ranks counts its own samples: use data = 1")
+            if micro_batch is not None:
+                found.append(f"{start} each micro-batch counts its own samples: leave micro_batch = {micro_batch} out")
+    return found
+
+
+def _is_row(node: fx.Node, weight: fx.Node, dim: int) -> bool:
+    """Whether a dimension of the stored weight is the one that an embedding looks up."""
+    return dim == (0 if node.args[0] is weight else 1)
 
 
 def _owners(program: Program, name: str) -> int:

@@ -153,11 +153,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Signature:
-    """Which call of the model a Program stands for: the inputs given (name, dimensions), what is returned, and the mode."""
+    """Which call of the model a Program stands for: the inputs given (name, dimensions), what is returned, and the mode.
+
+    training: the mode of all modules, or None where each is in the mode that the caller's model has it in.
+    """
 
     inputs: tuple[tuple[str, int], ...]
     outputs: tuple[str, ...]
-    training: bool = True
+    training: bool | None = True
 
     def __str__(self) -> str:
         return f"({', '.join(name for name, _ in self.inputs)}) -> ({', '.join(self.outputs)})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from shardcomp.capture.copying import copy_model
 from shardcomp.capture.export import explain
 from shardcomp.capture.twin import configs, experts_of_any_dtype
 from shardcomp.errors import VerifyError
@@ -27,15 +27,18 @@ KINDS = ("causal", "padded", "packed")
 @dataclass
 class Outcome:
     """What one run of a plan, or of the dense model, gave: per batch kind the loss, the gradients and their norm; and once the
-    logits and the weights after some optimizer steps."""
+    logits, the gradients of the model's loss plus one of the user's own, and the weights after some optimizer steps."""
 
     loss: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     norm: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+OWN = ("fp64", "fp32")
+"""The precisions in which a loss of the user's own is compared."""
 OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 STEPS = 3
 
@@ -67,6 +70,11 @@ def batches(vocabulary: int, rows: int, length: int, seed: int) -> dict[str, Bat
     return dict(zip(KINDS, (base(), padded, packed), strict=True))
 
 
+def own_loss(logits: Tensor) -> Tensor:
+    """A loss as users compute it from whole logits, a sum over samples: a z-loss."""
+    return 1e-3 * torch.logsumexp(logits, -1).square().sum()
+
+
 def steps(vocabulary: int, rows: int, length: int, seed: int) -> list[Batch]:
     """The batches of the optimizer steps."""
     return [batches(vocabulary, rows, length, seed + 1 + i)["causal"] for i in range(STEPS)]
@@ -91,6 +99,11 @@ def _outcome(reference: nn.Module, precision: str, given: Mapping[str, Batch], u
             found.norm[kind] = torch.cat(every).norm()
         with torch.no_grad():
             found.logits = reference(input_ids=given["causal"]["input_ids"], **_without_cache(reference))["logits"].detach()
+        if precision in OWN:
+            out = reference(**given["causal"], **_without_cache(reference))
+            (out["loss"] + own_loss(out["logits"])).backward()
+            found.own = {name: p.grad.detach() for name, p in reference.named_parameters() if p.grad is not None}
+            reference.zero_grad(set_to_none=True)
         if updates:
             optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], **OPTIMIZER)
             for batch in updates:
@@ -106,7 +119,7 @@ def without_dropout(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     of the configuration, or where that has none, by the names of modules."""
     if not any(True for _ in _dropping(model)):
         return model, {}
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     zeroed = {}
     for name, holder, key, p in list(_dropping(twin)):
         setattr(holder, key, 0.0)
@@ -127,7 +140,7 @@ def _dropping(model: nn.Module) -> Iterator[tuple[str, Any, str, float]]:
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose parameters have `dtype`. Floating buffers keep the dtype they were computed in, except in float64, where a
     mixture's experts are computed one by one if the implementation that is set takes no float64."""
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     for module in twin.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():

@@ -8,10 +8,11 @@ The parts: `twin` copies the model without its data, `interface` and `masks` sta
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -20,8 +21,15 @@ from shardcomp.capture.check import check_after_capture, self_check
 from shardcomp.capture.export import Export, explain, export, missing
 from shardcomp.capture.flatten import flatten
 from shardcomp.capture.interface import NAME, Recorder, registered
+from shardcomp.capture.refusals import (
+    RealTensors,
+    foreign_parameters,
+    memory,
+    refuse_backward_hooks,
+    refuse_sparse_gradients,
+)
 from shardcomp.capture.twin import Twin, buffers_of, experts_of_any_dtype, has_data, parameters_of
-from shardcomp.errors import CaptureError
+from shardcomp.errors import CaptureError, raise_all
 from shardcomp.precision import compute_dtype
 from shardcomp.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit, value
 
@@ -33,6 +41,10 @@ _SHORTEST = (2, 4, None)
 """The least length of a sequence, tried in turn: a model that shifts its labels itself has one token fewer, and a single one is
 another graph. Last comes one shape alone."""
 _BOTH = ("loss", "logits")
+_BY_MICRO_BATCH = (
+    "its frequencies depend on the largest position of a call, as in the model: where positions are given, each micro-batch of "
+    "each rank has its own, so samples of other ranks and micro-batches do not change them"
+)
 _LOCK = threading.RLock()
 """transformers' registries are global: one capture at a time."""
 
@@ -47,7 +59,7 @@ def capture(
 ) -> Program:
     """The Program of one call of `model`, which is left as it is: its tensors may be real or on meta, on any device.
 
-    signature: which [b, s] int64 inputs are given, which outputs are wanted, and whether in training mode.
+    signature: which [b, s] int64 inputs are given, which outputs are wanted, and the mode (None: each module in its own).
     precision: bf16, fp32 or fp64; under fp64 the model's own casts to float32 are widened.
     sample: the (b, s) that is captured where the model's graph holds for a single shape only; the Program then says so in
     `static_shape` and `degraded`.
@@ -59,14 +71,17 @@ def capture(
     if wrong:
         raise CaptureError(f"{type(model).__name__}: {', '.join(wrong)}; a capture takes [b, s] inputs")
     dtype = compute_dtype(precision)
+    refuse_backward_hooks(model)
     with _LOCK:
         # Of a call with labels both results are exported, most of the work being the same, and each capture takes its own.
-        call = replace(signature, outputs=_BOTH) if "loss" in signature.outputs else signature
+        outputs = tuple(dict.fromkeys((*signature.outputs, *_BOTH)))  # in the caller's order
+        call = replace(signature, outputs=outputs) if "loss" in signature.outputs else signature
         shape, exports = sample or _SAMPLE, {} if exports is None else exports
-        known = exports.get((call, None)) or exports.get((call, shape))
+        modes = None if signature.training is not None else tuple(module.training for module in model.modules())
+        known = exports.get((call, modes, None)) or exports.get((call, modes, shape))
         if known is None:
             known = _first_that_exports(model, call, dtype, shape)
-            exports[call, known.static_shape] = known
+            exports[call, modes, known.static_shape] = known
         found = replace(known, degraded=list(known.degraded))
         if not set(signature.outputs) <= set(found.export.outputs):
             raise missing(model, signature, found.export.outputs)
@@ -85,10 +100,13 @@ class Found:
     twin: Twin
     static_shape: tuple[int, int] | None
     degraded: list[Degraded]
+    trained: dict[int, Tensor] = field(default_factory=dict)
+    """The tensors outside of the model that it computes with and that require a gradient, by their memory."""
 
 
-Exports = dict[tuple[Signature, tuple[int, int] | None], Found]
-"""A call, and the shape that its export is for if that is only one -> the export."""
+Exports = dict[tuple[Signature, tuple[bool, ...] | None, tuple[int, int] | None], Found]
+"""A call, the mode of every module where the call leaves each in its own, and the shape that its export is for if that is only
+one -> the export."""
 
 
 def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> Found:
@@ -114,7 +132,7 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
     first: str | None = None
     for shortest in _SHORTEST:
         dynamic = shortest is not None
-        recorder = Recorder()
+        recorder, real = Recorder(), RealTensors(_owned(model))
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         twin = Twin(model, dtype, mode, signature.training)
         twin.set_attention(attention)
@@ -122,7 +140,7 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
         try:
             with registered(recorder):
                 shape = _SAMPLE if dynamic else sample  # a size of one would be taken for a constant
-                exported = export(twin.module, mode, signature, shape, shortest, dtype == torch.float64)
+                exported = export(twin.module, mode, signature, shape, shortest, dtype == torch.float64, real)
         except CaptureError:
             raise
         except Exception as error:
@@ -130,20 +148,25 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
                 return recorder.problem
             why = explain(error, twin.module)
             if not dynamic:
-                raise CaptureError(f"{type(model).__name__} cannot be exported: {why}") from error
+                violations = foreign_parameters(((tensor, ()) for tensor in real.met.values()), _owned(model))
+                lines = "".join(f"\n  {violation}" for violation in violations)
+                raise CaptureError(f"{type(model).__name__} cannot be exported: {why}{lines}") from error
             first = first or why
             continue
         fault = recorder.fault(_layers(model)) if attention == NAME else None
         if fault is not None:
             return fault
         degraded = [Degraded("attention", "the model makes its mask as a [b, 1, s, s] tensor")] if recorder.dense_masks else []
+        if twin.follows_positions and any(name == "position_ids" for name, _ in signature.inputs):
+            degraded.append(Degraded("rope", _BY_MICRO_BATCH))
         if other_experts:
             degraded.append(
                 Degraded("experts", "the model's own implementation takes no float64: batched_mm is captured instead")
             )
         if not dynamic:
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
-        return Found(exported, twin, None if dynamic else sample, degraded)
+        trained = {key: tensor for key, tensor in real.met.items() if tensor.requires_grad}
+        return Found(exported, twin, None if dynamic else sample, degraded, trained)
     raise AssertionError("an export without dynamic shapes returns or raises")
 
 
@@ -161,7 +184,9 @@ def _own_attention(model: nn.Module) -> list[str]:
 def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: Found) -> Program:
     """The exported graph as a Program of one unit."""
     parameters = parameters_of(model, dtype)
-    body = flatten(found.export.program, parameters, [name in signature.outputs for name in found.export.outputs])
+    wanted = [name in signature.outputs for name in found.export.outputs]
+    body = flatten(found.export.program, parameters, wanted, _known_constants(found))
+    refuse_sparse_gradients(type(model).__name__, body)
     inputs = {node.meta["path"]: value(node) for node in body.placeholders(INPUT)}
     outputs = {key: value(node) for key, node in zip(signature.outputs, body.results, strict=True)}
     unit = Unit(
@@ -181,7 +206,7 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: 
         outputs={key: key for key in outputs},
         values=inputs | outputs,
         parameters=parameters,
-        buffers=buffers_of(model, dtype) | _constants(found, body),
+        buffers=buffers_of(model, dtype) | _constants(model, found, body),
         output_type=found.export.kind,
         config=getattr(model, "config", None),
         static_shape=found.static_shape,
@@ -189,19 +214,49 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: 
     )
 
 
-def _constants(found: Found, body: Body) -> dict[str, Buffer]:
-    """Tensors that the model makes or holds outside of its buffers and that its graph reads."""
-    constants = {}
+def _owned(module: nn.Module) -> dict[int, str]:
+    """The memory of every parameter -> its name."""
+    return {memory(parameter): name for name, parameter in reversed(list(module.named_parameters()))}
+
+
+def _known_constants(found: Found) -> dict[str, tuple[str, str]]:
+    """The constants of an export that are parameters or buffers of the twin, which a function holds: name -> (role, name)."""
+    module = found.twin.module
+    known = {_identity(buffer): (BUFFER, name) for name, buffer in module.named_buffers()}
+    known |= {_identity(parameter): (PARAMETER, name) for name, parameter in module.named_parameters()}
+    constants = {name: _identity(tensor) for name, tensor in found.export.program.constants.items()}
+    return {name: known[identity] for name, identity in constants.items() if identity in known}
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for two tensors that are one, but not for a tensor and a part of it."""
+    return memory(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype
+
+
+def _constants(model: nn.Module, found: Found, body: Body) -> dict[str, Buffer]:
+    """Tensors that the model makes or holds outside of its buffers and that its graph reads.
+
+    Raises CaptureError, with every violation, for one that is a parameter or that has no data.
+    """
     specs = found.export.program.graph_signature.input_specs
     names = {str(spec.target) for spec in specs if spec.kind == InputKind.CONSTANT_TENSOR}
+    constants: dict[str, Tensor] = {}
+    read: dict[str, fx.Node] = {}
     for node in body.placeholders(BUFFER):
         name = node.meta["path"]
-        if name not in names:
-            continue
-        held: Tensor | None = found.export.program.constants[name]
-        if held is not None and not has_data(held):
-            held = found.twin.original(held)
-        if held is None or not has_data(held):
-            raise CaptureError(f"{found.twin.name}: the tensor {name} is no buffer and has no data: build the model off meta")
-        constants[name] = Buffer(name, held.detach().to("cpu", value(node).dtype, copy=True), persistent=False)
-    return constants
+        if name in names:
+            constant: Tensor = found.export.program.constants[name]
+            original = None if has_data(constant) else found.twin.original(constant)
+            constants[name], read[name] = constant if original is None else original, node
+    users = {name: [user.meta["path"] for user in node.users if user.op == "call_function"] for name, node in read.items()}
+    # An export detaches its constants: which of them require a gradient was noted while it ran.
+    wanting = {name for name, constant in constants.items() if memory(constant) in found.trained}
+    met = ((c.detach().requires_grad_() if name in wanting else c, users[name]) for name, c in constants.items())
+    raise_all(CaptureError, found.twin.name, foreign_parameters(met, _owned(found.twin.module) | _owned(model)))
+    absent = [name for name, constant in constants.items() if not has_data(constant)]
+    advice = "is no buffer and has no data: build the model off meta"
+    raise_all(CaptureError, found.twin.name, (f"the tensor {name} {advice}" for name in absent))
+    return {
+        name: Buffer(name, constant.detach().to("cpu", value(read[name]).dtype, copy=True), persistent=False)
+        for name, constant in constants.items()
+    }

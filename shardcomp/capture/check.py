@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from shardcomp.capture.copying import copy_model
 from shardcomp.capture.evaluate import compute, evaluate
 from shardcomp.capture.twin import configs, experts_of_any_dtype
 from shardcomp.errors import CaptureError
@@ -107,7 +107,9 @@ def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Mod
     for name, held in model.named_buffers():
         known = program.buffers.get(name)
         memo[id(held)] = torch.zeros(held.shape, dtype=held.dtype) if known is None else known.value.clone()
-    twin = copy.deepcopy(model, memo).train(program.signature.training)
+    twin = copy_model(model, memo)
+    if program.signature.training is not None:
+        twin.train(program.signature.training)
     capped = any(node.kwargs.get("softcap") or node.kwargs.get("sinks") for body in program.bodies() for node in body.calls())
     for config in configs(twin):
         # Some versions drop a soft-cap silently under SDPA; there the eager attention is what the model means.

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from shardcomp.capture.mapped import broadcast
+from shardcomp.capture.refusals import RealTensors
 from shardcomp.errors import CaptureError
 from shardcomp.precision import Widened
 from shardcomp.program import Signature
@@ -36,9 +37,16 @@ class Export:
 
 
 def export(
-    module: nn.Module, mode: FakeTensorMode, signature: Signature, sample: tuple[int, int], shortest: int | None, widened: bool
+    module: nn.Module,
+    mode: FakeTensorMode,
+    signature: Signature,
+    sample: tuple[int, int],
+    shortest: int | None,
+    widened: bool,
+    real: RealTensors,
 ) -> Export:
     """Export `module` called with [b, s] int64 inputs; b and s stay symbols, s at least `shortest`, or else they are `sample`.
+    `real` notes which tensors with data it computes with.
 
     The export has those of `signature.outputs` that the model returns; CaptureError if it returns none.
     """
@@ -63,7 +71,7 @@ def export(
         quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
         modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
         free = shapes if shortest is not None else None
-        with broadcast(), modes[0], modes[1], modes[2], torch.enable_grad(), quiet[0], quiet[1]:
+        with broadcast(), modes[0], modes[1], modes[2], real, torch.enable_grad(), quiet[0], quiet[1]:
             program = torch.export.export(module, (), given, strict=False, dynamic_shapes=free)
     finally:
         hook.remove()

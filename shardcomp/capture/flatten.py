@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from shardcomp.capture.writes import NoValue, Writes
+from shardcomp.capture.writes import NoValue, Writes, pure_form, written
 from shardcomp.errors import CaptureError
 from shardcomp.kernels.attention import RECORDED, SETTINGS, attention
 from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
@@ -33,31 +36,43 @@ _TORCH = str(Path(torch.__file__).parent)
 _MAKES_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}
 
 
-def flatten(exported: ExportedProgram, parameters: Mapping[str, Parameter], wanted: Sequence[bool]) -> Body:
+def flatten(
+    exported: ExportedProgram,
+    parameters: Mapping[str, Parameter],
+    wanted: Sequence[bool],
+    known: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+) -> Body:
     """The exported graph as a Body that makes those of its results that are wanted.
 
     Placeholders come inputs first, then parameters, then buffers; a tied weight is one placeholder under its first name. Every
     call has `value`, `path` (its module), `source` (the model's file and line) and, if it was made under no_grad, `no_grad`.
-    Raises CaptureError for what has no place in such a graph.
+    known: the constants of the export that are parameters or buffers, name -> (role, name). Raises CaptureError for what has no
+    place in such a graph.
     """
-    return _Flattening(exported, parameters, wanted).body
+    return _Flattening(exported, parameters, wanted, known).body
 
 
 class _Flattening:
-    def __init__(self, exported: ExportedProgram, parameters: Mapping[str, Parameter], wanted: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        parameters: Mapping[str, Parameter],
+        wanted: Sequence[bool],
+        known: Mapping[str, tuple[str, str]],
+    ) -> None:
         self.graph = fx.Graph()
         self.sizes: dict[sympy.Symbol, sympy.Symbol] = {}
         self.meta: dict[str, Any] = {}
         self.parameters = parameters
         self.writes = Writes(self._emit)
-        env = self._placeholders(exported)
+        env = self._placeholders(exported, known)
         results = self._inline(exported.graph_module, env, {})
         self.graph.output(tuple(compress(self._now(results), wanted)))
         _drop_dead(self.graph)
         self.body = Body("Model", self.graph)
         mark_gradients(self.body, parameters)
 
-    def _placeholders(self, exported: ExportedProgram) -> dict[fx.Node, Any]:
+    def _placeholders(self, exported: ExportedProgram, known: Mapping[str, tuple[str, str]]) -> dict[fx.Node, Any]:
         first_names = {alias: p.name for p in self.parameters.values() for alias in p.aliases}
         nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
         env: dict[fx.Node, Any] = {}
@@ -70,6 +85,8 @@ class _Flattening:
                 env[node] = node.meta.get("val")
                 continue
             name = node.name if role == INPUT else str(spec.target)
+            if spec.kind == InputKind.CONSTANT_TENSOR:
+                role, name = known.get(name, (role, name))
             found[role].append((node, first_names.get(name, name)))
         for node, _ in found[INPUT]:
             for size, symbol in zip(node.meta["val"].shape, (B, S), strict=False):
@@ -111,19 +128,44 @@ class _Flattening:
             return source[node.args[1]]  # type: ignore[index]
         self.meta = {"path": _module_path(node), "source": _source(node), **extra}
         try:
+            changed = written(node.target)
+            if changed and changed[0] in node.kwargs:
+                return self._write_out(node, env, changed)
             args, kwargs = (self._now(self._map(given, env)) for given in (node.args, node.kwargs))
-            if _in_place(node):
+            if changed:
+                if changed != (node.target._schema.arguments[0].name,):  # type: ignore[union-attr]
+                    raise NoValue
                 self.writes.write(node.target, source, args[1:], kwargs)
                 return source
-        except NoValue:
-            where = f"{_where(node)}: {node.target}"
-            raise CaptureError(f"{where} changes a tensor in place that other tensors may share, or reads such a one") from None
+        except NoValue as refused:
+            raise CaptureError(f"{_where(node)}: {node.target} {_what_it_changes(refused.placeholder)}") from None
         target: Any = node.target
         if target is RECORDED:
             target, args, kwargs = _attention_call(args, kwargs)
         copy = self._emit(target, args, kwargs, pytree.tree_map(lambda result: self._value(result, node), _results(known)))
         self.writes.note(copy, source)
         return copy
+
+    def _write_out(self, node: fx.Node, env: dict[fx.Node, Any], names: tuple[str, ...]) -> Any:
+        """A call with `out=`: its pure form, whose results are what the tensors that it writes to hold from here on."""
+        pure = pure_form(node.target)
+        outs = [self._map(node.kwargs[name], env) for name in names]
+        if pure is None:
+            raise NoValue(next((out for out in outs if isinstance(out, fx.Node) and out.op == "placeholder"), None))
+        rest = {key: given for key, given in node.kwargs.items() if key not in names}
+        args, kwargs = (self._now(self._map(given, env)) for given in (node.args, rest))
+        # What the pure form gives may be of another dtype or size than what it is written to.
+        fakes = fx.map_arg((node.args, rest), lambda argument: argument.meta["val"])
+        with node.meta["val"].fake_mode if isinstance(node.meta["val"], FakeTensor) else node.meta["val"][0].fake_mode:
+            known = pure(*fakes[0], **fakes[1])
+        held = pytree.tree_map(lambda result: self._value(result, node), _results(known))
+        call = self._emit(pure, args, kwargs, held)
+        if len(outs) == 1:
+            self.writes.put(outs[0], call)
+            return outs[0]
+        for index, out in enumerate(outs):
+            self.writes.put(out, self._emit(operator.getitem, (call, index), {}, held[index]))
+        return tuple(outs)
 
     def _emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Any) -> fx.Node:
         copy = self.graph.call_function(target, args, kwargs)
@@ -209,9 +251,21 @@ def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
     return attention, args[:3], {name: held for name, held in given.items() if held != SETTINGS[name]}
 
 
-def _in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _what_it_changes(placeholder: fx.Node | None) -> str:
+    """Why a write in place is refused, and what would do."""
+    if placeholder is None:
+        return "changes a tensor in place that other tensors may share, or reads such a one"
+    role, path = placeholder.meta["role"], placeholder.meta["path"]
+    if role == INPUT:
+        return f"changes the input {path} in place: change a copy of it"
+    module, _, name = path.rpartition(".")
+    what = f"changes the {role} {name} of {module or 'the model'} in place, and a sharded model changes none in a forward"
+    if ".parametrizations." in f".{path}":
+        owner = module.partition("parametrizations.")[0].rstrip(".") or "the model"
+        what += f": remove the parametrization of {owner} before sharding (torch.nn.utils.parametrize), or"
+    else:
+        what += ":"
+    return f"{what} compute it without changes in place, or put the module in eval mode if it changes nothing there"
 
 
 def _drop_dead(graph: fx.Graph) -> None:

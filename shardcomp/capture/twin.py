@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from shardcomp import presets
+from shardcomp.capture.copying import copy_model
+from shardcomp.capture.rotary import follow_positions
 from shardcomp.errors import CaptureError
 from shardcomp.program import Buffer, Parameter
 
@@ -18,9 +19,12 @@ _EXPERTS_OF_ANY_DTYPE = (None, "eager", "batched_mm")
 
 
 class Twin:
-    """`module`: the copy. Its floating parameters have the compute dtype; floating buffers float32, or float64 under that."""
+    """`module`: the copy. Its floating parameters have the compute dtype; floating buffers float32, or float64 under that.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode, training: bool) -> None:
+    training: the mode of all modules; None leaves each in its own.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode, training: bool | None) -> None:
         self.name = type(model).__name__
         self._originals: dict[int, Tensor] = {}
         memo: dict[int, Any] = {}
@@ -33,17 +37,20 @@ class Twin:
                     memo[id(held)] = _empty(held, buffer_dtype(dtype))
                     self._originals[id(memo[id(held)])] = held
         try:
-            self.module = copy.deepcopy(model, memo)
+            self.module = copy_model(model, memo)
         except Exception as error:
             raise CaptureError(f"{type(model).__name__} cannot be copied, which a capture needs: {error}") from error
         self._keep = memo
-        self.module.train(training)
+        if training is not None:
+            self.module.train(training)
         for module in self.module.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
                 module.gradient_checkpointing = False
         for config in configs(self.module):
             config.use_cache = False
             config.return_dict = True
+        self.follows_positions = follow_positions(self.module, dtype)
+        """Whether the model has rotary frequencies that depend on the positions of a call."""
 
     def original(self, fake: Tensor) -> Tensor | None:
         """The caller's tensor that a fake one stands for."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardcomp.layout import same
 from shardcomp.program import Value, value
 
 aten = torch.ops.aten
@@ -17,7 +18,28 @@ _UNCLEAR = {aten.reshape, aten.flatten, aten.contiguous, aten.detach}
 
 
 class NoValue(Exception):
-    """A write whose effect cannot be said in values."""
+    """A write whose effect cannot be said in values. placeholder: the input, parameter or buffer that it changes, if any."""
+
+    def __init__(self, placeholder: fx.Node | None = None) -> None:
+        super().__init__()
+        self.placeholder = placeholder
+
+
+def written(target: Any) -> tuple[str, ...]:
+    """The names of the arguments that an operator writes to, by its schema: `self` of `add_`, `out` of `add.out`."""
+    schema = getattr(target, "_schema", None)
+    return tuple(a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write) if schema is not None else ()
+
+
+def pure_form(target: Any) -> Any:
+    """The overload that returns what an overload with `out=` writes: it has the same arguments without those. Else None."""
+    outs = written(target)
+    kept = [(a.name, str(a.type)) for a in target._schema.arguments if a.name not in outs]
+    for name in target.overloadpacket.overloads():
+        other = getattr(target.overloadpacket, name)
+        if not written(other) and [(a.name, str(a.type)) for a in other._schema.arguments] == kept:
+            return other
+    return None
 
 
 class Writes:
@@ -49,7 +71,20 @@ class Writes:
         if not isinstance(changed, fx.Node):
             raise NoValue
         before = value(self.newest(changed))
-        self._newest[changed] = self._result(target, self.newest(changed), args, kwargs, before)
+        if changed.op == "placeholder":
+            raise NoValue(changed)
+        self.put(changed, self._result(target, self.newest(changed), args, kwargs, before))
+
+    def put(self, changed: Any, new: fx.Node) -> None:
+        """The tensor `changed` holds `new` from here on, and so do those that share its memory. Raises NoValue."""
+        if not isinstance(changed, fx.Node):
+            raise NoValue
+        held, shared = value(self.newest(changed)), changed in self._parents or any(True for _ in self._views_of(changed))
+        if value(new).dtype != held.dtype:
+            new = self.emit(aten.to.dtype, (new, held.dtype), {}, Value(value(new).shape, held.dtype))
+        if not _alike(value(new).shape, held.shape) and (shared or changed.op == "placeholder"):
+            raise NoValue  # `out=` gives a tensor of another size new memory, which its views do not have
+        self._newest[changed] = new
         on_the_way = {changed}
         while changed in self._parents:
             parent = self._parents[changed]
@@ -57,7 +92,7 @@ class Writes:
             on_the_way.add(parent)
             changed = parent
         if changed.op == "placeholder":
-            raise NoValue
+            raise NoValue(changed)
         for view in self._views_of(changed):
             if view in on_the_way:
                 continue
@@ -111,6 +146,10 @@ class Writes:
             if parent in found:
                 found.add(view)
                 yield view
+
+
+def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return len(a) == len(b) and all(same(m, n) for m, n in zip(a, b, strict=True))
 
 
 def _is_view(call: fx.Node) -> bool:

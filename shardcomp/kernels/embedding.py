@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from shardcomp.collectives import Axis
 from shardcomp.program import value
-from shardcomp.rules import Form, register
+from shardcomp.rules import RULES, Factoring, Form, Rule, apply, parse
 
 
 def vocab_embedding(weight: Tensor, ids: Tensor, padding: int, rows: int, axis: Axis) -> Tensor:
@@ -33,4 +34,24 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return weight, ids, padding, value(weight).shape[0]  # type: ignore[arg-type]
 
 
-register(torch.ops.aten.embedding, "v h, ... -> ... h", {"v": Form(vocab_embedding, _arguments, partial=True)})
+def scales_by_frequency(node: fx.Node) -> bool:
+    """Whether the gradient of each row that an embedding looks up is divided by the number of times it is looked up."""
+    return bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("scale_grad_by_freq"))
+
+
+_LINE = parse("v h, ... -> ... h")
+_FORMS = {"v": Form(vocab_embedding, _arguments, partial=True)}
+
+
+def _rule(node: fx.Node) -> Factoring | None:
+    """One line, but for an embedding that counts how often a row is looked up: it needs all ids. The `tensor` pass refuses to
+    split its rows."""
+    found = apply(_LINE, node, _FORMS)
+    if found is None or not scales_by_frequency(node):
+        return found
+    weight, ids = found.operands
+    whole = (None,) * len(ids)
+    return replace(found, operands=(weight, whole), results=((*whole, weight[1]),))
+
+
+RULES[torch.ops.aten.embedding] = Rule(function=_rule)
