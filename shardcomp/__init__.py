@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardcomp import checkpoint
     from shardcomp.errors import (
+        BatchError,
         CaptureError,
         CheckpointError,
         KernelError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from shardcomp.policy import Policy
     from shardcomp.runtime.initialisation import initialize
     from shardcomp.runtime.optimizer import AdamW
+    from shardcomp.runtime.outputs import token_log_probs
     from shardcomp.runtime.stream import Stream
     from shardcomp.sharding import shard
     from shardcomp.verifier import verify
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdamW": "runtime.optimizer",
+    "BatchError": "errors",
     "CaptureError": "errors",
     "CheckpointError": "errors",
     "KernelError": "errors",
@@ -40,10 +43,12 @@ _HOMES = {
     "initialize": "runtime.initialisation",
     "lower": "lowering",
     "shard": "sharding",
+    "token_log_probs": "runtime.outputs",
     "verify": "verifier",
 }
 __all__ = [
     "AdamW",
+    "BatchError",
     "CaptureError",
     "CheckpointError",
     "KernelError",
@@ -57,6 +62,7 @@ __all__ = [
     "initialize",
     "lower",
     "shard",
+    "token_log_probs",
     "verify",
 ]
 

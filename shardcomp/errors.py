@@ -21,6 +21,10 @@ class PlanError(ShardError):
     """The model and the policy are each fine, but what was asked of them together cannot be done."""
 
 
+class BatchError(PlanError, IndexError):
+    """A batch has a number that the model cannot take, such as a token outside of the vocabulary."""
+
+
 class KernelError(ShardError):
     """A named kernel or provider cannot run."""
 

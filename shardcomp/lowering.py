@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import nn
 from shardcomp import driver, presets
 from shardcomp.automatic import derive
 from shardcomp.capture import Exports, capture
+from shardcomp.capture.flatten import mark_gradients
 from shardcomp.cost.communication import stages_of
 from shardcomp.errors import PlanError
+from shardcomp.input_bounds import index_bounds, label_inputs, unchecked_labels
 from shardcomp.inspect.diff import diff
 from shardcomp.inspect.listing import sources
 from shardcomp.inspect.report import report
@@ -22,7 +26,7 @@ from shardcomp.passes import canonicalize, emit, pipeline, recompute, substitute
 from shardcomp.policy import Policy
 from shardcomp.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
-from shardcomp.runtime.calls import Call
+from shardcomp.runtime.calls import Call, Trained
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
@@ -53,7 +57,7 @@ class Lowered:
     micro_batch: int
     global_batch: int
     _exports: Exports = field(default_factory=dict, repr=False)
-    _others: dict[tuple[Signature, tuple[int, int] | None], Blueprint] = field(default_factory=dict, repr=False)
+    _others: dict[tuple[Signature, tuple[int, int] | None, Trained], Blueprint] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -128,22 +132,44 @@ class Lowered:
             zero=self.policy.options.zero,
             offload=self.policy.options.offload != "none",
             policy=self.policy.replace(data=self.mesh.dp).as_dict(),
+            index_bounds=index_bounds(self.record("canonicalize").program),
+            label_inputs=label_inputs(self.record("canonicalize").program),
+            positional=_positional(self.model),
+            compare_ranks=self.policy.options.compare_ranks,
         )
 
-    def for_call(self, call: Call, shape: tuple[int, int]) -> Blueprint:
+    def for_call(self, call: Call, shape: tuple[int, int], trained: Trained = None) -> Blueprint:
         """The blueprint of the same model and plan for another call, of (batch, length) = `shape`; lowered once, whoever
-        asks."""
+        asks.
+
+        trained: the parameters, by this program's names, that have requires_grad now; by default those of the model.
+        """
         signature = Signature(*call)
         with self._lock:
-            for known in (self._others.get((signature, None)), self._others.get((signature, shape))):
-                if known is not None:
-                    return known
-            if signature == self.program.signature and self.program.static_shape in (None, shape):
+            for known in (None, shape):
+                if (signature, known, trained) in self._others:
+                    return self._others[signature, known, trained]
+            if signature == self.program.signature and self.program.static_shape in (None, shape) and trained is None:
                 return self.blueprint()
             step = (self.seq, self.micro_batch, self.global_batch)
-            again = lower(self.model, self._pinned(), self.mesh.world_size, *step, signature, shape, self._exports).blueprint()
-            self._others[signature, again.static_shape] = again
+            lowered = lower(
+                self.model,
+                self._pinned(),
+                self.mesh.world_size,
+                *step,
+                signature,
+                shape,
+                self._exports,
+                None if trained is None else self._dense_names(trained),
+            )
+            again = lowered.blueprint()
+            self._others[signature, again.static_shape, trained] = again
             return again
+
+    def _dense_names(self, names: Iterable[str]) -> frozenset[str]:
+        """The names in the model of parameters that may be parts of packed ones."""
+        parts = {name: p.part for name, p in self.program.parameters.items()}
+        return frozenset(part.of if (part := parts[name]) else name for name in names)
 
     def _pinned(self) -> Policy:
         """The policy with the layers of each stage as they were decided: every call of a model is cut alike."""
@@ -156,6 +182,12 @@ class Lowered:
         """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the
         compiler."""
         self.blueprint().save(directory)
+
+
+def _positional(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that the model's call takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
 
 
 def _ignored_label(program: Program) -> int:
@@ -199,13 +231,15 @@ def lower(
     signature: Signature = TRAINING,
     sample: tuple[int, int] | None = None,
     exports: Exports | None = None,
+    trained: frozenset[str] | None = None,
 ) -> Lowered:
     """`shard()` short of allocating: no process group, no memory for weights.
 
     model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
     world_size: the number of ranks, by default what the policy's degrees make with data = 1. seq, micro_batch, global_batch:
     the step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only. exports:
-    those of this model's other calls. Raises ShardError, with every violation at once.
+    those of this model's other calls. trained: the parameters that have requires_grad, by default as they are. Raises
+    ShardError, with every violation at once.
     """
     if not isinstance(policy, Policy):
         policy = Policy.load(policy)
@@ -219,9 +253,14 @@ def lower(
     model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
     exports = {} if exports is None else exports
     program = capture(model, signature, precision=options.precision, sample=sample or _sample(mesh.tp), exports=exports)
+    if trained is not None:
+        program.parameters = {name: replace(p, requires_grad=name in trained) for name, p in program.parameters.items()}
+        mark_gradients(program.units[0].body, program.parameters)
     if policy.automatic:
         policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
     names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
     policy.check(program.parameters, module_paths(program), names, model_type)
     records = driver.run(program, Context(mesh, policy, micro_batch, seq), PASSES)
+    lowered = records[-1].program
+    lowered.degraded = [*lowered.degraded, *unchecked_labels(records[0].program)]
     return Lowered(model, policy, mesh, records, seq, micro_batch, batch, exports)

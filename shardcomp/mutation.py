@@ -17,7 +17,7 @@ from shardcomp.mesh import SHARDING
 from shardcomp.program import PARAMETER, Program, Unit
 from shardcomp.runtime.allocation import Chunk, users
 from shardcomp.runtime.blueprint import Blueprint
-from shardcomp.runtime.gradients import Partial, PartialGradients
+from shardcomp.runtime.gradients import Partial
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.stage import ModelStage, Pipeline
 
@@ -227,19 +227,17 @@ def _plant_tie(name: str) -> Callable[[ShardedModel], None]:
     """Leave out the sum over the stages that use a weight: over those of a rank, and over ranks."""
 
     def plant(sharded: ShardedModel) -> None:
-        true = sharded._calls.partial_gradients
+        true = sharded._calls.partials
 
-        def partial_gradients(blueprint: Blueprint) -> PartialGradients:
-            found = true(blueprint)
-            copies = {id(sharded.get_parameter(chunk.names[name])) for chunk in sharded._chunks if name in chunk.names}
-            apart = [each for each in found._partial if id(each.copies[0]) in copies]
-            found._partial = [each for each in found._partial if id(each.copies[0]) not in copies]
-            for each in apart:
-                axes = tuple(axis for axis in each.axes if axis.name != "pp")
-                found._partial += [Partial((copy,), axes) for copy in each.copies]
-            return found
+        def partials(blueprint: Blueprint) -> tuple[Partial, ...]:
+            found = []
+            for partial in true(blueprint):
+                axes = tuple(axis for axis in partial.axes if axis.name != "pp")
+                apart = [Partial(f"{name} {i}", (copy,), axes) for i, copy in enumerate(partial.copies)]
+                found += apart if partial.name == name else [partial]
+            return tuple(found)
 
-        sharded._calls.partial_gradients = partial_gradients  # type: ignore[method-assign]
+        sharded._calls.partials = partials  # type: ignore[method-assign]
 
     return plant
 

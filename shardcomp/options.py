@@ -146,6 +146,9 @@ class Options:
         "what runs attention: a named one runs or is refused (default auto: torch's choice among its own kernels)",
     )
     compile: bool = _option(False, _SWITCH, "let torch.compile run every unit (default false)")
+    compare_ranks: bool = _option(
+        True, _SWITCH, "compare the weights of all ranks when sharding, and every batch within a pp and tp group (default true)"
+    )
     seed: int = _option(0, _from(0), "seed of the initial weights and of dropout (default 0)")
 
     def __post_init__(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from shardcomp.errors import PlanError
+from shardcomp.errors import CaptureError, PlanError
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.providers import probe
-from shardcomp.lowering import Lowered, lower
+from shardcomp.lowering import TRAINING, Lowered, lower
 from shardcomp.parts import packed
 from shardcomp.policy import Policy
-from shardcomp.program import value
+from shardcomp.program import Signature, value
 from shardcomp.runtime import unit, world
 from shardcomp.runtime.allocation import Weights
 from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.huggingface import WeightFiles
 from shardcomp.runtime.initialisation import initialise
 from shardcomp.runtime.model import ShardedModel, build
+from shardcomp.runtime.origin import Origin, mode_of
 
 DEFAULT_LENGTH = 2048
 """Only reports depend on the length that a plan is lowered for; this one's multiples always divide."""
@@ -32,24 +34,90 @@ PROBED = 64
 """The sequence length that an attention is tried at."""
 
 
-def shard(model: nn.Module, policy: Policy | str | Path, checkpoint: str | Path | None = None) -> ShardedModel:
+def shard(
+    model: nn.Module,
+    policy: Policy | str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    sync_weights: bool = False,
+) -> ShardedModel:
     """Turn an unmodified model into this rank's part of it.
 
-    Runs under torchrun, or as one rank without it. Real weights of `model` are cut and kept; weights on meta come from
-    `checkpoint`, a HuggingFace directory of which only this rank's part is read, else from the model's own initialisation rule,
-    the same numbers on every topology. `model` itself is left as it was. Everything that cannot be done raises a ShardError
-    before a process group is started or anything is allocated.
+    Runs under torchrun, or as one rank without it. Everything that cannot be done raises a ShardError before a process group is
+    started or anything is allocated. `model` itself is left as it was.
+
+    Args:
+        model: real weights are sliced and kept; weights on meta come from `checkpoint`, or else from the model's own
+            initialisation rule, the same numbers on every topology. Its mode, training or evaluating, is kept.
+        policy: a policy, the name of one, or a file.
+        checkpoint: a HuggingFace directory, of which only this rank's part is read.
+        inputs: the names of the [b, s] tensors in the call that training makes, which is captured first. By default `input_ids`
+            and `labels`, or for a model whose own loss cannot be captured `input_ids` alone.
+        outputs: what that call returns; by default the loss where there are labels, else the logits.
+        sync_weights: take rank 0's numbers where each rank built a model of its own. Without it, ranks that differ are refused.
+
+    Raises:
+        ShardError: its subclasses say which part cannot be honoured, and what would do.
+
+    Example:
+        sharded = shardcomp.shard(model, shardcomp.Policy.load("llama", tensor=2))
     """
     chosen = policy if isinstance(policy, Policy) else Policy.load(policy)
-    degree = chosen.options.tensor
-    lowered = lower(model, chosen, world_size=world.world_size(), seq=degree * DEFAULT_LENGTH)
-    return allocate(lowered, weights_of(lowered, checkpoint))
+    lowered = _lower_first(model, chosen, inputs, outputs)
+    return allocate(lowered, weights_of(lowered, checkpoint), same=_given_whole(model, checkpoint), sync_weights=sync_weights)
 
 
-def allocate(lowered: Lowered, weights: Weights, blueprint: Blueprint | None = None) -> ShardedModel:
+def _lower_first(model: nn.Module, policy: Policy, inputs: Sequence[str] | None, outputs: Sequence[str] | None) -> Lowered:
+    """Lower the call that training makes. Where nobody says which and the model's own loss cannot be captured, that for the
+    logits, with a warning; and in the model's own mode where it cannot be captured in training mode."""
+    seq = policy.options.tensor * DEFAULT_LENGTH
+    mode = mode_of(model)
+    if inputs is None and outputs is not None:
+        raise PlanError(
+            f"shard: outputs = {tuple(outputs)} needs inputs=, the names of the call's tensors, such as ('input_ids',)"
+        )
+    calls = [TRAINING, Signature((("input_ids", 2),), ("logits",))]
+    if inputs is not None:
+        chosen = tuple(outputs) if outputs else ("loss",) if "labels" in inputs else ("logits",)
+        calls = [Signature(tuple(sorted((name, 2) for name in inputs)), chosen)]
+    # A model that is to evaluate is lowered for training as well: most of those are trained after all.
+    modes = [None] if mode is None else [True] if mode else [True, False]
+    failures: list[CaptureError] = []
+    for call in calls:
+        for training in modes:
+            try:
+                found = lower(model, policy, world.world_size(), seq, signature=replace(call, training=training))
+            except CaptureError as error:
+                failures.append(error)
+                continue
+            if call is not calls[0]:
+                warnings.warn(
+                    f"the model's own loss cannot be captured, so that train_step and eval_step are not there: {failures[0]}. "
+                    "Compute a loss of your own of sharded(input_ids=...).logits; its backward works as usual",
+                    stacklevel=3,
+                )
+            return found
+    raise failures[0]
+
+
+def _given_whole(model: nn.Module, checkpoint: str | Path | None) -> list[tuple[str, Tensor]]:
+    """The tensors of a model that every rank has whole, and from which it takes its part."""
+    tensors = [*model.named_parameters(), *model.named_buffers()] if checkpoint is None else []
+    return [(name, tensor) for name, tensor in tensors if not tensor.is_meta]
+
+
+def allocate(
+    lowered: Lowered,
+    weights: Weights,
+    blueprint: Blueprint | None = None,
+    same: Iterable[tuple[str, Tensor]] = (),
+    sync_weights: bool = False,
+) -> ShardedModel:
     """Build a lowered model on the running process group; further call signatures are lowered when they are first used.
 
-    `blueprint` stands in for the lowered model's own.
+    `blueprint` stands in for the lowered model's own. `same` and `sync_weights` are those of `runtime.model.build`.
     """
     probe(_attention_calls(lowered))
     if lowered.policy.options.compile:
@@ -57,7 +125,8 @@ def allocate(lowered: Lowered, weights: Weights, blueprint: Blueprint | None = N
     chosen = blueprint or lowered.blueprint()
     saved = {name: weights(name, _all(chosen.buffers[name])) for name in chosen.persistent_buffers}
     chosen = replace(chosen, buffers={**chosen.buffers, **saved})
-    return build(chosen, weights, getattr(lowered.model, "config", None), lowered.for_call)
+    origin = Origin.of(lowered.model)
+    return build(chosen, weights, None, lowered.for_call, origin, same, sync_weights)
 
 
 def _attention_calls(lowered: Lowered) -> list[Callable[[], Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import shlex
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from shardcomp import presets
+from shardcomp.capture.copying import copy_model
 from shardcomp.errors import VerifyError
 from shardcomp.lowering import Lowered, lower
 from shardcomp.mutation import Mutant, mutants
@@ -23,7 +22,7 @@ from shardcomp.parts import Part, join, packed
 from shardcomp.policy import Policy
 from shardcomp.precision import COMPUTE
 from shardcomp.ranks import run_alone, run_ranks
-from shardcomp.reference import KINDS, OPTIMIZER, Batch, Outcome, batches, dense, steps, without_dropout
+from shardcomp.reference import KINDS, OPTIMIZER, OWN, Batch, Outcome, batches, dense, own_loss, steps, without_dropout
 from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.optimizer import AdamW
@@ -114,7 +113,7 @@ def verify(
     given, updates = {kind: _on(device, batch) for kind, batch in given.items()}, [_on(device, batch) for batch in updates]
     progress("dense model")
     precision = options.precision
-    reference = model if device == "cpu" else copy.deepcopy(model).to(device)
+    reference = model if device == "cpu" else copy_model(model).to(device)
     exact = dense(reference, precision if precision in TOLERANCE else "fp64", given, updates)
     rough = None if precision in TOLERANCE else dense(reference, precision, given, updates)
     lowered = lower(model, plan, mesh.world_size, seq=length)
@@ -268,11 +267,14 @@ def _run(
         sharded.zero_grad()
     if with_logits:
         if sharded.mesh["pp"].size() == 1:
-            with torch.no_grad():
-                logits = sharded(**mine(given["causal"]), return_logits=True)["logits"]
+            out = sharded(**mine(given["causal"]), return_logits="whole")
+            found.logits = out["logits"].detach()
+            if sharded.blueprint.precision in OWN:
+                (out["loss"] + own_loss(out["logits"])).backward()
+                found.own = _joined(_held(sharded, lambda p: p.grad), parts)
+                sharded.zero_grad()
         else:
-            logits = sharded.eval_step(**mine(given["causal"]), return_logits=True).logits
-        found.logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+            found.logits = sharded.eval_step(**mine(given["causal"]), return_logits="whole").logits
     if updates:
         trained = [p for p in sharded.parameters() if p.requires_grad]
         optimizer = AdamW(trained, **OPTIMIZER) if trained else None
@@ -340,6 +342,10 @@ def _compare(
         extra = set(got.gradients[kind]) - set(exact.gradients[kind])
         if extra:
             raise VerifyError(f"gradients for parameters that have none in the dense model: {', '.join(sorted(extra))}")
+    total = math.hypot(*(float(gradient.norm()) for gradient in exact.own.values()))
+    for name, gradient in exact.own.items() if got.own else ():
+        mine = got.own.get(name, torch.zeros_like(gradient))
+        tally.add("gradients", name, _relative(mine, gradient, FLOOR * total), limit)
     if got.logits is not None and exact.logits is not None:
         tally.add("logits", "", _relative(got.logits, exact.logits), limit)
     norm = float(exact.norm["causal"])

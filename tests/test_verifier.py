@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import shardcomp
 from shardcomp import VerifyError, capture, presets
-from shardcomp.runtime.gradients import PartialGradients
+from shardcomp.runtime import backward
 from shardcomp.verifier import TOLERANCE, verify
 
 WHOLE = {"none": True}
@@ -125,17 +125,17 @@ def test_a_dense_model_that_fails_by_itself_is_told_with_its_line() -> None:
 
 
 def test_two_copies_of_a_tied_weight_on_one_rank_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = PartialGradients.add_up
+    true = backward.reduce_partial
 
-    def twice(self: PartialGradients) -> None:
-        whole(self)
-        for copies in (each.copies for each in self._partial if len(each.copies) > 1):
+    def twice(partials: Any, device: torch.device) -> None:
+        true(partials, device)
+        for copies in (partial.copies for partial in partials if len(partial.copies) > 1):
             copies[1].grad.mul_(2)
 
     policy = shardcomp.Policy.load("llama", precision="fp64", pipeline=2, schedule="zbv")
     config = tiny(num_hidden_layers=4, tie_word_embeddings=True)
     assert verify(config, policy, shrink=WHOLE, kinds=("causal",)).ok
-    monkeypatch.setattr(PartialGradients, "add_up", twice)
+    monkeypatch.setattr(backward, "reduce_partial", twice)
     with pytest.raises(VerifyError, match="their copies differ"):
         verify(config, policy, shrink=WHOLE, kinds=("causal",))
 
@@ -230,3 +230,12 @@ def test_a_model_with_static_shapes_only_is_lowered_for_each_shape_and_says_so(
     assert "(2, 16) alone" in lowered.program.degraded[0].why
     found = verify(tiny(), policy, 4, shrink=WHOLE)
     assert found.ok, found
+
+
+def test_it_compares_the_gradients_of_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward that starts from outputs, and is not known as one of the model, leaves gradients that are not reduced."""
+    from shardcomp.runtime import model
+
+    monkeypatch.setattr(model, "around_backward", lambda outputs, begin, end: outputs)
+    found = shardcomp.verify(presets.build(tiny()), shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 4)
+    assert not found.ok and found.worst["quantity"] == "gradients" and found.deviation["norm"] < 1e-9

@@ -9,12 +9,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,7 +116,7 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
     streams = Streams(0, mesh, rank, CPU)
     with FakeTensorMode(), torch.enable_grad():
         stored = [node for role in (PARAMETER, BUFFER) for node in body.placeholders(role)]
-        weights = {node.meta["path"]: SimpleNamespace(held=empty(node)) for node in stored}
+        weights = {node.meta["path"]: _module_of(empty(node)) for node in stored}
         modules: Any = {name: (module, "held") for name, module in weights.items()}
         call = namespace[body.name](Home(modules, [], path=unit.path, recompute=unit.plan.recompute), axes, CPU, streams)
         inputs = [empty(node) for node in body.placeholders(INPUT)]
@@ -134,7 +133,7 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
         results = results if isinstance(results, tuple) else (results,)
         tensors = [holder.tensor for ref in holders if (holder := ref()) is not None]
         tensors += [tensor for frame in made for tensor in frame.held()]
-        foreign = {_storage(module.held) for module in weights.values()}
+        foreign = {_storage(module.get_buffer("held")) for module in weights.values()}
         sizes = {key: tensor.untyped_storage().nbytes() for tensor in tensors if (key := _storage(tensor)) not in foreign}
         of_inputs = tuple(sizes.pop(_storage(held), 0) for held in inputs)
         of_results = tuple(sizes.pop(_storage(held), 0) for held in results)
@@ -167,6 +166,13 @@ class _Products(TorchDispatchMode):
 def _again(frame: Frame) -> None:
     if any(slot.tensor is None for _, slot in frame.live()):
         frame.again()
+
+
+def _module_of(tensor: Tensor) -> nn.Module:
+    """A module that has the tensor as `held`."""
+    module = nn.Module()
+    module.register_buffer("held", tensor)
+    return module
 
 
 def _storage(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from shardcomp.mesh import FACTORS
 from shardcomp.options import Options
 from shardcomp.precision import COMPUTE, MASTER
 from shardcomp.program import B, Program, S, Unit, Value, value
+from shardcomp.runtime.agreement import WIDTH
 from shardcomp.schedules import SCHEDULES
 
 
@@ -131,11 +132,12 @@ def _data_parallel(
 
 
 def _step(program: Program, held: list[str], options: Options, rank: dict[str, int]) -> Iterator[Message]:
-    """Once per step: the count of labels, the loss and whether gradients are finite, the gradients that come out partial, and
-    those of tied weights that several pipeline ranks hold."""
+    """Once per step: what ranks compare, the labels that count among it; the loss and whether gradients are finite; the
+    gradients that come out partial, and those of tied weights that several pipeline ranks hold."""
     master, pieces = MASTER[options.precision].itemsize, shards(program, options)
     if "loss" in program.outputs:
-        yield Message("all_reduce", "dp", "step", 1, torch.int64.itemsize, "count of labels")
+        for axis in ("tp", "pp", "dp") if options.compare_ranks else ("pp", "dp"):
+            yield Message("all_gather", axis, "step", 1, WIDTH * torch.int64.itemsize, "what ranks compare")
         for axis in ("dp", "pp"):
             yield Message("all_reduce", axis, "step", 1, 2 * master, "loss and ranks whose gradients are not finite")
         yield Message("all_reduce", "tp", "step", 1, master, "ranks whose gradients are not finite")
@@ -146,7 +148,7 @@ def _step(program: Program, held: list[str], options: Options, rank: dict[str, i
         parameter = program.parameters[name]
         if parameter.trained:
             size = piece_numel(program, name, pieces, rank) * master
-            for axis in parameter.partial_gradient:
+            for axis in (*parameter.partial_gradient, *(() if parameter.shape else ("dp",))):
                 if program.mesh.size(axis) > 1:
                     partial[axis] = partial.get(axis, 0) + size
             if len(holders.get(name, ())) > 1:

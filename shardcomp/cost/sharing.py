@@ -28,7 +28,8 @@ class Group:
 
 
 def groups_of(program: Program, stage: int) -> list[Group]:
-    """The groups of a stage: the parameters of each unit, and those of modules that several units share."""
+    """The groups of a stage: the parameters of each unit, and those of modules that several units share. Parameters of no
+    dimension are in none: FSDP does not take them."""
     units = [unit for unit in program.in_stages((stage,)) if unit.parameters]
     users: dict[str, int] = {}
     for unit in units:
@@ -37,8 +38,9 @@ def groups_of(program: Program, stage: int) -> list[Group]:
     found: list[Group] = []
     shared: dict[str, None] = {}
     for unit in units:
-        own = tuple(name for name in unit.parameters if users[name.rpartition(".")[0]] == 1)
-        shared.update(dict.fromkeys(name for name in unit.parameters if name not in own))
+        sized = [name for name in unit.parameters if program.parameters[name].shape]
+        own = tuple(name for name in sized if users[name.rpartition(".")[0]] == 1)
+        shared.update(dict.fromkeys(name for name in sized if name not in own))
         passes_back = int(any(program.values[name].requires_grad for name in unit.outputs))
         found.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
     using = [(unit, group) for unit, group in zip(units, found, strict=True) if shared.keys() & unit.parameters]

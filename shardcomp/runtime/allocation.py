@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from shardcomp.collectives import Axis
 from shardcomp.mesh import FACTORS, SHARDING, Mesh
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan, UnitPlan
+from shardcomp.runtime.module_contract import Namespace
 from shardcomp.runtime.unit import Home, Root, Shared
 from shardcomp.schedules import SCHEDULES
 
@@ -33,6 +34,8 @@ class Chunk:
     """What a rank holds of one stage: the homes of its units and the module that FSDP takes for their root.
 
     names: a parameter's name in the model -> its name on this rank, which is another one for the second copy of a tied weight.
+    scalar_places: where its parameters of no dimension are, as (module, attribute). FSDP does not take them: every rank of dp
+    has them, in the masters' dtype.
     """
 
     index: int
@@ -40,6 +43,12 @@ class Chunk:
     homes: list[Home]
     root: Root
     names: dict[str, str]
+    scalar_places: tuple[tuple[nn.Module, str], ...] = ()
+
+    @property
+    def scalars(self) -> list[nn.Parameter]:
+        """The parameters of no dimension."""
+        return [p for module, leaf in self.scalar_places if (p := module._parameters[leaf]) is not None]
 
     @property
     def groups(self) -> list[FSDPModule]:
@@ -122,7 +131,12 @@ def allocate(
             path, _, leaf = buffer.rpartition(".")
             _descend(tree, path).register_buffer(leaf, None, persistent=buffer in blueprint.persistent_buffers)
         homes, shared = _homes(tree, units, names)
-        chunks.append(Chunk(stage, units, homes, Root(homes, shared), names))
+        scalars = tuple(
+            (tree.get_submodule(held.rpartition(".")[0]), held.rpartition(".")[2])
+            for name, held in names.items()
+            if not blueprint.parameters[name].shape
+        )
+        chunks.append(Chunk(stage, units, homes, Root(homes, shared), names, scalars))
     for chunk in chunks:
         _share(blueprint, chunk, mesh, factored, device)
     _fill(blueprint, weights, tree, homes_of, coordinates)
@@ -189,7 +203,7 @@ def _descend(tree: nn.Module, path: str) -> nn.Module:
     """The module at `path`, made on the way where it is not there."""
     for part in path.split(".") if path else []:
         if part not in tree._modules:
-            tree.add_module(part, nn.Module())
+            tree.add_module(part, Namespace())
         tree = tree.get_submodule(part)
     return tree
 
@@ -249,11 +263,19 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
         data = (factored if in_factors else mesh)[SHARDING if blueprint.mesh.replicas > 1 else ("dp",)]
         on_host = bool(own) and chunk.offloads(module)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if on_host else OffloadPolicy()
+        scalars = set(chunk.scalars)
         if blueprint.zero == 0:
-            replicate(module, mesh=data, mp_policy=policy, offload_policy=offload)
+            replicate(module, mesh=data, mp_policy=policy, offload_policy=offload, ignored_params=scalars)
         else:
             reshard = bool(own) and chunk.reshards(module)
-            fully_shard(module, mesh=data, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+            fully_shard(
+                module,
+                mesh=data,
+                reshard_after_forward=reshard,
+                mp_policy=policy,
+                offload_policy=offload,
+                ignored_params=scalars,
+            )
         assert isinstance(module, FSDPModule)
         if data.size() > 1:  # a sum, where FSDP would take a mean
             module.set_gradient_divide_factor(1.0)
@@ -263,6 +285,7 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
     splits = blueprint.mesh.pp > 1 and SCHEDULES[blueprint.schedule].splits_backward
     for home, unit in zip(chunk.homes, chunk.units, strict=True):
         home.copies_vectors, home.splits = unit.reshard and splits, splits
+        home.compute_dtype = COMPUTE[blueprint.precision]
     _prefetch(blueprint, chunk)
 
 

@@ -70,6 +70,14 @@ class UnitPlan:
 
 
 @dataclass(frozen=True)
+class IndexBound:
+    """The numbers that an input may have: 0 to `size` - 1, and `ignored`."""
+
+    size: int
+    ignored: int | None = None
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """A lowered program for one call signature.
 
@@ -78,6 +86,8 @@ class Blueprint:
     what the model returns. `seed`: what dropout starts from. `sources`: the Python of each stage, in the order of the model.
     `offload`: whether the host keeps what the optimizer needs. `ignored_label`: the label of a token that does not count.
     `compile`: whether torch.compile runs the units. `policy`: what it was lowered under, for the checkpoints of a run.
+    `index_bounds`: what inputs that are looked up in the vocabulary may hold. `label_inputs`: those that hold labels.
+    `positional`: the names of the model's arguments, in order. `compare_ranks`: whether ranks compare weights and batches.
     """
 
     name: str
@@ -91,7 +101,7 @@ class Blueprint:
     parameters: dict[str, ParameterPlan]
     buffers: dict[str, Tensor] = field(repr=False)
     persistent_buffers: tuple[str, ...] = ()
-    training: bool = True
+    training: bool | None = True
     sequence_multiple: int = 1
     static_shape: tuple[int, int] | None = None
     micro_batch: int | None = None
@@ -104,6 +114,10 @@ class Blueprint:
     ignored_label: int = -100
     compile: bool = False
     policy: dict[str, Any] = field(default_factory=dict, repr=False)
+    index_bounds: dict[str, IndexBound] = field(default_factory=dict)
+    label_inputs: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
+    compare_ranks: bool = True
 
     def module(self, stage: int = 0) -> ModuleType:
         """The emitted source of a stage, imported from a real file, so that tracebacks and debuggers show its lines."""
@@ -140,6 +154,7 @@ class Blueprint:
         plan["sources"] = names
         plan["mesh"] = asdict(self.mesh)
         plan["units"] = [asdict(unit) for unit in self.units]
+        plan["index_bounds"] = {name: asdict(bound) for name, bound in self.index_bounds.items()}
         plan["parameters"] = {name: asdict(parameter) for name, parameter in self.parameters.items()}
         (folder / _PLAN).write_text(json.dumps(plan, indent=1))
         save_file({name: held.contiguous() for name, held in self.buffers.items()}, folder / _BUFFERS)
@@ -175,7 +190,8 @@ class Blueprint:
             )
             for name, p in plan["parameters"].items()
         }
-        for key in ("inputs", "token_inputs", "outputs", "persistent_buffers"):
+        plan["index_bounds"] = {name: IndexBound(**bound) for name, bound in plan["index_bounds"].items()}
+        for key in ("inputs", "token_inputs", "outputs", "persistent_buffers", "label_inputs", "positional"):
             plan[key] = tuple(plan[key])
         plan["output_split"] = {key: (dim, size) for key, (dim, size) in plan["output_split"].items()}
         plan["static_shape"] = plan["static_shape"] and tuple(plan["static_shape"])

@@ -13,25 +13,28 @@ from shardcomp.errors import PlanError
 from shardcomp.runtime.allocation import Chunk, users
 from shardcomp.runtime.blueprint import Blueprint, UnitPlan
 from shardcomp.runtime.fsdp import lay_down
-from shardcomp.runtime.gradients import Partial, PartialGradients
+from shardcomp.runtime.gradients import Partial
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.stage import ModelStage, Pipeline
 from shardcomp.runtime.unit import Home, Stage
 from shardcomp.schedules import SCHEDULES
 
-Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool]
-"""A call signature: the inputs given as (name, dimensions), the outputs wanted, training or not."""
-Lower = Callable[[Call, tuple[int, int]], Blueprint]
+Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool | None]
+"""A call signature: the inputs given as (name, dimensions), the outputs wanted, and the mode: training or not, or None where
+each module is in a mode of its own."""
+Trained = frozenset[str] | None
+"""The names of the parameters that are trained; None for those that were when the model was sharded."""
+Lower = Callable[[Call, tuple[int, int], Trained], Blueprint]
 """Lowers a call of a given (batch, length), which matters only for models with static shapes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedCall:
     """The code of one call signature on this rank: its stages, and the parameters whose gradient it leaves partial."""
 
     blueprint: Blueprint
     stages: list[Stage]
-    partial: PartialGradients
+    partials: tuple[Partial, ...]
     pipeline: Pipeline | None
 
 
@@ -57,17 +60,18 @@ class Calls:
     ) -> None:
         self.model, self.blueprint, self.chunks, self.tied = model, blueprint, chunks, tied
         self.axes, self.unit_axes, self.device, self.random, self.lower = axes, dict(axes), device, random, lower
-        self.loaded: dict[tuple[Call, tuple[int, int] | None], LoadedCall] = {}
-        self.partials: dict[tuple[tuple[str, tuple[str, ...]], ...], PartialGradients] = {}
+        self.loaded: dict[tuple[Call, tuple[int, int] | None, Trained], LoadedCall] = {}
+        self.trained: Trained = None
+        """What the calls that are made from now on train."""
         self._users = users(blueprint)
 
-    def of(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...], training: bool) -> LoadedCall:
+    def of(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...], training: bool | None) -> LoadedCall:
         """The code for a call with these inputs. Raises PlanError for one that cannot be made of what was allocated."""
-        call: Call = (tuple(sorted((name, held.dim()) for name, held in batch.items())), outputs, training)
+        call: Call = (tuple(sorted((name, tensor.dim()) for name, tensor in batch.items())), outputs, training)
         rows, length = next(iter(batch.values())).shape[:2]
         for shape in (None, (rows, length)):
-            if (call, shape) in self.loaded:
-                return self.loaded[call, shape]
+            if (call, shape, self.trained) in self.loaded:
+                return self.loaded[call, shape, self.trained]
         blueprint = self._blueprint_for(call, (rows, length))
         stages = [
             blueprint.module(chunk.index).Model(self._homes(blueprint, chunk), self.unit_axes, self.device, self.random)
@@ -77,22 +81,27 @@ class Calls:
             for unit in (unit for stage in stages for unit in stage.each):
                 unit.compile()
         pipeline = self.pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
-        self.loaded[call, blueprint.static_shape] = loaded = LoadedCall(
-            blueprint, stages, self.partial_gradients(blueprint), pipeline
-        )
+        loaded = LoadedCall(blueprint, stages, self.partials(blueprint), pipeline)
+        self.loaded[call, blueprint.static_shape, self.trained] = loaded
         return loaded
 
     def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
         inputs, outputs, training = call
         mine = self.blueprint
         same = (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training)
-        if same and mine.static_shape in (None, shape):
+        if same and mine.static_shape in (None, shape) and self.trained is None:
             return mine
         has = f"({', '.join(mine.inputs)}) -> ({', '.join(mine.outputs)}), training = {mine.training}"
+        if self.lower is None and self.trained is not None:
+            frozen = sorted(name for name in self.trained if not mine.parameters[name].requires_grad)
+            raise PlanError(
+                f"this source was written with {', '.join(frozen[:3])} frozen{_and_more(frozen)}: it has no sums of their "
+                "gradients over ranks. Save the source of a model where they have requires_grad"
+            )
         if self.lower is None:
             asked = f"({', '.join(name for name, _ in inputs)}) -> ({', '.join(outputs)}), training = {training}, shape {shape}"
             raise PlanError(f"this source was written for {has}, shape {mine.static_shape or 'any'}; the call is {asked}")
-        again = self.lower(call, shape)
+        again = self.lower(call, shape, self.trained)
         if problem := _not_held(mine, again):
             raise PlanError(f"the call ({', '.join(again.inputs)}) -> ({', '.join(outputs)}) {problem} for the call {has}")
         return again
@@ -131,27 +140,28 @@ class Calls:
         ]
         return Pipeline(made, schedule.name, axis.size)
 
-    def partial_gradients(self, blueprint: Blueprint) -> PartialGradients:
-        """One for all calls that leave the same gradients partial, so that a backward through two of them adds up once."""
-        left = tuple((name, plan.partial_gradient) for name, plan in blueprint.parameters.items() if plan.partial_gradient)
-        if left not in self.partials:
-            for chunk in self.chunks:
-                lay_down(chunk)
-            axes = dict(left)
-            held = [
-                Partial(copies, (*(self.axes[axis] for axis in axes.get(name, ())), *self._tie(name)))
-                for name, plan in blueprint.parameters.items()
-                if plan.requires_grad
-                and (copies := tuple(self.model.get_parameter(c.names[name]) for c in self.chunks if name in c.names))
-            ]
-            self.partials[left] = PartialGradients(held, self.device)
-        return self.partials[left]
+    def partials(self, blueprint: Blueprint) -> tuple[Partial, ...]:
+        """The parameters of this rank whose gradients a call leaves partial. A parameter of no dimension, which FSDP does not
+        take, is one of them on dp."""
+        for chunk in self.chunks:
+            lay_down(chunk)
+        found = []
+        for name, plan in blueprint.parameters.items():
+            copies = tuple(self.model.get_parameter(c.names[name]) for c in self.chunks if name in c.names)
+            if copies and plan.requires_grad:
+                axes = [self.axes[axis] for axis in (*plan.partial_gradient, *(() if plan.shape else ("dp",)))]
+                found.append(Partial(name, copies, (*axes, *self._tie(name))))
+        return tuple(partial for partial in found if partial.is_summed)
 
     def _tie(self, name: str) -> list[Axis]:
         """The axis of the pipeline ranks that hold a parameter, where there are several."""
         schedule, pipeline = SCHEDULES[self.blueprint.schedule], self.axes["pp"].size
         ranks = tuple(sorted({schedule.rank_of(stage, pipeline) for stage in self._users.get(name, [])}))
         return [self.tied[ranks]] if ranks in self.tied else []
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""
 
 
 def _used(blueprint: Blueprint, unit: UnitPlan) -> list[str]:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
+from shardcomp.errors import InternalError, PlanError
 from shardcomp.kernels.products import add_product, product
 from shardcomp.runtime.allocation import Chunk
 
@@ -52,8 +54,65 @@ def hand_on(chunk: Chunk) -> None:
                 piece.grad = each.to_sharded_dtensor(gradient.to(each.orig_dtype))
             else:
                 piece.grad.to_local().add_(gradient)
-            for hook in (piece._post_accumulate_grad_hooks or {}).values():
-                hook(piece)
+
+
+def sharded_parameters(chunk: Chunk) -> Iterator[Any]:
+    """The parameters that an optimizer updates, also while gathered copies stand in their place."""
+    for module in chunk.groups:
+        for group in _parameter_groups(module):
+            yield from (each.sharded_param for each in group.fsdp_params)
+    yield from chunk.scalars
+
+
+class _Scalar:
+    """A parameter that FSDP does not take, read as one that it does."""
+
+    def __init__(self, module: torch.nn.Module, leaf: str) -> None:
+        self._module, self._leaf = module, leaf
+
+    @property
+    def sharded_param(self) -> Any:
+        return self._module._parameters[self._leaf]
+
+
+def named_parameters(chunk: Chunk) -> list[tuple[str, Any]]:
+    """The parameters of a stage by their names in the model. `sharded_param` of each is what an optimizer updates, also while a
+    gathered copy stands in its place."""
+    found = {}
+    for module in chunk.groups:
+        for group in _parameter_groups(module):
+            found.update({_name_of(chunk, each._module_info): each for each in group.fsdp_params})
+    for module, leaf in chunk.scalar_places:
+        found[_name_at(chunk, module, leaf)] = _Scalar(module, leaf)
+    return list(found.items())
+
+
+def check_not_replaced(chunk: Chunk) -> None:
+    """Raise PlanError where something else stands in the place of a parameter that FSDP knows, as under
+    `torch.func.functional_call`: it would be listed, and the old one used."""
+    for module in chunk.groups:
+        for each in (each for group in _parameter_groups(module) for each in group.fsdp_params):
+            info, sharded = each._module_info, each.sharded_state == ShardedState.SHARDED
+            now = info.module._parameters[info.param_name]
+            if now is not (each.sharded_param if sharded else each._unsharded_param):
+                raise PlanError(
+                    f"{_name_of(chunk, info)} of the sharded model was replaced by another tensor, which its code would not "
+                    "use: copy numbers into it, under torch.no_grad(): parameter.copy_(...), or load_state_dict(...)"
+                )
+
+
+def _name_of(chunk: Chunk, info: Any) -> str:
+    return _name_at(chunk, info.module, info.param_name)
+
+
+def _name_at(chunk: Chunk, holder: torch.nn.Module, attribute: str) -> str:
+    """The name in the model of the parameter that a module of this rank holds."""
+    at = id(holder._parameters), attribute
+    for home, unit in zip(chunk.homes, chunk.units, strict=True):
+        for short, (module, leaf) in home.places.items():
+            if (id(module._parameters), leaf) == at:
+                return unit.parameters[short]
+    raise InternalError(f"no unit has the parameter {attribute}")
 
 
 def gather_apart(chunk: Chunk) -> None:
@@ -136,6 +195,10 @@ def tensors(chunk: Chunk) -> Iterator[tuple[str, Tensor, bool]]:
                 if each.sharded_param.grad is not None:
                     yield "gradients", each.sharded_param.grad, on_host
         yield from (("gathered", result.all_gather_output, False) for result in results if result)
+    for scalar in chunk.scalars:
+        yield "parameters", scalar, False
+        if scalar.grad is not None:
+            yield "gradients", scalar.grad, False
 
 
 def hand_over(chunk: Chunk) -> None:

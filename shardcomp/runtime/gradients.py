@@ -1,11 +1,9 @@
-"""Gradients over the axes of the mesh: the once-per-step sum of those that come out partial, the global norm, and whether they
-are finite."""
+"""Gradients over the axes of the mesh: the sum of those that come out partial, the global norm, and whether they are finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,94 +15,46 @@ from shardcomp.kernels.grad_norm import grad_norm
 
 @dataclass(frozen=True)
 class Partial:
-    """A parameter of whose gradient each rank of some axes holds one summand, and so does each of its copies on this rank."""
+    """A parameter `name` whose gradient is partial: each rank of `axes` has one summand, and so has each copy on this rank."""
 
+    name: str
     copies: tuple[nn.Parameter, ...]
     axes: tuple[Axis, ...]
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether there is anything to sum."""
+        return len(self.copies) > 1 or any(axis.size > 1 for axis in self.axes)
 
-class PartialGradients:
-    """Parameters whose gradient is to be summed once per step, such as a norm's weight under sequence parallelism, or a tied
-    weight that two stages of a pipeline use.
 
-    Only what a backward adds is summed, when all of the step's gradients are there: gradients that stood before were summed
-    already, and summing them again would count them once per rank. Sums are made on `device`, wherever gradients are kept.
+@torch.no_grad()
+def reduce_partial(partials: Iterable[Partial], device: torch.device) -> None:
+    """Sum the gradients that came out partial, such as that of a norm's weight under sequence parallelism, or of a tied weight
+    that two stages of a pipeline use. Called once per backward pass, when all of its gradients are there.
+
+    Gradients that stood before the pass must be set aside: summed once already, they would count once per rank. Sums are made
+    on `device`, wherever gradients are kept.
     """
-
-    def __init__(self, partial: Iterable[Partial], device: torch.device) -> None:
-        self._device = device
-        self._partial = [p for p in partial if len(p.copies) > 1 or any(axis.size > 1 for axis in p.axes)]
-        self._before: dict[nn.Parameter, Tensor | None] | None = None
-
-    def set_aside(self) -> None:
-        """Called before a backward: take the gradients that stand away."""
-        if self._before is None:
-            self._before = {p: p.grad for each in self._partial for p in each.copies}
-            for p in self._before:
-                p.grad = None
-
-    def held(self) -> list[Tensor]:
-        """The gradients that are set aside."""
-        return [gradient for gradient in (self._before or {}).values() if gradient is not None]
-
-    def forget(self) -> None:
-        """Called when a step failed half way: what was set aside is not to be added to a later one."""
-        self._before = None
-
-    @torch.no_grad()
-    def add_up(self) -> None:
-        """Called when every gradient of the step is there: sum the new ones over their axes and put the old ones back."""
-        if self._before is None:
-            return
-        before, self._before = self._before, None
-        sums = {id(each): total for each in self._partial if (total := self._sum(each)) is not None}
-        # In one order on all ranks of an axis: by name, axes of one name by their size.
-        axes = {id(axis): axis for each in self._partial for axis in each.axes if axis.size > 1}
-        for axis in sorted(axes.values(), key=lambda axis: (axis.name, axis.size)):
-            over = [each for each in self._partial if id(each) in sums and any(a is axis for a in each.axes)]
-            if over:
-                flat = [sums[id(each)].flatten() for each in over]
-                total = axis.all_reduce(torch.cat(flat))
-                for each, piece in zip(over, total.split([f.numel() for f in flat]), strict=True):
-                    sums[id(each)] = piece.view_as(sums[id(each)])
-        for each in self._partial:
-            for p in each.copies:
-                if id(each) in sums and p.grad is not None:
-                    local(p.grad).copy_(sums[id(each)])
-        for p, old in before.items():
-            if old is not None:
-                p.grad = old if p.grad is None else p.grad + old
-
-    def _sum(self, partial: Partial) -> Tensor | None:
-        held = [local(p.grad).to(self._device) for p in partial.copies if p.grad is not None]
-        return sum(held[1:], held[0]) if held else None
+    partials = list(partials)
+    sums = {id(each): total for each in partials if (total := _sum_of_copies(each, device)) is not None}
+    # In one order on all ranks of an axis: by name, axes of one name by their size.
+    axes = {id(axis): axis for each in partials for axis in each.axes if axis.size > 1}
+    for axis in sorted(axes.values(), key=lambda axis: (axis.name, axis.size)):
+        over = [each for each in partials if id(each) in sums and any(a is axis for a in each.axes)]
+        if over:
+            flat = [sums[id(each)].flatten() for each in over]
+            total = axis.all_reduce(torch.cat(flat))
+            for each, slice_ in zip(over, total.split([f.numel() for f in flat]), strict=True):
+                sums[id(each)] = slice_.view_as(sums[id(each)])
+    for each in partials:
+        for p in each.copies:
+            if id(each) in sums and p.grad is not None:
+                local(p.grad).copy_(sums[id(each)])
 
 
-class _Began(torch.autograd.Function):
-    """The first step of a backward: `began` gives the gradient that it starts from."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, began: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.began = began
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.began(gradients[0]), None
-
-
-def around_backward(x: Tensor, before: Callable[[], float], after: Callable[[], None]) -> Tensor:
-    """`x`, such that its backward runs `before` first, starts from a gradient times what that returns, and runs `after` last,
-    behind FSDP's own last callback."""
-
-    def began(gradient: Tensor) -> Tensor:
-        scale = before()
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        # FSDP queues its last callback after this point. A callback that queues another runs before it, the other after it.
-        engine.queue_callback(lambda: engine.queue_callback(after))
-        return gradient if scale == 1.0 else gradient * scale
-
-    return _Began.apply(x, began)
+def _sum_of_copies(partial: Partial, device: torch.device) -> Tensor | None:
+    gradients = [local(p.grad).to(device) for p in partial.copies if p.grad is not None]
+    return sum(gradients[1:], gradients[0]) if gradients else None
 
 
 @torch.no_grad()
@@ -146,6 +96,8 @@ def coefficient(norm: Tensor, max_norm: float) -> Tensor:
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
     """Multiply every gradient that stands."""
+    if not isinstance(factor, Tensor) and factor == 1.0:
+        return
     by_device: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -153,7 +105,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
     for device, gradients in by_device.items():
         if isinstance(factor, Tensor):
             torch._foreach_mul_(gradients, factor.to(device, gradients[0].dtype))
-        elif factor != 1.0:
+        else:
             torch._foreach_mul_(gradients, factor)
 
 

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from shardcomp.collectives import Axis, allreduce_identity
-from shardcomp.errors import PlanError
+from shardcomp.errors import PlanError, ShardError
 from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
+from shardcomp.runtime.agreement import Agreed, Agreement
 from shardcomp.runtime.allocation import Chunk, Held, Weights, allocate, held_index, tied_axes, users
+from shardcomp.runtime.backward import BackwardPasses, around_backward
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
 from shardcomp.runtime.calls import Calls, LoadedCall, Lower
-from shardcomp.runtime.fsdp import gather_apart, hand_on, lay_down, prepare, reset, widen_gradients
-from shardcomp.runtime.gradients import (
-    around_backward,
-    coefficient,
-    global_norm,
-    not_finite,
-    scale_gradients,
+from shardcomp.runtime.fsdp import (
+    check_not_replaced,
+    gather_apart,
+    lay_down,
+    named_parameters,
+    prepare,
+    reset,
+    widen_gradients,
 )
+from shardcomp.runtime.gradients import coefficient, global_norm, local, scale_gradients
+from shardcomp.runtime.hooks import ParameterHooks, Piece
 from shardcomp.runtime.ledger import held_bytes
+from shardcomp.runtime.module_contract import Namespace, SealedModule, refuse
 from shardcomp.runtime.optimizer import AdamW
+from shardcomp.runtime.origin import Origin
+from shardcomp.runtime.outputs import as_output, output_type
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
+from shardcomp.runtime.weight_check import broadcast_from_first, check_replicated, check_same
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
+
+_EXCHANGED = ("tp", "pp", "dp")
+"""The axes that a call is compared along, in this order: dp last, which tells what the others found."""
+_NARROW_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
+_AS_CAPTURED = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Arguments that training code passes on, and the value that calls are captured with."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +70,16 @@ class StepResult:
     logits: Any = None
 
 
-class ShardedModel(nn.Module):
+class ShardedModel(SealedModule):
     """One rank's part of a model.
 
     Parameters have their HuggingFace names and are DTensors; `mesh` is the `DeviceMesh` with the axes pp, dp, cp, tp. Under a
     pipeline they are those of this rank's stages. A batch is this data-parallel rank's samples, the same on every rank of one
     pp and tp group. `random` is what dropout draws from: the same seed, mesh and sequence of calls give the same numbers, and
     torch's own generators are left alone. `loss_scale` is that of fp16. `skipped_steps` counts the optimizer steps that were
-    skipped because gradients were not finite.
+    skipped because gradients were not finite. `training` is the mode that the dense model was in, until `train` or `eval`.
+
+    What training code does to a plain module works as it does there or raises PlanError: `docs/module_contract.md`.
     """
 
     def __init__(
@@ -74,7 +91,7 @@ class ShardedModel(nn.Module):
         device: torch.device,
         axes: dict[str, Axis],
         tied: dict[tuple[int, ...], Axis],
-        config: Any = None,
+        origin: Origin,
         lower: Lower | None = None,
     ) -> None:
         super().__init__()
@@ -86,50 +103,142 @@ class ShardedModel(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in tree.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=name in blueprint.persistent_buffers)
-        self.config = config
+        self.config = origin.config
+        self.generation_config = origin.generation_config
         self.mesh = mesh
         self.device = device
+        self._origin = origin
         self._axes = axes
-        coordinates = {name: axis.rank for name, axis in axes.items()}
-        self.random = Streams(blueprint.seed, blueprint.mesh, coordinates, device)
+        self._coordinates = {name: axis.rank for name, axis in axes.items()}
+        self.random = Streams(blueprint.seed, blueprint.mesh, self._coordinates, device)
         self.loss_scale = LossScale(enabled=blueprint.precision == "fp16")
         self.skipped_steps = 0
         self._bad: Tensor | None = None  # the bad gradients since the last optimizer step, counted by rank
-        self._scaled = False  # whether gradients are multiplied by the loss scale: within a backward
         self._blueprint = blueprint
         self._users = users(blueprint)
         self._calls = Calls(self, blueprint, chunks, axes, tied, device, self.random, lower)
+        self._named = [entry for chunk in chunks for entry in named_parameters(chunk)]
+        self._passes = BackwardPasses(chunks, lambda: self.loss_scale.scale, self._hooks(), device)
+        on_cpu = device.type == "cpu"
+        host = {} if on_cpu else world.host_axes(mesh, _told_to_hosts(blueprint))
+        self._agreement = Agreement(axes, device, blueprint.compare_ranks, at_once=on_cpu, host=host)
+        self._trained = frozenset(name for name, plan in blueprint.parameters.items() if plan.requires_grad)
+        self._pattern: tuple[bool, ...] = ()
+        self._known_pattern: tuple[bool, ...] | None = None
+        self._pattern_digest = 0
+        self._mode = origin.mode
+        for module in self.children():
+            if isinstance(module, Namespace):
+                module.seal(self._lay_down)
+        self._set_training(origin.training)
+        self._sealed = True
 
-    def forward(self, num_items_in_batch: Tensor | int | None = None, return_logits: bool = False, **batch: Tensor) -> Any:
-        """The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
-        batch, or over `num_items_in_batch`; `logits`, where no labels are given or `return_logits`, is a DTensor that is split
-        on the vocabulary. Raises PlanError under a pipeline, whose micro-batches `train_step` and `eval_step` run."""
+    def _hooks(self) -> ParameterHooks:
+        """The hooks on this rank's parameters, and those that the dense model's had."""
+        pieces: dict[str, list[Piece]] = {}
+        copies: dict[str, list[nn.Parameter]] = {}
+        for name, entry in self._named:
+            copies.setdefault(name, []).append(entry.sharded_param)
+        for name, same in copies.items():
+            part = self._blueprint.parameters[name].part
+            index = held_index(self._blueprint, name, self._coordinates)
+            pieces.setdefault(part.of if part else name, []).append(Piece(name, tuple(same), part, index))
+        return ParameterHooks([p for same in copies.values() for p in same], self._origin.hooks, pieces)
+
+    def train(self, mode: bool = True) -> ShardedModel:
+        """Set the mode of the whole model."""
+        self._mode = mode
+        self._set_training(mode)
+        return self
+
+    def _set_training(self, mode: bool) -> None:
+        self.training = mode
+        for module in self.children():
+            if isinstance(module, Namespace):
+                module.set_mode(mode)
+
+    def forward(
+        self, *args: Any, num_items_in_batch: Tensor | int | None = None, return_logits: bool | str = False, **batch: Any
+    ) -> Any:
+        """Call the model on this data-parallel rank's samples.
+
+        Whatever is computed of the outputs, `.backward()` leaves the dense model's gradients, summed over dp.
+
+        Args:
+            args: what the model takes by position, as the dense model does.
+            num_items_in_batch: what the loss is divided by instead of the labels of the global batch that count.
+            return_logits: whether to return them beside a loss; "whole" for logits that are not split on the vocabulary.
+            batch: tensors [b, s].
+
+        Returns:
+            The model's own output type. `loss`, where labels are given, is the mean over all labels that count in the global
+            batch, a number on every rank. `logits`, where no labels are given or `return_logits`, is a DTensor that is split on
+            the vocabulary under tensor parallelism, and else a plain tensor; `logits.full_tensor()` is whole under every plan.
+
+        Raises:
+            PlanError: under a pipeline, whose micro-batches `train_step` and `eval_step` run; for a call that cannot be made.
+            BatchError: for a token or label outside of the vocabulary.
+
+        Example:
+            out = sharded(input_ids=ids)
+            my_loss(out.logits.full_tensor(), labels).backward()
+        """
         if self._blueprint.mesh.pp > 1:
             raise PlanError("a pipeline runs whole steps: call train_step(...) to train, eval_step(...) to evaluate")
-        self._check(batch)
-        labelled = "labels" in batch
-        outputs = (("loss",) if labelled else ()) + (("logits",) if return_logits or not labelled else ())
-        code = self._calls.of(batch, outputs, self.training)
+        given = self._inputs("sharded(...)", args, batch)
+        with self._running("sharded(...)", given):
+            return self._forward(given, num_items_in_batch, return_logits)
+
+    def _forward(self, batch: dict[str, Tensor], num_items_in_batch: Tensor | int | None, return_logits: bool | str) -> Any:
+        outputs = self._outputs_of(batch, bool(return_logits))
+        counts = "loss" in outputs and num_items_in_batch is None
+        # Without a loss nothing connects the data-parallel ranks: one of them may evaluate alone.
+        axes = _EXCHANGED if "loss" in outputs else ("tp",)
+        code, agreed = self._agree_on("sharded(...)", [batch], outputs, axes, counts)
         inputs = dict(batch)
-        if labelled:
-            count = self._tokens(code, batch) if num_items_in_batch is None else num_items_in_batch
-            inputs["num_items_in_batch"] = torch.as_tensor(count, device=self.device)
+        if "loss" in outputs:
+            inputs["num_items_in_batch"] = torch.as_tensor(
+                agreed.tokens if num_items_in_batch is None else num_items_in_batch, device=self.device
+            )
         [chunk] = self._chunks
         prepare(chunk, reduce=True, last=True)
         with self._restoring():
             found = chunk.root(code.stages[0].forward, **inputs)
         if not torch.is_grad_enabled():
             self._lay_down()
+        differentiable = [name for name, tensor in found.items() if tensor.requires_grad]
+        if differentiable:
+            self._watch(found, differentiable, code, agreed)
         if "loss" in found:
-
-            def end() -> None:
-                self._note(self._agree([], self._end_backward(code))[1])
-
-            found["loss"] = around_backward(found["loss"], lambda: self._begin_backward(code), end)
             found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
-        for name, (dim, size) in code.blueprint.output_split.items():
-            found[name] = _as_dtensor(found[name], self.mesh, dim, size)
-        return _output_type(code.blueprint.output_type)(**found)
+        for name, tensor in found.items():
+            if name != "loss":
+                split = code.blueprint.output_split.get(name)
+                found[name] = as_output(tensor, self.mesh, split, return_logits == "whole")
+        return output_type(code.blueprint.output_type)(**found)
+
+    def _watch(self, found: dict[str, Tensor], names: list[str], code: LoadedCall, agreed: Agreed) -> None:
+        """Have every backward that starts from these outputs begin and end as one of this model."""
+
+        def begin(number: int) -> tuple[bool, float]:
+            return self._passes.begin(code, number), self.loss_scale.scale
+
+        def end() -> None:
+            bad = self._passes.end()
+            self._note(self._sum([], bad if agreed.bad is None else bad + agreed.bad)[1])
+
+        found.update(zip(names, around_backward([found[name] for name in names], begin, end), strict=True))
+
+    def _outputs_of(self, batch: Mapping[str, Tensor], with_logits: bool) -> tuple[str, ...]:
+        """What a call returns: what the first call did where it has the same inputs, else the loss or the logits."""
+        first = self._blueprint
+        if sorted(batch) == sorted(first.inputs) and first.outputs != ("loss",):
+            outputs = first.outputs
+        elif "labels" in batch:
+            outputs = ("loss",)
+        else:
+            outputs = tuple(name for name in first.outputs if name != "loss") or ("logits",)
+        return outputs if not with_logits or "logits" in outputs else (*outputs, "logits")
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that an optimizer updates, also while a forward is under way with copies of them in their place."""
@@ -141,10 +250,72 @@ class ShardedModel(nn.Module):
         self._lay_down()
         return super().state_dict(*args, **kwargs)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch has it. Numbers are copied also where `assign`, so that optimizers keep their parameters."""
+        self._lay_down()
+        return super().load_state_dict(state_dict, strict=strict, assign=False)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, also those that a backward left which ended in an exception."""
+        self._passes.recover()
+        super().zero_grad(set_to_none)
+
     def _lay_down(self) -> None:
         """Put the parameters themselves back where a forward without a backward left its copies. FSDP takes them up again."""
         for chunk in self._chunks:
             lay_down(chunk)
+
+    @contextmanager
+    def _running(self, call: str, batch: Mapping[str, Tensor], training: bool = False) -> Iterator[None]:
+        """Every call of the model runs within this: in contexts that it can be computed in, and with errors that say where."""
+        if training and (self._forward_hooks or self._forward_pre_hooks):
+            refuse(f"{call} with forward hooks on the sharded model", "they are called by sharded(...); remove them")
+        if torch._C._current_graph_task_id() != -1:
+            raise PlanError(
+                f"{call} within a backward pass, as under torch.utils.checkpoint: FSDP runs one at a time; recompute = full or "
+                "selective in the policy computes activations again"
+            )
+        if training and not torch.is_grad_enabled():
+            raise PlanError(f"{call} under no_grad or inference_mode makes no gradients: call it outside, or eval_step inside")
+        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled() and torch.is_grad_enabled():
+            raise PlanError(
+                f"{call} under detect_anomaly: torch cannot look for NaN in DTensors; use detect_anomaly(check_nan=False), and "
+                "step.skipped or sharded.grad_norm() for gradients that are not finite"
+            )
+        self._passes.recover()
+        for chunk in self._chunks:
+            check_not_replaced(chunk)
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():  # what FSDP makes in its first forward must serve training as well
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            if torch.is_autocast_enabled(self.device.type):
+                self._refuse_other_autocast(call)
+                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            try:
+                yield
+            except ShardError:
+                raise
+            except Exception as error:
+                _say_where(error, f"shardcomp: {call} of {_shapes(batch)} failed on {self._where()}")
+                raise
+
+    def _refuse_other_autocast(self, call: str) -> None:
+        """Raise PlanError under an autocast that asks for another dtype than the plan's."""
+        asked, computed = torch.get_autocast_dtype(self.device.type), COMPUTE[self._blueprint.precision]
+        if asked != computed:
+            precision = "fp16" if asked == torch.float16 else "bf16"
+            raise PlanError(
+                f"{call} under torch.autocast({asked}), but the plan computes in {computed}: leave autocast out, and say "
+                f"precision = {precision} in the policy, which keeps float32 master weights"
+            )
+
+    def _where(self) -> str:
+        """This rank and the plan, in words."""
+        at = ", ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in self._axes.items() if axis.size > 1)
+        mesh, first = self._blueprint.mesh, self._blueprint
+        plan = f"tensor = {mesh.tp}, pipeline = {mesh.pp}, data = {mesh.dp}, zero = {first.zero}, precision = {first.precision}"
+        return f"rank {torch.distributed.get_rank()}{f' ({at})' if at else ''} of the plan {plan}"
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -158,22 +329,35 @@ class ShardedModel(nn.Module):
             self.random.load_state_dict(before)
             raise
 
-    def train_step(self, **batch: Tensor) -> StepResult:
+    def train_step(self, **batch: Any) -> StepResult:
         """Forward and backward of all micro-batches. Gradients are those of the loss it returns, summed over data-parallel
         ranks, and add to gradients that stand.
 
-        A step that fails on every rank, such as one with a token that is not in the vocabulary, leaves no gradients at all, and
-        the next is made as if it had not been. Where ranks wait for one that failed, or under a pipeline, whose stages are at
-        different micro-batches, training starts again from a checkpoint.
+        Data-parallel ranks may have different numbers of samples, none included.
+
+        A step that fails on every rank leaves no gradients at all, and the next is made as if it had not been. Where ranks wait
+        for one that failed, or under a pipeline, whose stages are at different micro-batches, training starts again from a
+        checkpoint. A batch that is refused, such as one with a token outside of the vocabulary, leaves everything as it was.
+
+        Args:
+            batch: this rank's samples, [b, s] each: `labels`, with -100 where a token does not count, and what the model takes.
+
+        Raises:
+            PlanError: for a call that cannot be made, and where ranks of one pp and tp group have different batches.
+            BatchError: for a token or label outside of the vocabulary.
+
+        Example:
+            step = sharded.train_step(input_ids=ids, labels=ids)
         """
-        self._check(batch)
-        if "labels" not in batch:
-            raise PlanError("train_step: no labels; give labels=, with -100 where a token does not count")
-        pieces = self._micro_batches(batch)
-        code = self._calls.of(pieces[0], ("loss",), self.training)
-        tokens = self._tokens(code, *pieces)
-        pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
-        scale = self._begin_backward(code)
+        given = self._inputs("train_step", (), batch)
+        with self._running("train_step", given, training=True):
+            return self._train_step(given)
+
+    def _train_step(self, batch: dict[str, Tensor]) -> StepResult:
+        self._need_labels("train_step", batch)
+        code, agreed, pieces = self._pieces("train_step", batch, ("loss",))
+        self._passes.begin(code)
+        scale = self.loss_scale.scale
         try:
             with self._restoring():
                 if code.pipeline is None:
@@ -181,39 +365,42 @@ class ShardedModel(nn.Module):
                 else:
                     losses = [found["loss"] for found in code.pipeline.train(pieces, scale)]
                 self._lay_down()
-                loss, bad = self._agree(losses, self._end_backward(code))
+                bad = self._passes.end()
+                loss, bad = self._sum(losses, bad if agreed.bad is None else bad + agreed.bad)
         except BaseException:
-            code.partial.forget()
-            self._scaled, self._bad = False, None
-            self.zero_grad()
+            self._passes.discard()
+            self._bad = None
             raise
         self._note(bad)
-        return StepResult(loss, tokens, bad > 0)
+        return StepResult(loss, agreed.tokens, bad > 0)
 
-    def eval_step(self, return_logits: bool = False, **batch: Tensor) -> StepResult:
+    def eval_step(self, return_logits: bool | str = False, **batch: Any) -> StepResult:
         """Forward of all micro-batches without gradients, through the same stages. The loss is that of `train_step`, in the
-        mode that the model is in."""
-        self._check(batch)
-        if "labels" not in batch:
-            raise PlanError("eval_step: no labels; give labels=, with -100 where a token does not count")
-        pieces = self._micro_batches(batch)
-        code = self._calls.of(pieces[0], ("loss", "logits") if return_logits else ("loss",), self.training)
-        tokens = self._tokens(code, *pieces)
-        pieces = [{**piece, "num_items_in_batch": tokens} for piece in pieces]
+        mode that the model is in. Arguments are those of `train_step`, `return_logits` is that of a call."""
+        given = self._inputs("eval_step", (), batch)
+        with self._running("eval_step", given), torch.no_grad():
+            return self._eval_step(given, return_logits)
+
+    def _eval_step(self, batch: dict[str, Tensor], return_logits: bool | str) -> StepResult:
+        self._need_labels("eval_step", batch)
+        code, agreed, pieces = self._pieces("eval_step", batch, ("loss", "logits") if return_logits else ("loss",))
         with self._restoring():
             if code.pipeline is None:
-                with torch.no_grad():
-                    found = [self._chunks[0].root(code.stages[0].forward, **piece) for piece in pieces]
+                found = [self._chunks[0].root(code.stages[0].forward, **piece) for piece in pieces]
             else:
                 found = code.pipeline.evaluate(pieces)
         self._lay_down()
-        loss, bad = self._agree([each["loss"] for each in found], torch.zeros((), device=self.device))
+        loss, bad = self._sum([each["loss"] for each in found], torch.zeros((), device=self.device))
         logits = None
         if return_logits and found:
-            logits = torch.cat([each["logits"] for each in found])[: next(iter(batch.values())).shape[0]]
-            if "logits" in code.blueprint.output_split:
-                logits = _as_dtensor(logits, self.mesh, *code.blueprint.output_split["logits"])
-        return StepResult(loss, tokens, bad > 0, logits)
+            rows = next(iter(batch.values())).shape[0]
+            logits = torch.cat([each["logits"] for each in found])[:rows]
+            logits = as_output(logits, self.mesh, code.blueprint.output_split.get("logits"), return_logits == "whole")
+        return StepResult(loss, agreed.tokens, bad > 0, logits)
+
+    def _need_labels(self, call: str, batch: Mapping[str, Tensor]) -> None:
+        if "labels" not in batch:
+            raise PlanError(f"{call}: no labels; give labels=, with -100 where a token does not count")
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, norm: Tensor | None = None, max_norm: float = math.inf) -> bool:
         """`optimizer.step()`, unless a backward since the last call left gradients that are not finite: then nothing changes,
@@ -223,6 +410,26 @@ class ShardedModel(nn.Module):
         is not finite, there is no step. `shardcomp.AdamW` does all of this while it updates: the update is under way before
         anything is waited for, and the gradients stay as they are.
         """
+        if isinstance(optimizer, torch.optim.Adafactor) and any(_is_split(p) for p in self.parameters()):
+            raise PlanError(
+                f"optimizer_step(Adafactor) on {self._where()}: torch's Adafactor reads the norms of one shard, and lacks "
+                "operators for DTensors; use shardcomp.AdamW, or a plan that splits no parameter: zero = 0 without tensor"
+            )
+        try:
+            return self._optimizer_step(optimizer, norm, max_norm)
+        except ShardError:
+            raise
+        except Exception as error:
+            kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+            _say_where(
+                error,
+                f"shardcomp: optimizer_step({kind}) failed on {self._where()}. docs/module_contract.md lists the optimizers "
+                "whose operators torch has for DTensors; shardcomp.AdamW needs none",
+            )
+            raise
+
+    def _optimizer_step(self, optimizer: torch.optim.Optimizer, norm: Tensor | None, max_norm: float) -> bool:
+        self._passes.recover()
         if norm is None and max_norm != math.inf:
             norm = self.grad_norm()
         bad, self._bad = self._bad, None
@@ -244,31 +451,14 @@ class ShardedModel(nn.Module):
                 optimizer.step()
         self.loss_scale.update(skipped)
         self.skipped_steps += skipped
+        if skipped:
+            self._agreement.poll(wait=True)  # the step was skipped, and waited for: a batch may have been why
         return not skipped
 
     def _note(self, bad: Tensor) -> None:
         self._bad = bad if self._bad is None else self._bad + bad
 
-    def _begin_backward(self, code: LoadedCall) -> float:
-        """Called before a backward, once for each loss that it starts from; returns what that is to be multiplied by."""
-        scale = self.loss_scale.scale
-        if not self._scaled:
-            scale_gradients(self.parameters(), scale)  # those that stand are divided by it with the new ones
-        self._scaled = True
-        code.partial.set_aside()
-        return scale
-
-    def _end_backward(self, code: LoadedCall) -> Tensor:
-        """Called when every gradient of a backward is there; returns whether one on this rank is not finite: 0 or 1, []."""
-        for chunk in self._chunks:
-            hand_on(chunk)
-        code.partial.add_up()
-        if self._scaled:
-            scale_gradients(self.parameters(), 1 / self.loss_scale.scale)
-        self._scaled = False
-        return not_finite(self.parameters(), self.device)
-
-    def _agree(self, losses: list[Tensor], bad: Tensor) -> tuple[Tensor, Tensor]:
+    def _sum(self, losses: list[Tensor], bad: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of all micro-batches and samples, and the number of ranks with bad gradients, the same on every rank."""
         dtype = MASTER[self._blueprint.precision]
         loss = torch.stack(losses).sum().to(dtype) if losses else torch.zeros((), dtype=dtype, device=self.device)
@@ -285,17 +475,51 @@ class ShardedModel(nn.Module):
         loss.backward(torch.full_like(loss, scale))
         return loss.detach()
 
-    def _micro_batches(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The batch in pieces. The last may be smaller; under a pipeline, whose pieces are of one size, it is filled up with
-        samples that do not count."""
+    def _pieces(
+        self, call: str, batch: dict[str, Tensor], outputs: tuple[str, ...]
+    ) -> tuple[LoadedCall, Agreed, list[dict[str, Tensor]]]:
+        """A step's code, what the ranks know of it, and its micro-batches.
+
+        The last micro-batch may be smaller. Where all have to be of one size, under a pipeline and for a model that was
+        captured for one shape, it is filled up with samples that do not count. From zero = 2 the ranks of dp exchange
+        parameters and gradients in every micro-batch: one that has fewer than another computes some that do not count.
+        """
         rows = next(iter(batch.values())).shape[0]
-        size = min(self._blueprint.micro_batch or rows, rows)
-        missing = -rows % size if self._blueprint.mesh.pp > 1 else 0
+        size = max(1, min(self._blueprint.micro_batch or rows, rows))
+        if not rows:
+            batch = self._sample_that_does_not_count(batch)
+        first = {name: tensor[:size] for name, tensor in batch.items()}
+        code = self._calls.of(first, outputs, self._mode)
+        one_size = self._blueprint.mesh.pp > 1 or code.blueprint.static_shape is not None
+        missing = -rows % size if one_size else 0
         if missing:
-            batch = {name: torch.cat([held, held[:1].expand(missing, *held.shape[1:])]) for name, held in batch.items()}
-            batch["labels"] = batch["labels"].clone()
-            batch["labels"][rows:] = self._blueprint.ignored_label
-        return [{name: held[at : at + size] for name, held in batch.items()} for at in range(0, rows + missing, size)]
+            batch = {name: torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) for name, tensor in batch.items()}
+        if missing or not rows:
+            self._discount(code, batch, rows)
+        total = next(iter(batch.values())).shape[0]
+        pieces = [{name: tensor[at : at + size] for name, tensor in batch.items()} for at in range(0, total, size)]
+        code, agreed = self._agree_on(call, pieces, outputs, _EXCHANGED, counts=True, whole=batch)
+        if self._blueprint.zero >= 2 and agreed.micro_batches > len(pieces):
+            idle = {name: tensor.clone() for name, tensor in pieces[0].items()}
+            self._discount(code, idle, 0)
+            pieces += [dict(idle) for _ in range(agreed.micro_batches - len(pieces))]
+        return code, agreed, [{**piece, "num_items_in_batch": agreed.tokens} for piece in pieces]
+
+    def _sample_that_does_not_count(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One sample for a rank that has none, but for its labels."""
+        bounded = self._blueprint.index_bounds
+        return {name: tensor.new_full((1, *tensor.shape[1:]), int(name not in bounded)) for name, tensor in batch.items()}
+
+    def _discount(self, code: LoadedCall, batch: dict[str, Tensor], rows: int) -> None:
+        """Set the labels of all samples from the one number `rows` to what does not count."""
+        if not code.blueprint.label_inputs:
+            raise PlanError(
+                "the model computes its labels from several inputs, so that no sample can be added which does not count: give "
+                "every rank as many samples as micro_batch divides"
+            )
+        for name in code.blueprint.label_inputs:
+            batch[name] = batch[name].clone()
+            batch[name][rows:] = self._blueprint.ignored_label
 
     def grad_norm(self) -> Tensor:
         """The global 2-norm of the gradients over every axis, tied weights counted once: [], the same on every rank, not finite
@@ -323,13 +547,14 @@ class ShardedModel(nn.Module):
     def held_parameters(self) -> dict[str, Held]:
         """The pieces of parameters that this rank holds, by their names in the model."""
         self._lay_down()
-        coordinates = {name: axis.rank for name, axis in self._axes.items()}
         copies: dict[str, list[nn.Parameter]] = {}
         for chunk in self._chunks:
             for name, held in chunk.names.items():
                 copies.setdefault(name, []).append(self.get_parameter(held))
         return {
-            name: Held(self._blueprint.parameters[name].shape, held_index(self._blueprint, name, coordinates), tuple(held))
+            name: Held(
+                self._blueprint.parameters[name].shape, held_index(self._blueprint, name, self._coordinates), tuple(held)
+            )
             for name, held in copies.items()
         }
 
@@ -342,11 +567,12 @@ class ShardedModel(nn.Module):
         """What this rank holds now: "device" or "host" -> "parameters", "gathered" (copies in the compute dtype), "unreduced"
         (gradients before their sum over dp), "gradients" or "optimizer" (the states of the one given) -> bytes. Activations are
         not counted."""
-        set_aside = [held for partial in self._calls.partials.values() for held in partial.held()]
-        return held_bytes(self._chunks, self.device, optimizer, set_aside)
+        return held_bytes(self._chunks, self.device, optimizer, self._passes.stashed)
 
-    def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3) -> None:
-        """Write a HuggingFace directory (config.json, safetensors) from all ranks together; no rank holds the whole model."""
+    def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3, strict: bool = True) -> None:
+        """Write a HuggingFace directory (config.json, generation_config.json, safetensors) from all ranks together; no rank
+        holds the whole model. max_shard_size: bytes of a file. strict: raise CheckpointError, before anything is written, where
+        `from_pretrained` would not read the tensors, such as those of adapters."""
         from shardcomp.runtime.huggingface import save_pretrained
 
         self._lay_down()
@@ -355,6 +581,8 @@ class ShardedModel(nn.Module):
         if not getattr(self.config, "tie_word_embeddings", True):
             # Tied by hand: the configuration will not tie them when the files are read.
             names |= {alias: [alias] for plan in self._blueprint.parameters.values() for alias in plan.aliases}
+        if strict:
+            self._origin.check_names(names, [alias for plan in self._blueprint.parameters.values() for alias in plan.aliases])
         entries = []
         for name, pieces in names.items():
             shape, dtype = self._shape(pieces[0])
@@ -362,7 +590,7 @@ class ShardedModel(nn.Module):
             fetch = self._fetcher(name, {piece: parts.get(piece) for piece in pieces})
             entries.append((name, part.shape if part else shape, dtype, fetch))
         writer = torch.distributed.get_rank() == 0
-        save_pretrained(path, entries, self.config, is_writer=writer, max_shard_size=max_shard_size)
+        save_pretrained(path, entries, self.config, writer, max_shard_size, self.generation_config)
         torch.distributed.barrier()  # the directory is there for whoever goes on
 
     def _fetcher(self, name: str, parts: Mapping[str, Part | None]) -> Callable[[], Tensor]:
@@ -419,22 +647,85 @@ class ShardedModel(nn.Module):
         torch.distributed.broadcast(held, group=axis.group, group_src=source)
         return held
 
-    def _tokens(self, code: LoadedCall, *pieces: Mapping[str, Tensor]) -> Tensor:
-        """The labels of the global batch that the loss is a mean over."""
-        with torch.no_grad():
-            mine = [code.stages[0].tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces]
-            return self._axes["dp"].all_reduce(torch.stack(mine).sum())
+    def _agree_on(
+        self,
+        call: str,
+        pieces: list[dict[str, Tensor]],
+        outputs: tuple[str, ...],
+        axes: tuple[str, ...],
+        counts: bool,
+        whole: Mapping[str, Tensor] | None = None,
+    ) -> tuple[LoadedCall, Agreed]:
+        """The code of a call, and what the ranks know of it together. counts: whether labels are counted. whole: the batch that
+        `pieces` are of."""
+        code, batch = self._calls.of(pieces[0], outputs, self._mode), pieces[0] if whole is None else whole
+        bounds = {name: bound for name, bound in code.blueprint.index_bounds.items() if name in batch}
+        floating = [name for name in bounds if batch[name].is_floating_point()]
+        if floating:
+            raise PlanError(f"{call}: {', '.join(floating)} is {batch[floating[0]].dtype}: tokens and labels are integers")
+        tokens = torch.zeros((), dtype=torch.int64, device=self.device)
+        if counts:
+            with torch.no_grad():
+                counted = [
+                    code.stages[0].tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces
+                ]
+                tokens = torch.stack(counted).sum()
+        digest, changed = self._trained_now()
+        mode = f"{call} -> ({', '.join(outputs)}), {'training' if self.training else 'evaluating'},"
+        agreed = self._agreement.exchange(mode, batch, bounds, axes, tokens, len(pieces), digest, changed)
+        if agreed.changed:
+            self._train_more()
+            code = self._calls.of(pieces[0], outputs, self._mode)
+        return code, agreed
 
-    def _check(self, batch: Mapping[str, Tensor]) -> None:
-        """Refuse what would fail inside the forward, or go wrong silently."""
+    def _trained_now(self) -> tuple[int, bool]:
+        """A digest of which of this rank's parameters have requires_grad, and whether there are some that the code does not
+        train."""
+        pattern = tuple(entry.sharded_param.requires_grad for _, entry in self._named)
+        if pattern != self._pattern:
+            self._pattern, self._pattern_digest = pattern, zlib.crc32(bytes(pattern))
+        if pattern == self._known_pattern:
+            return self._pattern_digest, False
+        names = {name for (name, _), trained in zip(self._named, pattern, strict=True) if trained}
+        if names <= self._trained:
+            self._known_pattern = pattern
+            return self._pattern_digest, False
+        return self._pattern_digest, True
+
+    def _train_more(self) -> None:
+        """From now on lower calls for all parameters that some rank trains, and for those that were trained before: sums over
+        ranks that find nothing to sum do no harm."""
+        names = sorted(self._blueprint.parameters)
+        mine = {name for name, entry in self._named if entry.sharded_param.requires_grad} | self._trained
+        trained = torch.tensor([[name in mine for name in names]], dtype=torch.int64, device=self.device)
+        for axis in _EXCHANGED:
+            trained = self._axes[axis].all_gather(trained, 0).amax(0, keepdim=True)
+        self._trained = frozenset(name for name, flag in zip(names, trained[0].tolist(), strict=True) if flag)
+        self._calls.trained = self._trained
+
+    def _inputs(self, call: str, args: tuple[Any, ...], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a call by name. Raises PlanError, with all violations, for what would fail inside the forward, or go
+        wrong silently."""
+        names = self._blueprint.positional
+        if args and len(args) > len(names):
+            raise PlanError(f"{call}: {len(args)} positional arguments; the model takes ({', '.join(names)}) by position")
+        doubled = [name for name in names[: len(args)] if name in batch]
+        if doubled:
+            raise PlanError(f"{call}: {', '.join(doubled)} is given by position and by name")
+        batch = dict(zip(names, args, strict=False)) | batch
+        batch = {
+            name: given
+            for name, given in batch.items()
+            if given is not None and not (name in _AS_CAPTURED and given is _AS_CAPTURED[name])
+        }
         if not batch:
-            raise PlanError("no inputs: give at least input_ids=")
-        wrong = [f"{n} = {type(held).__name__}" for n, held in batch.items() if not isinstance(held, Tensor)]
-        if wrong:
-            raise PlanError(f"inputs must be tensors, but {', '.join(wrong)}")
-        shapes = {n: tuple(held.shape[:2]) for n, held in batch.items()}
-        if len(set(shapes.values())) > 1:
-            raise PlanError(f"inputs of one call share batch and length, but these do not: {shapes}")
+            raise PlanError(f"{call}: no inputs; give at least input_ids=")
+        violations = [text for name, given in batch.items() if (text := _misfit(name, given, self.device))]
+        shapes = {name: tuple(given.shape[:2]) for name, given in batch.items() if isinstance(given, Tensor)}
+        if not violations and len(set(shapes.values())) > 1:
+            violations.append(f"inputs of one call share batch and length, but these do not: {shapes}")
+        if violations:
+            raise PlanError(f"{call}: {'; '.join(violations)}")
         length = next(iter(shapes.values()))[1]
         multiple = self._blueprint.sequence_multiple
         if length % multiple:
@@ -443,17 +734,50 @@ class ShardedModel(nn.Module):
                 f"a sequence of {length} does not split over tensor = {multiple} under sequence parallelism; the next length "
                 f"that does is {longer}: pad with labels of -100, or set sequence_parallel = false"
             )
+        return {name: given.long() if given.dtype in _NARROW_INTEGERS else given for name, given in batch.items()}
 
 
-def _as_dtensor(held: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:
-    shape = torch.Size([*held.shape[:dim], size, *held.shape[dim + 1 :]])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(held, mesh["tp"], [Shard(dim)], run_check=False, shape=shape, stride=stride)
+def _told_to_hosts(blueprint: Blueprint) -> list[str]:
+    """The axes along which an accelerator's host must know of the others before a step starts: how many micro-batches they
+    have, where these are exchanged one by one, and whether another stage trains more than before."""
+    uneven = ["dp"] if blueprint.zero >= 2 and blueprint.micro_batch is not None else []
+    return uneven + (["pp"] if blueprint.mesh.pp > 1 else [])
 
 
-def _output_type(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def _misfit(name: str, tensor: Any, device: torch.device) -> str:
+    """Why a value cannot be an input; empty where it can."""
+    if name in _AS_CAPTURED and isinstance(tensor, bool):
+        return f"{name} = {tensor}: calls are captured with {name} = {_AS_CAPTURED[name]}; leave it out"
+    if not isinstance(tensor, Tensor):
+        return f"{name} is {type(tensor).__name__}: give a tensor"
+    if tensor.dim() < 2:
+        return f"{name} has the shape {list(tensor.shape)}: inputs are [b, s]; tensor.unsqueeze(0) is one sample"
+    if tensor.device.type != device.type:
+        return f"{name} is on {tensor.device}, the model on {device}: {name}.to(sharded.device)"
+    return ""
+
+
+def _is_split(parameter: Tensor) -> bool:
+    """Whether a parameter has a part of it on each of several ranks."""
+    if not isinstance(parameter, DTensor):
+        return False
+    sizes = parameter.device_mesh.shape
+    return any(size > 1 and not at.is_replicate() for size, at in zip(sizes, parameter.placements, strict=True))
+
+
+def _shapes(batch: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
+
+
+def _say_where(error: Exception, line: str) -> None:
+    """Put a line of ours in front of an exception of torch's or transformers', whose type stays."""
+    hint = ""
+    if isinstance(error, torch.OutOfMemoryError):
+        hint = '; a smaller micro_batch, recompute = "full" or zero = 3 take less memory'
+    if error.args and isinstance(error.args[0], str) and not isinstance(error, KeyError):
+        error.args = (f"{line}{hint}\n{error.args[0]}", *error.args[1:])
+    else:
+        error.add_note(line + hint)
 
 
 def build(
@@ -461,16 +785,59 @@ def build(
     weights: Weights,
     config: Any = None,
     lower: Lower | None = None,
+    origin: Origin | None = None,
+    same: Iterable[tuple[str, Tensor]] = (),
+    sync_weights: bool = False,
 ) -> ShardedModel:
-    """Allocate this rank's part of a lowered model and hand it over. `weights` is asked for this rank's part of each
-    parameter."""
-    public, device = world.start(blueprint.mesh)
+    """Allocate this rank's part of a lowered model and hand it over.
+
+    Args:
+        blueprint: what the model was lowered to.
+        weights: is asked for this rank's part of each parameter.
+        config: the HuggingFace configuration, where there is no `origin`.
+        lower: lowers further calls; None where there is only the source of one.
+        origin: what to keep of the dense model.
+        sync_weights: whether every rank takes the numbers that rank 0 has.
+
+    Raises:
+        PlanError: where ranks that hold the same part of a parameter start from other numbers.
+    """
+    same = list(same)
+    names = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in same)
+    facts = {"policy": repr(blueprint.policy), "program": "\n".join(blueprint.sources), "model": names}
+    public, device = world.start(blueprint.mesh, facts if blueprint.compare_ranks else {})
     mesh = blueprint.mesh.engine_mesh(public)
     factored = blueprint.mesh.engine_mesh(public, factored=True) if blueprint.mesh.copies > 1 else mesh
     axes = world.axes_of(public, mesh, factored)
-    tree, chunks = allocate(blueprint, weights, mesh, factored, {name: axis.rank for name, axis in axes.items()}, device)
+    coordinates = {name: axis.rank for name, axis in axes.items()}
+    everyone = world.everyone()
+    if blueprint.compare_ranks and not sync_weights:
+        check_same(same, everyone, device)
+    tree, chunks = allocate(blueprint, weights, mesh, factored, coordinates, device)
     for chunk in chunks:
         gather_apart(chunk)
         if COMPUTE[blueprint.precision] != MASTER[blueprint.precision]:
             widen_gradients(chunk)
-    return ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), config, lower)
+    origin = origin or Origin(config)
+    model = ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), origin, lower)
+    if sync_weights:
+        _take_from_first_rank(model, weights, everyone)
+    if blueprint.compare_ranks:
+        shards = {name: (held.index, local(held.parameters[0])) for name, held in model.held_parameters().items()}
+        check_replicated(shards, blueprint.parameters, everyone, device)
+    return model
+
+
+@torch.no_grad()
+def _take_from_first_rank(model: ShardedModel, weights: Weights, everyone: Axis) -> None:
+    """Give every rank the numbers that rank 0 reads, one whole parameter at a time."""
+    held = model.held_parameters()
+    for name, plan in model.blueprint.parameters.items():
+        tensor = broadcast_from_first(weights(name, tuple(slice(0, size) for size in plan.shape)), everyone, model.device)
+        for parameter in held[name].parameters if name in held else ():
+            local(parameter).copy_(tensor[held[name].index])
+    for name, buffer in model.blueprint.buffers.items():
+        tensor = broadcast_from_first(buffer, everyone, model.device)
+        mine = model.held_buffers().get(name)
+        if mine is not None:
+            mine.copy_(tensor)

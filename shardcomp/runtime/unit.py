@@ -28,6 +28,16 @@ BACKEND = "inductor"
 """What torch.compile compiles with."""
 
 
+def current(module: nn.Module, attribute: str) -> Tensor:
+    """A parameter or buffer as it is now: gathered, while its unit runs. Read as an attribute, a `Namespace` gives the
+    sharded one."""
+    found = module._parameters.get(attribute)
+    if found is None:
+        found = module._buffers[attribute]
+    assert found is not None
+    return found
+
+
 class Home(nn.Module):
     """The parameters and buffers of one unit, held by modules of the model's tree; what FSDP gathers and reduces.
 
@@ -39,9 +49,11 @@ class Home(nn.Module):
     splits: whether its backward comes in two halves. What FSDP hangs on the call that a result comes from would then run in
     the second half once more, where weights meet that very call: its results get a call of their own.
     wide_gradients: the name of a matrix in the emitted code -> where its gradients of several micro-batches are added up.
+    compute_dtype: what its code computes in: FSDP casts all parameters to it but those of no dimension, which it does not take.
     """
 
     shared: Shared | None
+    compute_dtype: torch.dtype | None = None
     copies_vectors = False
     splits = False
     wide_gradients: Mapping[str, Any] = {}
@@ -63,7 +75,7 @@ class Home(nn.Module):
         """The parameters and buffers as the last forward used them."""
 
     def forward(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
-        self.gathered = [getattr(module, attribute) for module, attribute in self.places.values()]
+        self.gathered = [current(module, attribute) for module, attribute in self.places.values()]
         results = body(*inputs)
         if not self.splits:
             return results
@@ -122,7 +134,9 @@ def local(unit: Unit | Compiled) -> Any:
             if part not in at.__dict__:
                 setattr(at, part, Local())
             at = at.__dict__[part]
-        held = getattr(module, attribute)
+        held = current(module, attribute)
+        if held.dim() == 0 and isinstance(held, nn.Parameter):
+            held = held.to(unit.home.compute_dtype)
         held = held.to_local() if isinstance(held, DTensor) else held
         if name in unit.home.wide_gradients:
             held.wide_gradient = unit.home.wide_gradients[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
 from shardcomp.mesh import Mesh
+from shardcomp.runtime.weight_check import check_alike
 
 ON_CPU = ("gloo", "threaded")
 """The backends whose ranks compute on the CPU, on a machine with GPUs as well: the second is that of ranks as threads."""
@@ -23,8 +26,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(mesh: Mesh) -> tuple[DeviceMesh, torch.device]:
-    """Join the process group, starting it if nobody has, and lay the mesh over it."""
+def start(mesh: Mesh, facts: Mapping[str, str] = MappingProxyType({})) -> tuple[DeviceMesh, torch.device]:
+    """Join the process group, starting it if nobody has, and lay the mesh over it. Raises PlanError where the ranks differ in
+    one of `facts`, which may be none: their meshes would not fit together."""
     device = device_of_rank()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -34,6 +38,7 @@ def start(mesh: Mesh) -> tuple[DeviceMesh, torch.device]:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() != mesh.world_size:
         raise PlanError(f"the plan is for {mesh.world_size} ranks, but the process group has {dist.get_world_size()}")
+    check_alike(facts, everyone(), device)
     return mesh.device_mesh(device.type), device
 
 
@@ -54,4 +59,23 @@ def axes_of(*meshes: DeviceMesh) -> dict[str, Axis]:
     for mesh, name in ((each, name) for each in meshes for name in each.mesh_dim_names or () if name not in found):
         size = mesh[name].size()
         found[name] = Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
+    return found
+
+
+def everyone() -> Axis:
+    """All ranks, as an axis."""
+    size = dist.get_world_size()
+    return Axis("world", size, dist.get_rank(), dist.group.WORLD if size > 1 else None)
+
+
+def host_axes(mesh: DeviceMesh, names: Sequence[str]) -> dict[str, Axis]:
+    """Axes of the mesh whose groups exchange tensors of the host, beside an accelerator's. Called by all ranks together."""
+    found = {}
+    for name in names:
+        dim = (mesh.mesh_dim_names or ()).index(name)
+        rows = mesh.mesh.movedim(dim, -1).flatten(0, -2).tolist()
+        for ranks in rows if len(rows[0]) > 1 else ():
+            group = dist.new_group(ranks, backend="gloo")
+            if dist.get_rank() in ranks:
+                found[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group)
     return found

@@ -142,6 +142,7 @@ def test_sigterm_ends_a_job_as_it_did_where_nobody_died(start: Start) -> None:
         ("backward", "waiting in reduce_scatter over tp (backward of lm_head, {backward} in sharded)"),
         ("forward", "waiting in reduce_scatter over tp (model.embed_tokens, model.py:"),
         ("zero", "waiting in all_gather over dp (model.embed_tokens, FSDP, "),
+        ("compared", "waiting in all_gather over tp (what ranks compare before a call, {forward} in sharded)"),
     ],
 )
 def test_of_a_sharded_model_the_axis_and_the_unit_are_told(start: Start, what: str, expected: str) -> None:
@@ -149,7 +150,7 @@ def test_of_a_sharded_model_the_axis_and_the_unit_are_told(start: Start, what: s
     first, other = ended.whole
     assert f"held up by rank 1 at {line_of('slow')} in slow" in first
     mark = "backward" if what == "backward" else "forward"
-    assert other.startswith("  rank 0 " + expected.format(backward=line_of("backward")))
+    assert other.startswith("  rank 0 " + expected.format(backward=line_of("backward"), forward=line_of("forward")))
     assert line_of(mark) in other
 
 

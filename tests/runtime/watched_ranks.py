@@ -83,15 +83,17 @@ def steady(rank: int, size: int, what: str) -> None:
 
 
 def sharded(rank: int, size: int, what: str) -> None:
-    """A sharded model, of which rank 1 sleeps before its forward or backward."""
+    """A sharded model, of which rank 1 sleeps before its call, within it, or before its backward."""
     model = build(BLUEPRINTS[what], weights)
     ids = torch.arange(32).reshape(2, 16)
     model(input_ids=ids, labels=ids).loss.backward()
     dist.barrier()
     with Watchdog(TIMEOUT, poll=0.2, grace=2.0) as watchdog:
         watchdog.beat("step 1")
-        if rank == 1 and what != "backward":
+        if rank == 1 and what == "compared":
             slow()
+        if rank == 1 and what in ("forward", "zero"):
+            model._chunks[0].root.register_forward_pre_hook(lambda *given: slow())
         loss = model(input_ids=ids, labels=ids, num_items_in_batch=32).loss  # here: forward
         if rank == 1:
             slow()
@@ -122,7 +124,7 @@ def rank_process(rank: int, size: int, port: int, what: str, folder: Path) -> in
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     try:
         dist.init_process_group("gloo")
-        run = {"steady": steady, "forward": sharded, "backward": sharded, "zero": sharded}.get(what, plain)
+        run = {"steady": steady, "forward": sharded, "backward": sharded, "zero": sharded, "compared": sharded}.get(what, plain)
         run(rank, size, what)
         dist.destroy_process_group()
     except BaseException:
@@ -133,10 +135,10 @@ def rank_process(rank: int, size: int, port: int, what: str, folder: Path) -> in
 
 def run(what: str, size: int, folder: Path, limit: float) -> dict:
     """Fork the ranks and wait for them, killing those that are left after `limit` seconds or are stopped."""
-    if what in ("forward", "backward", "zero") and what not in BLUEPRINTS:
+    if what in ("forward", "backward", "zero", "compared") and what not in BLUEPRINTS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as alone:
             made = alone.submit(lower, what).result()
-        BLUEPRINTS.update({"zero": made} if what == "zero" else {"forward": made, "backward": made})
+        BLUEPRINTS.update(dict.fromkeys(["zero"] if what == "zero" else ["forward", "backward", "compared"], made))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

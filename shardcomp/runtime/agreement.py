@@ -1,0 +1,247 @@
+"""What ranks tell each other before a call of the model: one small message along each axis.
+
+Ranks of one pp and tp group compute with the same batch, and all ranks make the same calls. Where they do not, they would train
+on a mixture, or wait for each other forever. So each call starts with an exchange of a few numbers: digests of the call and of
+its batch, how many labels count, how many micro-batches there are, and whether an input has a number that the model cannot
+take.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardcomp.collectives import Axis
+from shardcomp.errors import BatchError, PlanError
+from shardcomp.runtime.blueprint import IndexBound
+
+CALL, BATCH, TRAINED, DIFFERS, OUTSIDE, CHANGED, MICRO_BATCHES, TOKENS = range(8)
+"""The numbers of the message, int64 each.
+
+CALL, BATCH, TRAINED: digests of what was called with which shapes, of the numbers in the batch, and of which parameters have
+requires_grad. DIFFERS: whether one of these differs along an axis that was compared already. OUTSIDE: whether an input has a
+number outside of its bounds. CHANGED: whether a parameter is trained that the code was not lowered for. MICRO_BATCHES: how many
+there are. TOKENS: the labels that count.
+"""
+WIDTH = 8
+_LARGEST = slice(DIFFERS, MICRO_BATCHES + 1)
+"""Of these, ranks need the largest. Slices, because an index in a list would have an accelerator's host wait for its stream."""
+_COMPARED = {"tp": slice(CALL, TRAINED + 1), "pp": slice(CALL, BATCH + 1), "dp": slice(TRAINED, TRAINED + 1)}
+"""The digests that ranks of an axis have in common: stages have other parameters, data-parallel ranks other batches."""
+FIRST_CALLS = 3
+"""On an accelerator, so many calls of a kind wait for the answer. That of later ones is read when it is there."""
+_MULTIPLIER, _INCREMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks know after an exchange.
+
+    tokens: the labels of the global batch that count, int64 []. micro_batches: the most that a rank has. changed: whether a
+    rank trains a parameter that the code was not lowered for. bad: where the answer is still on the device, a number [] that is
+    not zero if the step must not change any weight.
+    """
+
+    tokens: Tensor
+    micro_batches: int
+    changed: bool
+    bad: Tensor | None = None
+
+
+class Agreement:
+    """The exchange before each call.
+
+    axes: by name. compare: whether digests are exchanged; without, pp and dp exchange what a step needs. at_once: whether every
+    answer is read before the call, as on a CPU; else only those of a kind's first calls, and no later one waits for the device.
+    host: on an accelerator, axes whose groups exchange what the host must know before a step: MICRO_BATCHES and CHANGED.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, Axis],
+        device: torch.device,
+        compare: bool = True,
+        at_once: bool = True,
+        host: Mapping[str, Axis] | None = None,
+    ) -> None:
+        self.axes = {name: replace(axis, unit="what ranks compare before a call") for name, axis in axes.items()}
+        self.device, self.compare, self.at_once, self.host = device, compare, at_once, dict(host or {})
+        self._calls: dict[int, int] = {}
+        self._answers: deque[_Answer] = deque()
+        self._factors = torch.zeros(0, dtype=torch.int64)
+
+    def exchange(
+        self,
+        call: str,
+        batch: Mapping[str, Tensor],
+        bounds: Mapping[str, IndexBound],
+        axes: Sequence[str],
+        tokens: Tensor,
+        micro_batches: int = 1,
+        trained: int = 0,
+        changed: bool = False,
+    ) -> Agreed:
+        """Compare a call with those of the other ranks along `axes`.
+
+        call: in words. bounds: of inputs of the batch. tokens: this rank's labels that count, int64 []. trained: the digest of
+        what is trained. changed: see CHANGED. Raises, on all ranks along `axes`, PlanError where ranks of one pp and tp group
+        make different calls, and BatchError for a number that is outside of its bounds.
+        """
+        self.poll()
+        shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        described = f"{call} of {', '.join(f'{name} {list(shape)}' for name, shape in sorted(shapes.items()))}"
+        digest = zlib.crc32(described.encode())
+        outside = _outside(batch, bounds)
+        own = torch.zeros(WIDTH, dtype=torch.int64)
+        own[CALL], own[TRAINED], own[CHANGED], own[MICRO_BATCHES] = digest, trained, changed, micro_batches
+        numbers = own.to(self.device, non_blocking=True)
+        numbers[TOKENS] = tokens
+        if outside is not None:
+            numbers[OUTSIDE] = outside[:, 0].sum() > 0
+        compared = self.compare and any(self.axes[name].size > 1 for name in axes if name != "dp")
+        if compared:
+            numbers[BATCH] = self._digest(batch)
+        differing = ""
+        for axis in (self.axes[name] for name in axes):
+            if axis.size > 1 and (self.compare or axis.name != "tp"):
+                every = axis.all_gather(numbers.unsqueeze(0), 0)
+                if self.at_once and not differing:
+                    differing = _differing(axis, every, described) if self.compare else ""
+                numbers = _combined(axis.name, every, self.compare)
+        answer = _Answer(described, numbers, outside, tuple((name, shapes[name]) for name in bounds), differing)
+        if self.at_once:
+            answer.check()
+            return Agreed(numbers[TOKENS].clone(), int(numbers[MICRO_BATCHES]), bool(numbers[CHANGED]))
+        micro_batches, changed = self._of_hosts(axes, micro_batches, changed)
+        self._calls[digest] = self._calls.get(digest, 0) + 1
+        if self._calls[digest] <= FIRST_CALLS:
+            answer.check()
+        else:
+            self._answers.append(answer)
+            answer.fetch()
+        return Agreed(numbers[TOKENS].clone(), micro_batches, changed, numbers[DIFFERS] + numbers[OUTSIDE])
+
+    def poll(self, wait: bool = False) -> None:
+        """Raise what the answers of earlier calls say, those that are there, or where `wait` all of them."""
+        while self._answers and (wait or self._answers[0].is_there()):
+            self._answers.popleft().check()
+
+    def _of_hosts(self, axes: Sequence[str], micro_batches: int, changed: bool) -> tuple[int, bool]:
+        for axis in (self.host[name] for name in axes if name in self.host):
+            every = axis.all_gather(torch.tensor([[micro_batches, changed]], dtype=torch.int64), 0)
+            micro_batches, changed = int(every[:, 0].max()), bool(every[:, 1].max())
+        return micro_batches, changed
+
+    def _digest(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """A number that another value, or the same values in another order, change: int64 []. Sums wrap around."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for _, tensor in sorted(batch.items()):
+            flat = tensor.detach().flatten()
+            flat = flat.double().view(torch.int64) if flat.is_floating_point() else flat
+            if self._factors.numel() < flat.numel():
+                places = torch.arange(flat.numel(), dtype=torch.int64, device=self.device)
+                self._factors = places * _MULTIPLIER + _INCREMENT
+            total = total * _MULTIPLIER + (flat * self._factors[: flat.numel()]).sum()
+        return total
+
+
+@dataclass
+class _Answer:
+    """What an exchange found, on the device. bounded: the inputs of the rows of `outside`, with their shapes. differing: what
+    differs, in words, where that is known."""
+
+    described: str
+    numbers: Tensor
+    outside: Tensor | None
+    bounded: tuple[tuple[str, tuple[int, ...]], ...]
+    differing: str
+
+    _copied: torch.Event | None = None
+
+    def fetch(self) -> None:
+        """Copy it to the host without waiting."""
+        device = self.numbers.device
+        if device.type != "cpu":
+            self.numbers = _to_host(self.numbers)
+            self.outside = None if self.outside is None else _to_host(self.outside)
+            self._copied = torch.Event(device)
+            self._copied.record()
+
+    def is_there(self) -> bool:
+        return self._copied is None or bool(self._copied.query())
+
+    def check(self) -> None:
+        """Raise what it says."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self.numbers[DIFFERS]:
+            differing = self.differing or f"{self.described}: the ranks of a pp and tp group differ in the call or the batch"
+            raise PlanError(
+                f"{differing}. A batch is this data-parallel rank's samples, the same on every rank of one pp and tp group: "
+                'choose samples by sharded.mesh["dp"].get_local_rank(), not by the rank in the world'
+            )
+        if self.numbers[OUTSIDE]:
+            raise BatchError(f"{self._named_outside()} (in {self.described})")
+
+    def _named_outside(self) -> str:
+        found = []
+        rows = [] if self.outside is None else self.outside.tolist()
+        for (name, shape), (count, place, value, size) in zip(self.bounded, rows, strict=True):
+            if count:
+                at = f"sample {place // shape[1]}, position {place % shape[1]}"
+                more = f" and {count - 1} more" if count > 1 else ""
+                found.append(f"{name} of {at} is {value}{more}; the model takes 0 to {size - 1}")
+        hint = "labels of tokens that do not count are -100, and new tokens need model.resize_token_embeddings before sharding"
+        return f"{'; '.join(found)}: {hint}" if found else "another data-parallel rank has a number that the model cannot take"
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is there once the device's stream has come to it. Into memory that is not pinned, the host would wait."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _combined(axis: str, every: Tensor, compare: bool) -> Tensor:
+    """The numbers of all ranks of an axis, [ranks, WIDTH], as those of one: [WIDTH]."""
+    found = every[0].clone()
+    found[_LARGEST] = every[:, _LARGEST].amax(0)
+    if compare:
+        columns = _COMPARED[axis]
+        found[DIFFERS] += (every[:, columns] != every[:1, columns]).any()
+    if axis == "dp":
+        found[TOKENS] = every[:, TOKENS].sum()
+    return found
+
+
+def _differing(axis: Axis, every: Tensor, described: str) -> str:
+    """What the ranks of an axis differ in; empty where they do not."""
+    words = {CALL: "make another call, or one of other shapes", BATCH: "have other numbers in it"}
+    for column in range(WIDTH)[_COMPARED[axis.name]]:
+        own = int(every[axis.rank, column])
+        others = [str(rank) for rank, number in enumerate(every[:, column].tolist()) if number != own]
+        if others:
+            what = words.get(column, "have other parameters with requires_grad")
+            return f"{axis.name} rank {axis.rank} makes the call {described}; {axis.name} rank {', '.join(others)} {what}"
+    return ""
+
+
+def _outside(batch: Mapping[str, Tensor], bounds: Mapping[str, IndexBound]) -> Tensor | None:
+    """For each bounded input, in order: how many of its numbers are outside, the place of the first in the flat tensor, its
+    value, and the size that it must stay below: [inputs, 4] int64. None where no input is bounded."""
+    rows = []
+    for name, bound in bounds.items():
+        flat = batch[name].detach().flatten()
+        mask = (flat < 0) | (flat >= bound.size)
+        if bound.ignored is not None:
+            mask &= flat != bound.ignored
+        if not flat.numel() or flat.device.type == "cpu" and not mask.any():
+            rows.append(torch.zeros(4, dtype=torch.int64, device=flat.device))
+            continue
+        place = mask.to(torch.uint8).argmax()
+        first = flat.index_select(0, place.reshape(1)).squeeze(0)
+        rows.append(torch.stack([mask.sum(), place, first.to(torch.int64), torch.full_like(place, bound.size)]))
+    return torch.stack(rows) if rows else None

@@ -1,0 +1,176 @@
+"""What happens around a backward pass, whichever outputs of the model it starts from.
+
+Once before its first gradient: gradients that stand are scaled as the new ones will be, and set aside where the new ones are
+summed over ranks afterwards or shown to hooks. Once when all gradients are there: they are summed, unscaled, shown to hooks,
+added to those that stood, and checked for what is not finite.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardcomp.errors import PlanError
+from shardcomp.runtime.allocation import Chunk
+from shardcomp.runtime.calls import LoadedCall
+from shardcomp.runtime.fsdp import hand_on, reset, sharded_parameters
+from shardcomp.runtime.gradients import Partial, not_finite, reduce_partial, scale_gradients
+from shardcomp.runtime.hooks import ParameterHooks
+
+WHOLE_STEP = -2
+"""The pass of a `train_step`: one for all of its micro-batches. Autograd numbers its own passes from 0."""
+
+
+class BackwardPasses:
+    """The backward passes of a model, one at a time.
+
+    A pass is one run of autograd, however many outputs of however many calls it starts from, or all micro-batches of a
+    `train_step`. scale: the loss scale.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Chunk], scale: Callable[[], float], hooks: ParameterHooks, device: torch.device
+    ) -> None:
+        self._chunks, self._scale, self._hooks, self._device = chunks, scale, hooks, device
+        self._pass: int | None = None
+        self._calls: list[LoadedCall] = []
+        self._partials: dict[str, Partial] = {}
+        self._stashed: dict[nn.Parameter, Tensor | None] = {}
+
+    @property
+    def stashed(self) -> list[Tensor]:
+        """The gradients that are set aside while a pass is under way."""
+        return [gradient for gradient in self._stashed.values() if gradient is not None]
+
+    def begin(self, call: LoadedCall, number: int = WHOLE_STEP) -> bool:
+        """Called before the first gradient of each call that the pass `number` goes through. Returns whether this is the first
+        of them. Raises PlanError for two calls whose gradients cannot be summed in one pass."""
+        if self._pass is not None and self._pass != number:
+            self.discard()  # the one before ended in an exception
+        first = self._pass is None
+        if first:
+            self._pass = number
+            self._stash(self._hooks.suspend())
+        if call not in self._calls:
+            for other in self._calls:
+                _check_summable(call, other)
+            self._calls.append(call)
+            self._partials |= {partial.name: partial for partial in call.partials}
+            self._stash([p for partial in call.partials for p in partial.copies])
+        if first:
+            scale_gradients(self._parameters(), self._scale())  # divided by it with the new ones
+        return first
+
+    def _stash(self, parameters: list[nn.Parameter]) -> None:
+        for p in parameters:
+            if p not in self._stashed:
+                self._stashed[p], p.grad = p.grad, None
+
+    def end(self) -> Tensor:
+        """Called when every gradient of the pass is there. Returns whether one on this rank is not finite: 0 or 1, []."""
+        for chunk in self._chunks:
+            hand_on(chunk)
+        reduce_partial(self._partials.values(), self._device)
+        scale_gradients(self._parameters(), 1 / self._scale())
+        self._hooks.show_gradients()
+        for p, old in self._stashed.items():
+            if old is not None:
+                p.grad = old if p.grad is None else p.grad + old
+        bad = not_finite(self._parameters(), self._device)
+        self._forget()
+        self._hooks.show_parameters()
+        return bad
+
+    def discard(self) -> None:
+        """Called when a pass ended in an exception: what it left, and what was set aside, is not to be added to a later one.
+        The parameters have no gradients then."""
+        for p in self._parameters():
+            p.grad = None
+        self._forget()
+
+    def recover(self) -> None:
+        """Called before the model is used: where a backward of the user's ended in an exception, start again without
+        gradients."""
+        if self._pass is None or torch._C._current_graph_task_id() != -1:
+            return
+        warnings.warn(
+            "a backward pass through this model ended in an exception: its gradients, and those before it, are dropped",
+            stacklevel=3,
+        )
+        for chunk in self._chunks:
+            reset(chunk, self._device)
+        self.discard()
+
+    def _forget(self) -> None:
+        self._pass, self._calls, self._partials, self._stashed = None, [], {}, {}
+        self._hooks.resume()
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (p for chunk in self._chunks for p in sharded_parameters(chunk))
+
+
+def _check_summable(call: LoadedCall, other: LoadedCall) -> None:
+    """Raise PlanError where one call leaves a gradient partial on axes on which another one does not."""
+    here, there = call.blueprint, other.blueprint
+    if here.parameters is there.parameters:
+        return
+    apart = [
+        name
+        for name, plan in here.parameters.items()
+        if (twin := there.parameters[name]).partial_gradient != plan.partial_gradient
+        and not (plan.idle or twin.idle)
+        and plan.requires_grad
+        and twin.requires_grad
+    ]
+    if apart:
+        shown = ", ".join(apart[:3]) + (f" and {len(apart) - 3} more" if len(apart) > 3 else "")
+        raise PlanError(
+            f"one backward pass goes through ({', '.join(here.inputs)}) -> ({', '.join(here.outputs)}) and "
+            f"({', '.join(there.inputs)}) -> ({', '.join(there.outputs)}), which leave the gradient of {shown} partial on "
+            "different axes of the mesh: call .backward() on each of them; gradients add up"
+        )
+
+
+class _Around(torch.autograd.Function):
+    """The outputs of a call, such that their gradients pass through `begin` together, and first."""
+
+    @staticmethod
+    def forward(ctx: Any, begin: Callable[[], float], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.begin = begin
+        ctx.set_materialize_grads(False)
+        # Not views: training code writes into logits in place, as in `logits /= temperature`.
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise PlanError(
+                "a backward with create_graph = True: gradients of gradients would be wrong, since collectives and kernels "
+                "have first derivatives only; leave create_graph out"
+            )
+        scale = ctx.begin()
+        return None, *(g if g is None or scale == 1.0 else g * scale for g in gradients)
+
+
+def around_backward(
+    outputs: Sequence[Tensor], begin: Callable[[int], tuple[bool, float]], end: Callable[[], None]
+) -> list[Tensor]:
+    """The outputs of a call, through which every backward pass runs `begin` before anything else, and `end` last.
+
+    begin: is given the number of the pass; returns whether it is the first of this pass, and what gradients are multiplied by.
+    end: runs once per pass, after FSDP's own last callback.
+    """
+
+    def began() -> float:
+        first, scale = begin(torch._C._current_graph_task_id())
+        if first:
+            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            # FSDP queues its last callback after this point. A callback that queues another runs before it, the other after it.
+            engine.queue_callback(lambda: engine.queue_callback(end))
+        return scale
+
+    return list(_Around.apply(began, *outputs))

@@ -1,0 +1,88 @@
+"""What a call returns: DTensors where tensor parallelism splits an output, and tensors that can be asked the same where not."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from shardcomp.collectives import Axis
+from shardcomp.errors import BatchError
+from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
+
+
+class WholeTensor(Tensor):
+    """A plain tensor that answers `full_tensor` and `to_local` as a DTensor does, so that a loss of one's own which reads
+    logits through them runs under every plan. What is computed of it is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def full_tensor(self) -> Tensor:
+        """The tensor itself."""
+        return self
+
+    def to_local(self) -> Tensor:
+        """The tensor itself."""
+        return self
+
+
+def as_output(local: Tensor, mesh: DeviceMesh, split: tuple[int, int] | None, whole: bool) -> Tensor:
+    """An output as the caller sees it.
+
+    local: this rank's part. split: the dimension that tp splits, and its global size; None for one that every rank has whole.
+    whole: whether to gather a split one. Its gradient is that of the whole: every rank of tp is to compute the same from it.
+    """
+    if split is None:
+        return local.as_subclass(WholeTensor)
+    dim, size = split
+    shape = torch.Size([*local.shape[:dim], size, *local.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    found = DTensor.from_local(local, mesh["tp"], [Shard(dim)], run_check=False, shape=shape, stride=stride)
+    return found.full_tensor().as_subclass(WholeTensor) if whole else found
+
+
+def token_log_probs(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """The log-probability of each label, for a loss of one's own. Logits that are split on the vocabulary stay split: ranks
+    exchange three numbers per token.
+
+    Args: logits: [b, s, v] floating, as a call of a sharded model returns them, or any other plain tensor. labels: [b, s]
+        int64, the same on every rank of tp. Labels are not shifted: that of a position is what its logits predict. ignored: the
+        label that does not count.
+
+    Returns: [b, s] in float32, or float64 for such logits: log softmax(logits)[label], zero where the label is `ignored`. The
+        same on every rank of tp.
+
+    Raises:
+        BatchError: for a label outside of the vocabulary, on a CPU; on an accelerator the device asserts it.
+
+    Example:
+        log_probs = shardcomp.token_log_probs(sharded(input_ids=ids).logits[:, :-1], ids[:, 1:])
+    """
+    columns, flat = logits.shape[-1], labels.flatten()
+    inside = ((flat >= 0) & (flat < columns) | (flat == ignored)).all()
+    if flat.device.type != "cpu":
+        torch._assert_async(inside)
+    elif not inside:
+        wrong = flat[(flat != ignored) & ((flat < 0) | (flat >= columns))]
+        raise BatchError(f"token_log_probs: a label is {int(wrong[0])}; the logits have the columns 0 to {columns - 1}")
+    if not isinstance(logits, DTensor):
+        losses = cross_entropy(logits.flatten(0, -2), flat, ignored)
+    else:
+        mesh, [placement] = logits.device_mesh, logits.placements
+        if not placement.is_shard(logits.dim() - 1):
+            return token_log_probs(logits.full_tensor(), labels, ignored)
+        axis = Axis("tp", mesh.size(), mesh.get_local_rank(), mesh.get_group())
+        losses = vocab_cross_entropy(logits.to_local().flatten(0, -2), flat, ignored, columns, axis)
+    return -losses.view(labels.shape)
+
+
+def output_type(name: str) -> Callable[..., Any]:
+    """The class of a model's result, from "module:class"."""
+    module, _, attribute = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found

@@ -1,0 +1,112 @@
+"""Whether all ranks start from the same plan and the same weights. A model that each rank builds for itself, with a fresh head
+or adapters and no seed, has other numbers on each: what is replicated would stay different for good."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardcomp.collectives import Axis
+from shardcomp.errors import PlanError
+
+_CHUNK = 1 << 22
+"""Numbers hashed at a time."""
+_INSTEAD = (
+    "Build the model with one seed on all ranks, or take rank 0's numbers: shard(..., sync_weights=True); "
+    "compare_ranks = false in the policy compares nothing"
+)
+
+
+def check_alike(facts: Mapping[str, str], ranks: Axis, device: torch.device) -> None:
+    """Raise PlanError on every rank where the ranks differ in a fact about the run, such as the policy.
+
+    facts: what differs, in words -> a text that is the same on every rank; the same words everywhere.
+    """
+    if ranks.size == 1 or not facts:
+        return
+    own = torch.tensor([[zlib.crc32(text.encode()) for text in facts.values()]], dtype=torch.int64).to(device)
+    every = ranks.all_gather(own, 0).cpu()
+    differ = (every != every[:1]).any(0).tolist()
+    names = [name for name, different in zip(facts, differ, strict=True) if different]
+    if names:
+        where = (every != every[:1]).any(1).nonzero().flatten().tolist()
+        raise PlanError(
+            f"ranks 0 and {', '.join(map(str, where))} have another {' and another '.join(names)}: every rank is to build the "
+            "same model and load the same policy, with the same versions"
+        )
+
+
+def check_same(tensors: Iterable[tuple[str, Tensor]], ranks: Axis, device: torch.device) -> None:
+    """Raise PlanError on every rank where the named tensors differ between ranks, which all have them, in one order."""
+    hashes = [] if ranks.size == 1 else [(name, content_hash(tensor)) for name, tensor in tensors]
+    if not hashes:
+        return
+    own = torch.tensor([[number for _, number in hashes]], dtype=torch.int64).to(device)
+    every = ranks.all_gather(own, 0).cpu()
+    differ = (every != every[:1]).any(0).tolist()
+    names = [name for (name, _), different in zip(hashes, differ, strict=True) if different]
+    if names:
+        where = (every != every[:1]).any(1).nonzero().flatten().tolist()
+        _refuse(names, f"ranks 0 and {', '.join(map(str, where))}")
+
+
+def check_replicated(
+    shards: Mapping[str, tuple[tuple[slice, ...], Tensor]], names: Iterable[str], ranks: Axis, device: torch.device
+) -> None:
+    """Raise PlanError on every rank where two ranks have other numbers for one and the same shard of a parameter.
+
+    shards: what this rank has, by the parameter's name: which slice of it, and the numbers. names: all parameters of the model,
+    the same on every rank.
+    """
+    names = [] if ranks.size == 1 else list(names)
+    rows = []
+    for name in names:
+        index, tensor = shards.get(name, ((), None))
+        place = 0 if tensor is None else 1 + zlib.crc32(repr(index).encode())
+        rows.append([place, 0 if tensor is None else content_hash(tensor)])
+    if not rows:
+        return
+    every = ranks.all_gather(torch.tensor([rows], dtype=torch.int64).to(device), 0).cpu().tolist()
+    differ = []
+    for column, name in enumerate(names):
+        known: dict[int, int] = {}
+        held = [tuple(rank[column]) for rank in every if rank[column][0]]
+        if any(known.setdefault(place, number) != number for place, number in held):
+            differ.append(name)
+    if differ:
+        _refuse(differ, "ranks that hold the same part of them")
+
+
+def broadcast_from_first(tensor: Tensor, ranks: Axis, device: torch.device) -> Tensor:
+    """What rank 0 gave, on every rank; others give a tensor of the same shape and dtype."""
+    received = tensor.detach().to(device, copy=True).contiguous()
+    if ranks.size > 1:
+        dist.broadcast(received, src=0)
+    return received
+
+
+def content_hash(tensor: Tensor) -> int:
+    """A number that another value, or the same values in another order, change. Its cost is one read of the tensor."""
+    flat = tensor.detach().contiguous().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    total = flat.numel()
+    if not flat.numel():
+        return 0
+    factors = (
+        torch.arange(min(_CHUNK, flat.numel()), dtype=torch.int64, device=flat.device) * 0x5851F42D4C957F2D + 0x14057B7EF767814F
+    )
+    for chunk in flat.split(_CHUNK):
+        total = (total * 31 + int((chunk.view(wide).to(torch.int64) * factors[: chunk.numel()]).sum())) % (1 << 62)
+    return total
+
+
+def _refuse(names: list[str], ranks: str) -> None:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise PlanError(
+        f"{ranks} have other numbers for {shown}: each built its own, as with a fresh head or adapters and no seed. {_INSTEAD}"
+    )

@@ -1,0 +1,239 @@
+"""Hooks of parameters are called once per backward, with the reduced gradient; those of modules are captured or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract.plans import (
+    FLAT,
+    LOGITS,
+    LOSS,
+    PLANS,
+    assert_gradients,
+    batch,
+    double,
+    exactly,
+    gradients,
+    lowered,
+    mine,
+    model,
+    run,
+    usual,
+)
+from torch import Tensor, nn
+from transformers import GPT2Config
+
+import shardcomp
+from shardcomp import presets
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.whole import whole
+
+each_plan = pytest.mark.parametrize("plan", PLANS)
+TRAINED_ROWS = 90
+
+
+def new_rows_only(gradient: Tensor) -> Tensor:
+    """What trains the rows that were added to an embedding, and keeps the others."""
+    gradient = gradient.clone()
+    gradient[:TRAINED_ROWS] = 0
+    return gradient
+
+
+@each_plan
+def test_gradient_hooks_from_before_sharding_see_whole_gradients(plan: str) -> None:
+    dense, given, called = model(), batch(), []
+    dense.model.embed_tokens.weight.register_hook(new_rows_only)
+    removed = dense.lm_head.weight.register_hook(lambda gradient: gradient * 7)
+    dense.lm_head.weight.register_hook(lambda gradient: called.append(gradient.shape))
+    low = lowered(plan, dense, micro_batch=1)
+    low.for_call(LOSS, (1, 8))
+    removed.remove()  # after sharding was planned, and still by its own handle
+    wanted = gradients(model(), lambda m: m(**given).loss)
+    wanted["model.embed_tokens.weight"] = new_rows_only(wanted["model.embed_tokens.weight"])
+
+    def work(sharded: ShardedModel) -> None:
+        for _ in range(2):  # the hook sees each pass's own gradient
+            sharded.train_step(**mine(sharded, given))
+        assert_gradients(sharded, {name: 2 * gradient for name, gradient in wanted.items()})
+
+    run(low, work)
+    holders = low.mesh.world_size // low.mesh.pp
+    assert called == [(97, 32)] * 2 * holders
+
+
+@each_plan
+def test_gradient_hooks_of_a_packed_weight_see_it_packed(plan: str) -> None:
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=16, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+    )
+    dense, given = shardcomp.initialize(presets.build(config), 0), batch()
+    name = "transformer.h.0.attn.c_attn.weight"
+    dense.get_parameter(name).register_hook(lambda gradient: gradient * torch.arange(1.0, 97.0))
+    low = lowered(plan, dense, (LOSS,))
+    wanted = gradients(shardcomp.initialize(presets.build(config), 0), lambda m: m(**given).loss)[name] * torch.arange(
+        1.0, 97.0
+    )
+
+    def work(sharded: ShardedModel) -> None:
+        sharded.train_step(**mine(sharded, given))
+        held = {n: whole(p.grad) for n, p in sharded.named_parameters() if n.startswith(name)}
+        if sharded.mesh.get_local_rank("pp") == 0:
+            assert (
+                torch.cat([held[n] for n in sorted(held, key=lambda n: "qkv".find(n[-1]))], 1).sub(wanted).abs().max() < 1e-12
+            )
+
+    run(low, work)
+
+
+@each_plan
+def test_gradient_hooks_on_sharded_parameters_see_the_reduced_one(plan: str) -> None:
+    given = batch()
+    wanted = gradients(model(), lambda m: m(**given).loss)
+    low = lowered(plan, model(), micro_batch=1)
+    low.for_call(LOSS, (1, 8))
+
+    def work(sharded: ShardedModel) -> None:
+        calls = []
+
+        def double_it(gradient: Tensor) -> Tensor:
+            calls.append(whole(gradient))
+            return gradient * 2
+
+        for p in sharded.parameters():
+            p.register_hook(double_it)
+        sharded.train_step(**mine(sharded, given))
+        assert len(calls) == len(list(sharded.parameters()))
+        assert_gradients(sharded, {name: 2 * gradient for name, gradient in wanted.items()})
+
+    run(low, work)
+
+
+@each_plan
+def test_post_accumulate_hooks_are_called_when_gradients_stand(plan: str) -> None:
+    """An optimizer in the backward: every parameter steps by itself, and its gradient is gone."""
+    given, dense = batch(), model()
+    low = lowered(plan, model(), micro_batch=1)
+    low.for_call(LOSS, (1, 8))
+    twin = double(dense)
+    with exactly():
+        twin(**given).loss.backward()
+    wanted = {name: (p - 0.1 * p.grad).detach() for name, p in twin.named_parameters()}
+
+    def step(p: nn.Parameter) -> None:
+        with torch.no_grad():
+            p -= 0.1 * p.grad
+        p.grad = None
+
+    def work(sharded: ShardedModel) -> None:
+        for p in sharded.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        sharded.train_step(**mine(sharded, given))
+        for name, p in sharded.named_parameters():
+            assert p.grad is None
+            torch.testing.assert_close(whole(p.detach()), wanted[name], rtol=1e-9, atol=1e-12)
+
+    run(low, work)
+
+
+@each_plan
+def test_post_accumulate_hooks_from_before_get_a_whole_parameter(plan: str) -> None:
+    given, dense = batch(), model()
+
+    def clamp(p: nn.Parameter) -> None:
+        p.grad[:TRAINED_ROWS] = 0
+        with torch.no_grad():
+            p[TRAINED_ROWS:] += 1
+
+    dense.lm_head.weight.register_post_accumulate_grad_hook(clamp)
+    before = dense.lm_head.weight.detach().double()
+    wanted = gradients(model(), lambda m: m(**given).loss)["lm_head.weight"]
+    wanted[:TRAINED_ROWS] = 0
+
+    def work(sharded: ShardedModel) -> None:
+        sharded.train_step(**mine(sharded, given))
+        held = dict(sharded.named_parameters()).get("lm_head.weight")
+        if held is not None:
+            torch.testing.assert_close(whole(held.grad), wanted, rtol=1e-9, atol=1e-12)
+            grown = before.clone()
+            grown[TRAINED_ROWS:] += 1
+            assert torch.equal(whole(held.detach()), grown)
+
+    run(lowered(plan, dense, (LOSS,)), work)
+
+
+@pytest.mark.parametrize("plan", FLAT)
+def test_hooks_see_the_gradient_of_a_loss_of_ones_own(plan: str) -> None:
+    given, dense = batch()["input_ids"], model()
+    dense.model.embed_tokens.weight.register_hook(new_rows_only)
+    wanted = gradients(model(), lambda m: (m(input_ids=given).logits ** 2).sum())
+    wanted["model.embed_tokens.weight"] = new_rows_only(wanted["model.embed_tokens.weight"])
+
+    def work(sharded: ShardedModel) -> None:
+        (sharded(input_ids=mine(sharded, {"ids": given})["ids"]).logits.full_tensor() ** 2).sum().backward()
+        assert_gradients(sharded, wanted)
+
+    run(lowered(plan, dense, (LOGITS,)), work)
+
+
+@each_plan
+def test_forward_hooks_from_before_sharding_are_captured(plan: str) -> None:
+    given = batch()
+
+    def hooked() -> nn.Module:
+        dense = model()
+        dense.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 0.5)
+        dense.model.norm.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+        return dense
+
+    wanted = gradients(hooked(), lambda m: m(**given).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        sharded.train_step(**mine(sharded, given))
+        assert_gradients(sharded, wanted)
+
+    run(lowered(plan, hooked(), (LOSS,)), work)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module: module.register_forward_hook(print),
+        lambda module: module.register_forward_pre_hook(print),
+        lambda module: module.register_full_backward_hook(print),
+        lambda module: module.register_full_backward_pre_hook(print),
+    ],
+)
+def test_hooks_on_modules_of_a_sharded_model_are_refused(register: Callable[[nn.Module], Any]) -> None:
+    def work(sharded: ShardedModel) -> None:
+        with pytest.raises(shardcomp.PlanError, match=r"a hook was registered on a module inside a sharded model"):
+            register(sharded.model.norm)
+
+    run(usual("one rank"), work)
+
+
+def test_forward_hooks_of_the_model_itself_are_called_or_refused() -> None:
+    given = batch()
+
+    def work(sharded: ShardedModel) -> None:
+        calls: list[str] = []
+        handle = sharded.register_forward_hook(lambda module, args, out: calls.append("after"))
+        sharded.register_forward_pre_hook(lambda module, args: calls.append("before"))
+        sharded(**given)
+        assert calls == ["before", "after"]
+        with pytest.raises(shardcomp.PlanError, match=r"train_step with forward hooks on the sharded model"):
+            sharded.train_step(**given)
+        handle.remove()
+
+    run(usual("one rank"), work)
+
+
+def test_a_hook_may_not_return_a_plain_tensor_for_a_sharded_gradient() -> None:
+    def work(sharded: ShardedModel) -> None:
+        sharded.lm_head.weight.register_hook(lambda gradient: torch.zeros(97, 32))
+        with pytest.raises(shardcomp.PlanError, match="returned a plain tensor"):
+            sharded.train_step(**batch())
+
+    run(usual("one rank"), work)

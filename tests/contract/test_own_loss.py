@@ -1,0 +1,200 @@
+"""A loss of the user's own, made of any output: `.backward()` leaves the dense model's gradients, summed over dp."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from contract.plans import BOTH, FLAT, LOGITS, assert_gradients, batch, gradients, lowered, mine, model, run, usual
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import shardcomp
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.whole import whole
+
+each_plan = pytest.mark.parametrize("plan", FLAT)
+
+
+def own(logits: Tensor, labels: Tensor) -> Tensor:
+    """A sum over samples, so that summing over dp makes it that of the whole batch: cross entropy and a z-loss."""
+    log_probs = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None]).squeeze(-1)
+    return (0.1 * torch.logsumexp(logits, -1) ** 2).sum() - log_probs.sum()
+
+
+@each_plan
+def test_a_loss_of_the_logits_alone_has_the_dense_gradients(plan: str) -> None:
+    given = batch()["input_ids"]
+    wanted = gradients(model(), lambda dense: own(dense(input_ids=given).logits, given))
+
+    def work(sharded: ShardedModel) -> None:
+        ids = mine(sharded, {"ids": given})["ids"]
+        own(sharded(input_ids=ids).logits.full_tensor(), ids).backward()
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_a_term_of_the_logits_adds_to_the_models_own_loss(plan: str) -> None:
+    given = batch()
+
+    def total(dense: nn.Module) -> Tensor:
+        out = dense(**given)
+        return out.loss + 0.01 * own(out.logits, given["input_ids"])
+
+    wanted = gradients(model(), total)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, given)
+        out = sharded(**part, return_logits="whole")
+        assert not isinstance(out.logits, DTensor)
+        (out.loss + 0.01 * own(out.logits, part["input_ids"])).backward()
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_two_calls_and_one_backward_pass(plan: str) -> None:
+    """Preference losses: the log-probabilities of two samples, compared."""
+    chosen, rejected = batch(seed=1)["input_ids"], batch(seed=2)["input_ids"]
+
+    def scores(logits: Tensor, ids: Tensor) -> Tensor:
+        return shardcomp.token_log_probs(logits[:, :-1], ids[:, 1:]).sum(-1)
+
+    def dense_loss(dense: nn.Module) -> Tensor:
+        found = [
+            torch.log_softmax(dense(input_ids=ids).logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).squeeze(-1).sum(-1)
+            for ids in (chosen, rejected)
+        ]
+        return -torch.nn.functional.logsigmoid(0.1 * (found[0] - found[1])).sum()
+
+    wanted = gradients(model(), dense_loss)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, {"chosen": chosen, "rejected": rejected})
+        found = [scores(sharded(input_ids=ids).logits, ids) for ids in (part["chosen"], part["rejected"])]
+        (-torch.nn.functional.logsigmoid(0.1 * (found[0] - found[1])).sum()).backward()
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_backward_passes_and_steps_add_up_in_any_order(plan: str) -> None:
+    first, second = batch(seed=1), batch(seed=2)
+    wanted = gradients(
+        model(), lambda dense: 2 * own(dense(input_ids=first["input_ids"]).logits, first["input_ids"]) + dense(**second).loss
+    )
+
+    def work(sharded: ShardedModel) -> None:
+        ids = mine(sharded, first)["input_ids"]
+        loss = own(sharded(input_ids=ids).logits.full_tensor(), ids)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        sharded.train_step(**mine(sharded, second))
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_a_gradient_that_is_not_finite_is_not_stepped_over(plan: str) -> None:
+    given = batch()
+    wanted = gradients(model(), lambda dense: dense(**given).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+        before = [whole(p.detach()).clone() for p in sharded.parameters()]
+        logits = sharded(input_ids=mine(sharded, given)["input_ids"]).logits.full_tensor()
+        (logits.mean() * float("inf")).backward()
+        assert not sharded.optimizer_step(optimizer) and sharded.skipped_steps == 1
+        assert all(torch.equal(whole(p.detach()), old) for p, old in zip(sharded.parameters(), before, strict=True))
+        optimizer.zero_grad()
+        sharded.train_step(**mine(sharded, given))  # nothing of the backward before is left
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_a_backward_that_raises_leaves_nothing_behind(plan: str) -> None:
+    given = batch()
+    wanted = gradients(model(), lambda dense: dense(**given).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        def stumble(gradient: Tensor) -> Tensor:
+            raise ZeroDivisionError("a hook of the user's")
+
+        part = mine(sharded, given)
+        sharded.train_step(**part)
+        # Autograd goes back from what was made last: this node's turn comes when the pass through the model is under way.
+        early = torch.ones((), dtype=torch.float64, requires_grad=True) * 1.0
+        early.register_hook(stumble)
+        loss = own(sharded(input_ids=part["input_ids"]).logits.full_tensor(), part["input_ids"]) * early
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+        assert sharded._passes._pass is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sharded.zero_grad()
+        sharded.train_step(**part)
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_logits_may_be_written_in_place(plan: str) -> None:
+    given = batch()["input_ids"]
+    wanted = gradients(model(), lambda dense: own(dense(input_ids=given).logits / 0.7, given))
+
+    def work(sharded: ShardedModel) -> None:
+        ids = mine(sharded, {"ids": given})["ids"]
+        logits = sharded(input_ids=ids).logits
+        logits /= 0.7
+        own(logits.full_tensor(), ids).backward()
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@pytest.mark.parametrize("plan", ["one rank", "tensor 2", "data 2, zero 0"])
+def test_the_loss_scale_of_fp16_is_on_every_output(plan: str) -> None:
+    given, dense = batch(), model()
+    wanted = gradients(dense, lambda m: (out := m(**given)).loss + 0.1 * own(out.logits, given["input_ids"]))
+    alone = gradients(dense, lambda m: m(**given).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, given)
+        out = sharded(**part, return_logits=True)
+        (out.loss + 0.1 * own(out.logits.full_tensor().float(), part["input_ids"])).backward()
+        found = {name: whole(p.grad).double() for name, p in sharded.named_parameters()}
+        flat = torch.cat([found[name].flatten() for name in wanted])
+        whole_loss, model_loss = (torch.cat([g[name].flatten() for name in wanted]) for g in (wanted, alone))
+        assert (flat - whole_loss).norm() < 0.01 * whole_loss.norm() < 0.1 * (whole_loss - model_loss).norm()
+
+    run(lowered(plan, dense, (BOTH, LOGITS), precision="fp16"), work)
+
+
+@each_plan
+def test_logits_answer_the_same_questions_under_every_plan(plan: str) -> None:
+    given = batch()
+
+    def work(sharded: ShardedModel) -> None:
+        with torch.no_grad():
+            ids = mine(sharded, given)["input_ids"]
+            split, gathered = (sharded(input_ids=ids, return_logits=how).logits for how in (False, "whole"))
+        assert isinstance(split, DTensor) == (sharded.mesh["tp"].size() > 1)
+        assert split.shape == gathered.shape == (len(ids), 8, 97)
+        assert torch.equal(split.full_tensor(), gathered) and torch.equal(gathered.full_tensor(), gathered)
+        assert type(gathered * 1) is Tensor
+
+    run(usual(plan), work)
+
+
+def test_log_probs_refuse_labels_outside_of_the_vocabulary() -> None:
+    with pytest.raises(shardcomp.BatchError, match="a label is 97; the logits have the columns 0 to 96"):
+        shardcomp.token_log_probs(torch.zeros(1, 2, 97), torch.tensor([[3, 97]]))

@@ -1,0 +1,382 @@
+"""The rest of what a plain module promises to training code: contexts, modes, state, conversions, copies, wrappers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract.plans import (
+    FLAT,
+    LOSS,
+    PLANS,
+    assert_gradients,
+    batch,
+    double,
+    exactly,
+    gradients,
+    lowered,
+    mine,
+    model,
+    run,
+    usual,
+)
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from transformers import GPT2Config, Trainer, TrainingArguments
+
+import shardcomp
+from shardcomp import presets
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.whole import whole
+
+each_plan = pytest.mark.parametrize("plan", PLANS)
+GIVEN = batch()
+WANTED = gradients(model(), lambda m: m(**GIVEN).loss)
+
+
+def dropping(layer_drops: bool = True) -> nn.Module:
+    """A model that drops a tenth, or nothing in its first layer."""
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    found = shardcomp.initialize(presets.build(config), 0).train()
+    if not layer_drops:
+        found.transformer.h[0].eval()
+    return found
+
+
+@each_plan
+def test_evaluation_may_come_first_and_under_inference_mode(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        with torch.inference_mode():
+            first = sharded.eval_step(**part).loss
+        step = sharded.train_step(**part)
+        assert_gradients(sharded, WANTED)
+        with torch.no_grad():
+            assert torch.equal(sharded.eval_step(**part).loss, first) and torch.equal(step.loss, first)
+
+    run(usual(plan), work)
+
+
+@each_plan
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_training_step_without_gradients_is_refused(plan: str, context: Callable[[], Any]) -> None:
+    def work(sharded: ShardedModel) -> None:
+        with pytest.raises(shardcomp.PlanError, match="train_step under no_grad or inference_mode"), context():
+            sharded.train_step(**mine(sharded, GIVEN))
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_autocast_is_refused_where_it_asks_for_another_dtype(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        with pytest.raises(shardcomp.PlanError, match="precision = bf16 in the policy"), torch.autocast("cpu", torch.bfloat16):
+            sharded.train_step(**mine(sharded, GIVEN))
+
+    run(usual(plan), work)
+
+
+@pytest.mark.parametrize("plan", ["one rank", "tensor 2"])
+def test_autocast_to_the_plans_own_dtype_changes_no_bit(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        alone = sharded.train_step(**part).loss
+        before = [whole(p.grad).clone() for p in sharded.parameters()]
+        sharded.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(sharded.train_step(**part).loss, alone)
+        assert all(torch.equal(whole(p.grad), old) for p, old in zip(sharded.parameters(), before, strict=True))
+
+    run(lowered(plan, model(), (LOSS,), precision="bf16"), work)
+
+
+@each_plan
+def test_detect_anomaly_is_refused_where_torch_cannot_look(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        refused = pytest.raises(shardcomp.PlanError, match=r"detect_anomaly\(check_nan=False\)")
+        with refused, torch.autograd.set_detect_anomaly(True):
+            sharded.train_step(**part)
+        with torch.autograd.set_detect_anomaly(True, check_nan=False):
+            sharded.train_step(**part)
+        assert_gradients(sharded, WANTED)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_saved_tensors_may_be_kept_on_the_host(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        with torch.autograd.graph.save_on_cpu():
+            sharded.train_step(**mine(sharded, GIVEN))
+        assert_gradients(sharded, WANTED)
+
+    run(usual(plan), work)
+
+
+def test_deterministic_algorithms_change_nothing() -> None:
+    def work(sharded: ShardedModel) -> None:
+        torch.use_deterministic_algorithms(True)
+        try:
+            sharded.train_step(**GIVEN)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert_gradients(sharded, WANTED)
+
+    run(usual("one rank"), work)
+
+
+@pytest.mark.parametrize("plan", FLAT)
+def test_gradients_of_gradients_are_refused(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        with pytest.raises(shardcomp.PlanError, match="create_graph = True"):
+            sharded(**part).loss.backward(create_graph=True)
+        sharded.train_step(**part)
+        assert_gradients(sharded, WANTED)
+
+    run(usual(plan), work)
+
+
+def test_a_call_under_torchs_checkpoint_is_refused() -> None:
+    def work(sharded: ShardedModel) -> None:
+        ids = GIVEN["input_ids"]
+        found = torch.utils.checkpoint.checkpoint(lambda i: sharded(input_ids=i).logits.sum(), ids, use_reentrant=False)
+        with pytest.raises(shardcomp.PlanError, match="recompute = full or selective"):
+            found.backward()
+
+    run(usual("one rank"), work)
+
+
+@each_plan
+def test_the_mode_of_the_model_is_kept(plan: str) -> None:
+    dense = dropping().eval()
+    low = lowered(plan, dense, (LOSS,))
+    low.for_call((*LOSS[:2], False), (4, 8))
+    twin = double(dense)
+    with exactly(), torch.no_grad():
+        wanted = twin(**GIVEN).loss
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        assert not sharded.training and not any(module.training for module in sharded.modules())
+        for _ in range(2):
+            torch.testing.assert_close(sharded.eval_step(**part).loss, wanted, rtol=1e-9, atol=0)
+        sharded.train()
+        assert all(module.training for module in sharded.modules())
+        losses = [sharded.eval_step(**part).loss for _ in range(2)]
+        assert not torch.equal(*losses) and not any(torch.equal(loss, wanted) for loss in losses)
+        sharded.eval()
+        torch.testing.assert_close(sharded.train_step(**part).loss, wanted, rtol=1e-9, atol=0)
+
+    run(low, work)
+
+
+def test_modules_in_modes_of_their_own_stay_in_them() -> None:
+    dense = dropping(layer_drops=False)
+    for module in (dense.transformer.drop, dense.transformer.h[1]):
+        module.eval()
+    signature = shardcomp.lowering.Signature(*LOSS[:2], None)
+    low = shardcomp.lower(dense, shardcomp.Policy.load("auto", precision="fp64"), seq=8, signature=signature)
+    twin = double(dense.eval())
+    dense.train()
+    for module in (dense.transformer.drop, *dense.transformer.h):
+        module.eval()
+    with exactly(), torch.no_grad():
+        wanted = twin(**GIVEN).loss
+
+    def work(sharded: ShardedModel) -> None:
+        torch.testing.assert_close(sharded.train_step(**GIVEN).loss, wanted, rtol=1e-9, atol=0)
+
+    run(low, work)
+
+
+@each_plan
+def test_state_dicts_are_loaded_also_with_assign(plan: str) -> None:
+    with torch.no_grad():
+        other = model()
+        for p in other.parameters():
+            p.mul_(0.5)
+    wanted = gradients(other, lambda m: m(**GIVEN).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        optimizer = torch.optim.SGD(sharded.parameters(), lr=0.0)
+        sharded.train_step(**part)
+        optimizer.zero_grad()
+        state = {name: tensor.detach() * 0.5 for name, tensor in sharded.state_dict().items()}
+        assert set(state) == {name for name, _ in sharded.named_parameters()}
+        result = sharded.load_state_dict(state, assign=True)
+        assert not result.missing_keys and not result.unexpected_keys
+        sharded.train_step(**part)
+        assert_gradients(sharded, wanted)
+        held = {id(p) for p in optimizer.param_groups[0]["params"]}
+        assert held == {id(p) for p in sharded.parameters()}  # the optimizer goes on with the same parameters
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_parameters_changed_in_place_are_used(plan: str) -> None:
+    with torch.no_grad():
+        other = model()
+        for p in other.parameters():
+            p.mul_(0.5)
+    wanted = gradients(other, lambda m: m(**GIVEN).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, GIVEN)
+        sharded.train_step(**part)
+        sharded.zero_grad(set_to_none=False)
+        assert all(not bool(whole(p.grad).any()) for p in sharded.parameters())
+        with torch.no_grad():
+            for p in sharded.parameters():
+                p.mul_(0.5)
+        sharded.train_step(**part)
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@pytest.mark.parametrize("plan", FLAT)
+def test_names_give_sharded_parameters_also_between_passes(plan: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        known = dict(sharded.named_parameters())
+        out = sharded(**mine(sharded, GIVEN))
+        assert sharded.lm_head.weight is known["lm_head.weight"]
+        assert sharded.get_parameter("model.norm.weight") is known["model.norm.weight"]
+        out.loss.backward()
+        assert_gradients(sharded, WANTED)
+
+    run(usual(plan), work)
+
+
+def functional(sharded: ShardedModel) -> Any:
+    return torch.func.functional_call(sharded, {n: p.detach() * 2 for n, p in sharded.named_parameters()}, (), GIVEN)
+
+
+REFUSED: dict[str, tuple[Callable[[ShardedModel], Any], str]] = {
+    "half": (lambda s: s.half(), "asked to be torch.float16"),
+    "to another dtype": (lambda s: s.to(torch.bfloat16), "asked to be torch.bfloat16"),
+    "to another device": (lambda s: s.to("meta"), "asked to be torch.float64 on meta"),
+    "a part of it, to another dtype": (lambda s: s.model.norm.half(), "a module inside a sharded model was converted"),
+    "apply": (lambda s: s.apply(print), r"apply\(...\) on a sharded model"),
+    "apply to a part": (lambda s: s.model.apply(print), r"apply\(...\) on a module inside"),
+    "share_memory": (lambda s: s.share_memory(), "share_memory"),
+    "to_empty": (lambda s: s.to_empty(device="cpu"), "to_empty"),
+    "deepcopy": (copy.deepcopy, "a sharded model was copied"),
+    "AveragedModel": (AveragedModel, "for an average of weights"),
+    "pickle": (pickle.dumps, "a sharded model was pickled"),
+    "torch.save": (lambda s: torch.save(s, io.BytesIO()), "a sharded model was pickled"),
+    "a new module": (lambda s: setattr(s, "head", nn.Linear(2, 2)), "head was added to a sharded model"),
+    "a new parameter": (lambda s: s.register_parameter("x", nn.Parameter(torch.ones(1))), "x was added"),
+    "a new module in a part": (lambda s: s.model.add_module("y", nn.Linear(2, 2)), "y was added"),
+    "another parameter": (lambda s: setattr(s.lm_head, "weight", nn.Parameter(torch.ones(1))), "weight of a sharded model was"),
+    "another module": (lambda s: setattr(s, "lm_head", nn.Linear(2, 2)), "the module lm_head of a sharded model was replaced"),
+    "functional_call": (functional, "was replaced by another tensor"),
+    "the mode of a part": (lambda s: s.model.layers.eval(), "the mode of a module inside a sharded model"),
+    "a call of a part": (lambda s: s.model(GIVEN["input_ids"]), "a module inside a sharded model was called"),
+    "DistributedDataParallel": (nn.parallel.DistributedDataParallel, "given to DistributedDataParallel"),
+    "fully_shard": (torch.distributed.fsdp.fully_shard, "given to fully_shard or replicate"),
+    "Trainer": (
+        lambda s: Trainer(model=s, args=TrainingArguments(output_dir="unused", report_to=[])),
+        "given to transformers' Trainer",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_honoured_is_refused_with_what_would_do(what: str) -> None:
+    call, message = REFUSED[what]
+
+    def work(sharded: ShardedModel) -> None:
+        with pytest.raises(shardcomp.PlanError, match=message):
+            call(sharded)
+        sharded.train_step(**GIVEN)  # and nothing has happened
+        assert_gradients(sharded, WANTED)
+
+    run(usual("one rank"), work)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("generate", "save_pretrained"), ("gradient_checkpointing_enable", "recompute"), ("no_sync", "micro_batch in the policy")],
+)
+def test_methods_of_other_frameworks_name_what_does_it_here(name: str, instead: str) -> None:
+    def work(sharded: ShardedModel) -> None:
+        assert not hasattr(sharded, name)
+        with pytest.raises(AttributeError, match=instead):
+            getattr(sharded, name)
+
+    run(usual("one rank"), work)
+
+
+def test_conversions_to_what_is_are_allowed() -> None:
+    def work(sharded: ShardedModel) -> None:
+        assert sharded.to("cpu") is sharded and sharded.double() is sharded and sharded.cpu() is sharded
+        assert sharded.requires_grad_(True) is sharded
+
+    run(usual("one rank"), work)
+
+
+class Scaled(nn.Module):
+    """A factor of no dimension, as of a learned temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def with_scalars() -> nn.Module:
+    found = model()
+    found.model.norm.temperature = Scaled()
+    found.model.layers[0].mlp.gain = Scaled()
+    for module in (found.model.norm, found.model.layers[0].mlp):
+        child = module.temperature if hasattr(module, "temperature") else module.gain
+        module.register_forward_hook(lambda _, args, out, child=child: child(out))
+    return found
+
+
+@each_plan
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_parameters_of_no_dimension_train(plan: str, precision: str) -> None:
+    wanted = gradients(with_scalars(), lambda m: m(**GIVEN).loss)
+    low = lowered(plan, with_scalars(), precision=precision, micro_batch=1)
+    low.for_call(LOSS, (1, 8))
+
+    def work(sharded: ShardedModel) -> None:
+        for _ in range(2):
+            sharded.train_step(**mine(sharded, GIVEN))
+        expected = {name: 2 * gradient for name, gradient in wanted.items()}
+        assert_gradients(sharded, expected, 1e-9 if precision == "fp64" else 0.2)
+        scales = [p for name, p in sharded.named_parameters() if name.endswith("scale")]
+        assert all(p.shape == () and p.dtype == (torch.float64 if precision == "fp64" else torch.float32) for p in scales)
+        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        if precision == "fp64":
+            torch.testing.assert_close(sharded.grad_norm(), norm, rtol=1e-9, atol=0)
+        sharded.optimizer_step(shardcomp.AdamW(sharded.parameters()))
+
+    run(low, work)
+
+
+def test_an_error_of_torchs_says_what_failed_and_where() -> None:
+    def work(sharded: ShardedModel) -> None:
+        unit = sharded._calls.of(GIVEN, ("loss",), True).stages[0].each[1]
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        true, unit.call = unit.call, fail
+        with pytest.raises(RuntimeError, match=r"shardcomp: train_step of input_ids \[4, 8\], .* failed on rank \d \(tp"):
+            sharded.train_step(**GIVEN)
+        unit.call = true
+
+    run(lowered("tensor 2", model(), (LOSS,)), work)
