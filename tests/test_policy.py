@@ -174,6 +174,7 @@ def test_a_report_of_a_policy_has_every_entry_and_every_option_resolved() -> Non
         "numerics": "hf",
         "attention": "auto",
         "compile": False,
+        "compare_ranks": True,
         "seed": 0,
     }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from shardcomp.runtime.allocation import Chunk, Held, Weights, allocate, held_in
 from shardcomp.runtime.backward import BackwardPasses, around_backward
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
 from shardcomp.runtime.calls import Calls, LoadedCall, Lower
+from shardcomp.runtime.contexts import check_contexts, computable, say_where
 from shardcomp.runtime.fsdp import (
     check_not_replaced,
     gather_apart,
@@ -36,6 +37,7 @@ from shardcomp.runtime.fsdp import (
 )
 from shardcomp.runtime.gradients import coefficient, global_norm, local, scale_gradients
 from shardcomp.runtime.hooks import ParameterHooks, Piece
+from shardcomp.runtime.inputs import named_inputs, shapes_of
 from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.module_contract import Namespace, SealedModule, refuse
 from shardcomp.runtime.optimizer import AdamW
@@ -47,11 +49,10 @@ from shardcomp.runtime.weight_check import broadcast_from_first, check_replicate
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
 
+CALL = "sharded(...)"
+"""How messages name a call of the model that is no step."""
 _EXCHANGED = ("tp", "pp", "dp")
 """The axes that a call is compared along, in this order: dp last, which tells what the others found."""
-_NARROW_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
-_AS_CAPTURED = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
-"""Arguments that training code passes on, and the value that calls are captured with."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ class ShardedModel(SealedModule):
         """
         if self._blueprint.mesh.pp > 1:
             raise PlanError("a pipeline runs whole steps: call train_step(...) to train, eval_step(...) to evaluate")
-        given = self._inputs("sharded(...)", args, batch)
-        with self._running("sharded(...)", given):
+        given = named_inputs(CALL, args, batch, self._blueprint, self.device)
+        with self._running(CALL, given):
             return self._forward(given, num_items_in_batch, return_logits)
 
     def _forward(self, batch: dict[str, Tensor], num_items_in_batch: Tensor | int | None, return_logits: bool | str) -> Any:
@@ -194,7 +195,7 @@ class ShardedModel(SealedModule):
         counts = "loss" in outputs and num_items_in_batch is None
         # Without a loss nothing connects the data-parallel ranks: one of them may evaluate alone.
         axes = _EXCHANGED if "loss" in outputs else ("tp",)
-        code, agreed = self._agree_on("sharded(...)", [batch], outputs, axes, counts)
+        code, agreed = self._agree_on(CALL, [batch], outputs, axes, counts)
         inputs = dict(batch)
         if "loss" in outputs:
             inputs["num_items_in_batch"] = torch.as_tensor(
@@ -268,47 +269,21 @@ class ShardedModel(SealedModule):
     @contextmanager
     def _running(self, call: str, batch: Mapping[str, Tensor], training: bool = False) -> Iterator[None]:
         """Every call of the model runs within this: in contexts that it can be computed in, and with errors that say where."""
-        if training and (self._forward_hooks or self._forward_pre_hooks):
-            refuse(f"{call} with forward hooks on the sharded model", "they are called by sharded(...); remove them")
-        if torch._C._current_graph_task_id() != -1:
-            raise PlanError(
-                f"{call} within a backward pass, as under torch.utils.checkpoint: FSDP runs one at a time; recompute = full or "
-                "selective in the policy computes activations again"
-            )
-        if training and not torch.is_grad_enabled():
-            raise PlanError(f"{call} under no_grad or inference_mode makes no gradients: call it outside, or eval_step inside")
-        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled() and torch.is_grad_enabled():
-            raise PlanError(
-                f"{call} under detect_anomaly: torch cannot look for NaN in DTensors; use detect_anomaly(check_nan=False), and "
-                "step.skipped or sharded.grad_norm() for gradients that are not finite"
-            )
+        if call != CALL and (self._forward_hooks or self._forward_pre_hooks):
+            refuse(f"{call} with forward hooks on the sharded model", f"they are called by {CALL}; remove them")
+        check_contexts(call, training)
         self._passes.recover()
         for chunk in self._chunks:
             check_not_replaced(chunk)
-        with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():  # what FSDP makes in its first forward must serve training as well
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-            if torch.is_autocast_enabled(self.device.type):
-                self._refuse_other_autocast(call)
-                stack.enter_context(torch.autocast(self.device.type, enabled=False))
+        with computable(call, self.device, self._blueprint.precision):
             try:
                 yield
             except ShardError:
                 raise
             except Exception as error:
-                _say_where(error, f"shardcomp: {call} of {_shapes(batch)} failed on {self._where()}")
+                hint = "the dense model, called with the same batch, tells whether the error is its own"
+                say_where(error, f"{call} of {shapes_of(batch)} failed on {self._where()}", hint)
                 raise
-
-    def _refuse_other_autocast(self, call: str) -> None:
-        """Raise PlanError under an autocast that asks for another dtype than the plan's."""
-        asked, computed = torch.get_autocast_dtype(self.device.type), COMPUTE[self._blueprint.precision]
-        if asked != computed:
-            precision = "fp16" if asked == torch.float16 else "bf16"
-            raise PlanError(
-                f"{call} under torch.autocast({asked}), but the plan computes in {computed}: leave autocast out, and say "
-                f"precision = {precision} in the policy, which keeps float32 master weights"
-            )
 
     def _where(self) -> str:
         """This rank and the plan, in words."""
@@ -349,7 +324,7 @@ class ShardedModel(SealedModule):
         Example:
             step = sharded.train_step(input_ids=ids, labels=ids)
         """
-        given = self._inputs("train_step", (), batch)
+        given = named_inputs("train_step", (), batch, self._blueprint, self.device)
         with self._running("train_step", given, training=True):
             return self._train_step(given)
 
@@ -377,7 +352,7 @@ class ShardedModel(SealedModule):
     def eval_step(self, return_logits: bool | str = False, **batch: Any) -> StepResult:
         """Forward of all micro-batches without gradients, through the same stages. The loss is that of `train_step`, in the
         mode that the model is in. Arguments are those of `train_step`, `return_logits` is that of a call."""
-        given = self._inputs("eval_step", (), batch)
+        given = named_inputs("eval_step", (), batch, self._blueprint, self.device)
         with self._running("eval_step", given), torch.no_grad():
             return self._eval_step(given, return_logits)
 
@@ -421,10 +396,10 @@ class ShardedModel(SealedModule):
             raise
         except Exception as error:
             kind = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-            _say_where(
+            say_where(
                 error,
-                f"shardcomp: optimizer_step({kind}) failed on {self._where()}. docs/module_contract.md lists the optimizers "
-                "whose operators torch has for DTensors; shardcomp.AdamW needs none",
+                f"optimizer_step({kind}) failed on {self._where()}",
+                "docs/module_contract.md lists the optimizers that run on DTensors; shardcomp.AdamW asks nothing of them",
             )
             raise
 
@@ -703,39 +678,6 @@ class ShardedModel(SealedModule):
         self._trained = frozenset(name for name, flag in zip(names, trained[0].tolist(), strict=True) if flag)
         self._calls.trained = self._trained
 
-    def _inputs(self, call: str, args: tuple[Any, ...], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The tensors of a call by name. Raises PlanError, with all violations, for what would fail inside the forward, or go
-        wrong silently."""
-        names = self._blueprint.positional
-        if args and len(args) > len(names):
-            raise PlanError(f"{call}: {len(args)} positional arguments; the model takes ({', '.join(names)}) by position")
-        doubled = [name for name in names[: len(args)] if name in batch]
-        if doubled:
-            raise PlanError(f"{call}: {', '.join(doubled)} is given by position and by name")
-        batch = dict(zip(names, args, strict=False)) | batch
-        batch = {
-            name: given
-            for name, given in batch.items()
-            if given is not None and not (name in _AS_CAPTURED and given is _AS_CAPTURED[name])
-        }
-        if not batch:
-            raise PlanError(f"{call}: no inputs; give at least input_ids=")
-        violations = [text for name, given in batch.items() if (text := _misfit(name, given, self.device))]
-        shapes = {name: tuple(given.shape[:2]) for name, given in batch.items() if isinstance(given, Tensor)}
-        if not violations and len(set(shapes.values())) > 1:
-            violations.append(f"inputs of one call share batch and length, but these do not: {shapes}")
-        if violations:
-            raise PlanError(f"{call}: {'; '.join(violations)}")
-        length = next(iter(shapes.values()))[1]
-        multiple = self._blueprint.sequence_multiple
-        if length % multiple:
-            longer = -(-length // multiple) * multiple
-            raise PlanError(
-                f"a sequence of {length} does not split over tensor = {multiple} under sequence parallelism; the next length "
-                f"that does is {longer}: pad with labels of -100, or set sequence_parallel = false"
-            )
-        return {name: given.long() if given.dtype in _NARROW_INTEGERS else given for name, given in batch.items()}
-
 
 def _told_to_hosts(blueprint: Blueprint) -> list[str]:
     """The axes along which an accelerator's host must know of the others before a step starts: how many micro-batches they
@@ -744,40 +686,12 @@ def _told_to_hosts(blueprint: Blueprint) -> list[str]:
     return uneven + (["pp"] if blueprint.mesh.pp > 1 else [])
 
 
-def _misfit(name: str, tensor: Any, device: torch.device) -> str:
-    """Why a value cannot be an input; empty where it can."""
-    if name in _AS_CAPTURED and isinstance(tensor, bool):
-        return f"{name} = {tensor}: calls are captured with {name} = {_AS_CAPTURED[name]}; leave it out"
-    if not isinstance(tensor, Tensor):
-        return f"{name} is {type(tensor).__name__}: give a tensor"
-    if tensor.dim() < 2:
-        return f"{name} has the shape {list(tensor.shape)}: inputs are [b, s]; tensor.unsqueeze(0) is one sample"
-    if tensor.device.type != device.type:
-        return f"{name} is on {tensor.device}, the model on {device}: {name}.to(sharded.device)"
-    return ""
-
-
 def _is_split(parameter: Tensor) -> bool:
     """Whether a parameter has a part of it on each of several ranks."""
     if not isinstance(parameter, DTensor):
         return False
     sizes = parameter.device_mesh.shape
     return any(size > 1 and not at.is_replicate() for size, at in zip(sizes, parameter.placements, strict=True))
-
-
-def _shapes(batch: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
-
-
-def _say_where(error: Exception, line: str) -> None:
-    """Put a line of ours in front of an exception of torch's or transformers', whose type stays."""
-    hint = ""
-    if isinstance(error, torch.OutOfMemoryError):
-        hint = '; a smaller micro_batch, recompute = "full" or zero = 3 take less memory'
-    if error.args and isinstance(error.args[0], str) and not isinstance(error, KeyError):
-        error.args = (f"{line}{hint}\n{error.args[0]}", *error.args[1:])
-    else:
-        error.add_note(line + hint)
 
 
 def build(

@@ -97,6 +97,7 @@ def test_the_comparison_of_batches_can_be_switched_off() -> None:
     assert not [entry for entry in low.report()["collectives"] if entry["where"] == "what ranks compare"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("zero", range(4))
 @pytest.mark.parametrize("rows", [(3, 2), (1, 4), (3, 0)])
 @pytest.mark.parametrize("pipeline", [1, 2])

@@ -223,8 +223,9 @@ def test_forward_hooks_of_the_model_itself_are_called_or_refused() -> None:
         sharded.register_forward_pre_hook(lambda module, args: calls.append("before"))
         sharded(**given)
         assert calls == ["before", "after"]
-        with pytest.raises(shardcomp.PlanError, match=r"train_step with forward hooks on the sharded model"):
-            sharded.train_step(**given)
+        for step in (sharded.train_step, sharded.eval_step):
+            with pytest.raises(shardcomp.PlanError, match=r"step with forward hooks on the sharded model"):
+                step(**given)
         handle.remove()
 
     run(usual("one rank"), work)

@@ -25,6 +25,7 @@ def frozen(pattern: str) -> nn.Module:
     return dense
 
 
+@pytest.mark.grid
 @each_plan
 @each_pattern
 def test_what_is_unfrozen_later_trains(plan: str, pattern: str) -> None:
