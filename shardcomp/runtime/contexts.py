@@ -10,6 +10,9 @@ import torch
 from shardcomp.errors import PlanError
 from shardcomp.precision import COMPUTE
 
+_OF_A_PEER = ("Timed out", "Connection reset", "Connection closed", "Connection refused", "Broken pipe")
+"""What gloo says, in a RuntimeError, of a rank that is gone or does not answer."""
+
 
 def check_contexts(call: str, training: bool) -> None:
     """Raise PlanError for a context that a call cannot be made in. training: whether it is to leave gradients."""
@@ -51,6 +54,8 @@ def say_where(error: Exception, what: str, hint: str) -> None:
     """Put a line of ours in front of an exception of torch's or transformers', whose type stays. hint: what would do."""
     if isinstance(error, torch.OutOfMemoryError):
         hint = "a smaller micro_batch, recompute = full or zero = 3 take less memory"
+    elif isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in _OF_A_PEER):
+        hint = "another rank ended, or made no such call or backward: its own message says why; every rank makes the same ones"
     line = f"shardcomp: {what}; {hint}"
     if error.args and isinstance(error.args[0], str) and not isinstance(error, KeyError):
         error.args = (f"{line}\n{error.args[0]}", *error.args[1:])

@@ -57,7 +57,7 @@ def _misfit(name: str, tensor: Any, device: torch.device) -> str:
     if name in AS_CAPTURED and isinstance(tensor, bool):
         return f"{name} = {tensor}: calls are captured with {name} = {AS_CAPTURED[name]}; leave it out"
     if not isinstance(tensor, Tensor):
-        return f"{name} is {type(tensor).__name__}: give a tensor"
+        return f"{name} is {type(tensor).__name__}: inputs must be tensors"
     if tensor.dim() < 2:
         return f"{name} has the shape {list(tensor.shape)}: inputs are [b, s]; tensor.unsqueeze(0) is one sample"
     if tensor.device.type != device.type:

@@ -42,7 +42,7 @@ from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.module_contract import Namespace, SealedModule, refuse
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.origin import Origin
-from shardcomp.runtime.outputs import as_output, output_type
+from shardcomp.runtime.outputs import as_output, computed_of, output_type
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
 from shardcomp.runtime.weight_check import broadcast_from_first, check_replicated, check_same
@@ -186,6 +186,7 @@ class ShardedModel(SealedModule):
         """
         if self._blueprint.mesh.pp > 1:
             raise PlanError("a pipeline runs whole steps: call train_step(...) to train, eval_step(...) to evaluate")
+        _check_return_logits(return_logits)
         given = named_inputs(CALL, args, batch, self._blueprint, self.device)
         with self._running(CALL, given):
             return self._forward(given, num_items_in_batch, return_logits)
@@ -210,18 +211,25 @@ class ShardedModel(SealedModule):
         differentiable = [name for name, tensor in found.items() if tensor.requires_grad]
         if differentiable:
             self._watch(found, differentiable, code, agreed)
-        if "loss" in found:
-            found["loss"] = allreduce_identity(found["loss"], self._axes["dp"])
         for name, tensor in found.items():
             if name != "loss":
                 split = code.blueprint.output_split.get(name)
                 found[name] = as_output(tensor, self.mesh, split, return_logits == "whole")
+        if "loss" in found:
+            found["loss"] = computed_of(allreduce_identity(found["loss"], self._axes["dp"]), found.get("logits"))
         return output_type(code.blueprint.output_type)(**found)
 
     def _watch(self, found: dict[str, Tensor], names: list[str], code: LoadedCall, agreed: Agreed) -> None:
         """Have every backward that starts from these outputs begin and end as one of this model."""
 
+        versions = self._versions()
+
         def begin(number: int) -> tuple[bool, float]:
+            if self._versions() != versions:
+                raise PlanError(
+                    "weights were changed between a call and its backward, whose gradients would be of neither: call "
+                    ".backward() before the optimizer steps, or call the model again"
+                )
             return self._passes.begin(code, number), self.loss_scale.scale
 
         def end() -> None:
@@ -229,6 +237,11 @@ class ShardedModel(SealedModule):
             self._note(self._sum([], bad if agreed.bad is None else bad + agreed.bad)[1])
 
         found.update(zip(names, around_backward([found[name] for name in names], begin, end), strict=True))
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """How often each parameter was written to, as a DTensor and as this rank's part of one."""
+        with torch.no_grad():  # so that `to_local` gives the tensor itself, and no view with a count of its own
+            return [(p._version, local(p)._version) for p in (entry.sharded_param for _, entry in self._named)]
 
     def _outputs_of(self, batch: Mapping[str, Tensor], with_logits: bool) -> tuple[str, ...]:
         """What a call returns: what the first call did where it has the same inputs, else the loss or the logits."""
@@ -352,6 +365,7 @@ class ShardedModel(SealedModule):
     def eval_step(self, return_logits: bool | str = False, **batch: Any) -> StepResult:
         """Forward of all micro-batches without gradients, through the same stages. The loss is that of `train_step`, in the
         mode that the model is in. Arguments are those of `train_step`, `return_logits` is that of a call."""
+        _check_return_logits(return_logits)
         given = named_inputs("eval_step", (), batch, self._blueprint, self.device)
         with self._running("eval_step", given), torch.no_grad():
             return self._eval_step(given, return_logits)
@@ -684,6 +698,11 @@ def _told_to_hosts(blueprint: Blueprint) -> list[str]:
     have, where these are exchanged one by one, and whether another stage trains more than before."""
     uneven = ["dp"] if blueprint.zero >= 2 and blueprint.micro_batch is not None else []
     return uneven + (["pp"] if blueprint.mesh.pp > 1 else [])
+
+
+def _check_return_logits(value: object) -> None:
+    if not isinstance(value, bool) and value != "whole":
+        raise PlanError(f'return_logits = {value!r}: use True, False, or "whole" for logits that are not split')
 
 
 def _is_split(parameter: Tensor) -> bool:

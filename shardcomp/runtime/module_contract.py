@@ -128,6 +128,7 @@ _INSTEAD = {
     "resize_token_embeddings": "model.resize_token_embeddings(...) before shardcomp.shard(...)",
     "push_to_hub": "save_pretrained(path), then huggingface_hub.upload_folder",
     "merge_and_unload": "save_pretrained(path, strict=False), and merge in the dense model",
+    "disable_adapter": "a second sharded model, of the base model without adapters, as the reference",
     "set_attn_implementation": "attention = ... in the policy",
     "no_sync": "micro_batch in the policy: train_step reduces once for all micro-batches",
     "set_requires_gradient_sync": "micro_batch in the policy: train_step reduces once for all micro-batches",

@@ -142,6 +142,8 @@ class AdamW(torch.optim.Optimizer):
             scale=scale,
             found_inf=found_inf,
         )
+        # A graph that saved these weights is to notice, as after any operator in place.
+        torch.autograd.graph.increment_version(parameters)
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
         """The states of a parameter: made where they are missing, and put where it is."""

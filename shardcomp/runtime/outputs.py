@@ -31,6 +31,42 @@ class WholeTensor(Tensor):
         return self
 
 
+class _Plain(torch.autograd.Function):
+    """The same numbers, no view of them, whose gradient is a plain tensor: one that comes from a term with DTensors is put
+    together here, where plain code takes over."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        [gradient] = gradients
+        return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+class _Unchanged(torch.autograd.Function):
+    """`x`, which was computed of `logits`: raises in its backward where they were written into since. Writing into a DTensor is
+    not noticed by its local tensor, which is what computing saves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.saved_tensors  # torch compares versions here  # noqa: B018
+        return gradients[0], None
+
+
+def computed_of(x: Tensor, logits: Tensor | None) -> Tensor:
+    """A plain tensor that was computed of logits, for the caller's own arithmetic: see `_Plain` and `_Unchanged`."""
+    if isinstance(logits, DTensor) and x.requires_grad:
+        x = _Unchanged.apply(x, logits)
+    return _Plain.apply(x)
+
+
 def as_output(local: Tensor, mesh: DeviceMesh, split: tuple[int, int] | None, whole: bool) -> Tensor:
     """An output as the caller sees it.
 
@@ -43,7 +79,7 @@ def as_output(local: Tensor, mesh: DeviceMesh, split: tuple[int, int] | None, wh
     shape = torch.Size([*local.shape[:dim], size, *local.shape[dim + 1 :]])
     stride = torch.empty(shape, device="meta").stride()
     found = DTensor.from_local(local, mesh["tp"], [Shard(dim)], run_check=False, shape=shape, stride=stride)
-    return found.full_tensor().as_subclass(WholeTensor) if whole else found
+    return _Plain.apply(found.full_tensor()).as_subclass(WholeTensor) if whole else found
 
 
 def token_log_probs(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
@@ -78,7 +114,7 @@ def token_log_probs(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tens
             return token_log_probs(logits.full_tensor(), labels, ignored)
         axis = Axis("tp", mesh.size(), mesh.get_local_rank(), mesh.get_group())
         losses = vocab_cross_entropy(logits.to_local().flatten(0, -2), flat, ignored, columns, axis)
-    return -losses.view(labels.shape)
+    return computed_of(-losses.view(labels.shape), logits)
 
 
 def output_type(name: str) -> Callable[..., Any]:

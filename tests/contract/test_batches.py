@@ -194,7 +194,7 @@ def test_inputs_may_be_given_by_position(plan: str) -> None:
     [
         ((), {"input_ids": torch.zeros(8, dtype=torch.int64)}, r"input_ids has the shape \[8\]: inputs are \[b, s\]"),
         ((), {"labels": torch.zeros(4, 8)}, "labels is torch.float32: tokens and labels are integers"),
-        ((), {"input_ids": [[1, 2]]}, "input_ids is list: give a tensor"),
+        ((), {"input_ids": [[1, 2]]}, "input_ids is list: inputs must be tensors"),
         ((), {"use_cache": True}, "use_cache = True: calls are captured with use_cache = False"),
         ((), {"labels": torch.zeros(2, 8, dtype=torch.int64)}, "inputs of one call share batch and length"),
         ((torch.zeros(4, 8, dtype=torch.int64),), {}, "input_ids is given by position and by name"),

@@ -161,6 +161,85 @@ def test_logits_may_be_written_in_place(plan: str) -> None:
     run(usual(plan), work)
 
 
+@each_plan
+def test_logits_written_in_place_after_they_were_read_are_an_error(plan: str) -> None:
+    """As torch has it for plain tensors: what was read is saved for the backward."""
+    given = batch()
+    wanted = gradients(model(), lambda m: m(**given).loss)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, given)
+        for which in ("the model's own loss", "log-probabilities"):
+            out = sharded(**part, return_logits=True)
+            log_probs = shardcomp.token_log_probs(out.logits, part["input_ids"])
+            out.logits.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                (out.loss if which.startswith("the model") else log_probs.sum()).backward()
+            sharded.zero_grad()
+        out = sharded(**part, return_logits="whole")
+        out.logits.mul_(2)  # gathered: a copy, where there is something to gather
+        if sharded.mesh["tp"].size() > 1:
+            out.loss.backward()
+            assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_split_logits_and_plain_terms_meet_in_one_loss(plan: str) -> None:
+    given = batch()
+    ids = given["input_ids"]
+
+    def total(out: object, ids: Tensor, log_probs: Tensor) -> Tensor:
+        logits = out.logits  # type: ignore[attr-defined]
+        return out.loss + 0.01 * torch.logsumexp(logits, -1).square().sum() - 0.1 * log_probs.sum()  # type: ignore[attr-defined]
+
+    def dense_loss(m: nn.Module) -> Tensor:
+        out = m(**given)
+        return total(out, ids, torch.log_softmax(out.logits, -1).gather(-1, ids[..., None]))
+
+    wanted = gradients(model(), dense_loss)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, given)
+        out = sharded(**part, return_logits=True)
+        loss = total(out, part["input_ids"], shardcomp.token_log_probs(out.logits, part["input_ids"]))
+        loss.backward()
+        assert_gradients(sharded, wanted)
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_weights_changed_between_a_call_and_its_backward_are_refused(plan: str) -> None:
+    given = batch()
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, given)
+        for change in (shardcomp.AdamW, torch.optim.SGD):
+            late = sharded(**part).loss
+            sharded.train_step(**part)
+            sharded.optimizer_step(change(sharded.parameters(), lr=0.1))
+            with pytest.raises(shardcomp.PlanError, match="weights were changed between a call and its backward"):
+                late.backward()
+            sharded.zero_grad()
+        loss = sharded(**part).loss
+        sharded.eval_step(**part)
+        loss.backward()  # what changes no weight may come between
+        assert all(p.grad is not None for p in sharded.parameters())
+
+    run(usual(plan), work)
+
+
+def test_return_logits_is_true_false_or_whole() -> None:
+    def work(sharded: ShardedModel) -> None:
+        with pytest.raises(shardcomp.PlanError, match='return_logits = .full.: use True, False, or "whole"'):
+            sharded(**batch(), return_logits="full")
+
+    run(usual("one rank"), work)
+
+
 @pytest.mark.parametrize("plan", ["one rank", "tensor 2", "data 2, zero 0"])
 def test_the_loss_scale_of_fp16_is_on_every_output(plan: str) -> None:
     given, dense = batch(), model()
