@@ -22,9 +22,10 @@ from shardcomp.program import Signature, value
 from shardcomp.runtime import unit, world
 from shardcomp.runtime.allocation import Weights
 from shardcomp.runtime.blueprint import MASTER, Blueprint
+from shardcomp.runtime.construction import build
 from shardcomp.runtime.huggingface import WeightFiles
 from shardcomp.runtime.initialisation import initialise
-from shardcomp.runtime.model import ShardedModel, build
+from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.origin import Origin, mode_of
 
 DEFAULT_LENGTH = 2048
@@ -62,7 +63,7 @@ def shard(
         ShardError: its subclasses say which part cannot be honoured, and what would do.
 
     Example:
-        sharded = shardcomp.shard(model, shardcomp.Policy.load("llama", tensor=2))
+        sharded = shardcomp.shard(model, shardcomp.Policy.load("auto", tensor=2))
     """
     chosen = policy if isinstance(policy, Policy) else Policy.load(policy)
     lowered = _lower_first(model, chosen, inputs, outputs)

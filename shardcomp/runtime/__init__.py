@@ -29,8 +29,9 @@ from shardcomp.kernels import (
     vocab_linear_cross_entropy,
 )
 from shardcomp.runtime.blueprint import Blueprint
+from shardcomp.runtime.construction import build
 from shardcomp.runtime.linear import linear
-from shardcomp.runtime.model import ShardedModel, build
+from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import keep, once
 from shardcomp.runtime.unit import Home, Stage, Unit, local

@@ -19,6 +19,7 @@ from torch import Tensor
 from shardcomp.collectives import Axis
 from shardcomp.errors import BatchError, PlanError
 from shardcomp.runtime.blueprint import IndexBound
+from shardcomp.runtime.digest import MULTIPLIER, digest
 
 CALL, BATCH, TRAINED, DIFFERS, OUTSIDE, CHANGED, MICRO_BATCHES, TOKENS = range(8)
 """The numbers of the message, int64 each.
@@ -33,9 +34,12 @@ _LARGEST = slice(DIFFERS, MICRO_BATCHES + 1)
 """Of these, ranks need the largest. Slices, because an index in a list would have an accelerator's host wait for its stream."""
 _COMPARED = {"tp": slice(CALL, TRAINED + 1), "pp": slice(CALL, BATCH + 1), "dp": slice(TRAINED, TRAINED + 1)}
 """The digests that ranks of an axis have in common: stages have other parameters, data-parallel ranks other batches."""
+_SAME = (
+    "A batch is this data-parallel rank's samples, the same on every rank of one pp and tp group: choose samples by "
+    'sharded.mesh["dp"].get_local_rank(), not by the rank in the world'
+)
 FIRST_CALLS = 3
 """On an accelerator, so many calls of a kind wait for the answer. That of later ones is read when it is there."""
-_MULTIPLIER, _INCREMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,6 @@ class Agreement:
         self.device, self.compare, self.at_once, self.host = device, compare, at_once, dict(host or {})
         self._calls: dict[int, int] = {}
         self._answers: deque[_Answer] = deque()
-        self._factors = torch.zeros(0, dtype=torch.int64)
 
     def exchange(
         self,
@@ -94,18 +97,18 @@ class Agreement:
         """
         self.poll()
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
-        described = f"{call} of {', '.join(f'{name} {list(shape)}' for name, shape in sorted(shapes.items()))}"
-        digest = zlib.crc32(described.encode())
+        described = " of ".join((call, *filter(None, [", ".join(f"{n} {list(shape)}" for n, shape in sorted(shapes.items()))])))
+        kind = zlib.crc32(described.encode())
         outside = _outside(batch, bounds)
         own = torch.zeros(WIDTH, dtype=torch.int64)
-        own[CALL], own[TRAINED], own[CHANGED], own[MICRO_BATCHES] = digest, trained, changed, micro_batches
+        own[CALL], own[TRAINED], own[CHANGED], own[MICRO_BATCHES] = kind, trained, changed, micro_batches
         numbers = own.to(self.device, non_blocking=True)
         numbers[TOKENS] = tokens
         if outside is not None:
             numbers[OUTSIDE] = outside[:, 0].sum() > 0
-        compared = self.compare and any(self.axes[name].size > 1 for name in axes if name != "dp")
+        compared = batch and self.compare and any(self.axes[name].size > 1 for name in axes if name != "dp")
         if compared:
-            numbers[BATCH] = self._digest(batch)
+            numbers[BATCH] = _digest_of(batch)
         differing = ""
         for axis in (self.axes[name] for name in axes):
             if axis.size > 1 and (self.compare or axis.name != "tp"):
@@ -118,8 +121,8 @@ class Agreement:
             answer.check()
             return Agreed(numbers[TOKENS].clone(), int(numbers[MICRO_BATCHES]), bool(numbers[CHANGED]))
         micro_batches, changed = self._of_hosts(axes, micro_batches, changed)
-        self._calls[digest] = self._calls.get(digest, 0) + 1
-        if self._calls[digest] <= FIRST_CALLS:
+        self._calls[kind] = self._calls.get(kind, 0) + 1
+        if self._calls[kind] <= FIRST_CALLS:
             answer.check()
         else:
             self._answers.append(answer)
@@ -136,18 +139,6 @@ class Agreement:
             every = axis.all_gather(torch.tensor([[micro_batches, changed]], dtype=torch.int64), 0)
             micro_batches, changed = int(every[:, 0].max()), bool(every[:, 1].max())
         return micro_batches, changed
-
-    def _digest(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """A number that another value, or the same values in another order, change: int64 []. Sums wrap around."""
-        total = torch.zeros((), dtype=torch.int64, device=self.device)
-        for _, tensor in sorted(batch.items()):
-            flat = tensor.detach().flatten()
-            flat = flat.double().view(torch.int64) if flat.is_floating_point() else flat
-            if self._factors.numel() < flat.numel():
-                places = torch.arange(flat.numel(), dtype=torch.int64, device=self.device)
-                self._factors = places * _MULTIPLIER + _INCREMENT
-            total = total * _MULTIPLIER + (flat * self._factors[: flat.numel()]).sum()
-        return total
 
 
 @dataclass
@@ -180,10 +171,8 @@ class _Answer:
         if self._copied is not None:
             self._copied.synchronize()
         if self.numbers[DIFFERS]:
-            differing = self.differing or f"{self.described}: the ranks of a pp and tp group differ in the call or the batch"
             raise PlanError(
-                f"{differing}. A batch is this data-parallel rank's samples, the same on every rank of one pp and tp group: "
-                'choose samples by sharded.mesh["dp"].get_local_rank(), not by the rank in the world'
+                self.differing or f"{self.described}: ranks differ in the call, its batch or requires_grad. {_SAME}"
             )
         if self.numbers[OUTSIDE]:
             raise BatchError(f"{self._named_outside()} (in {self.described})")
@@ -198,6 +187,14 @@ class _Answer:
                 found.append(f"{name} of {at} is {value}{more}; the model takes 0 to {size - 1}")
         hint = "labels of tokens that do not count are -100, and new tokens need model.resize_token_embeddings before sharding"
         return f"{'; '.join(found)}: {hint}" if found else "another data-parallel rank has a number that the model cannot take"
+
+
+def _digest_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """A digest of all tensors of a batch, in the order of their names: int64 []."""
+    first, *others = (digest(tensor) for _, tensor in sorted(batch.items()))
+    for other in others:
+        first = first * MULTIPLIER + other
+    return first
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -218,14 +215,17 @@ def _combined(axis: str, every: Tensor, compare: bool) -> Tensor:
 
 
 def _differing(axis: Axis, every: Tensor, described: str) -> str:
-    """What the ranks of an axis differ in; empty where they do not."""
+    """What the ranks of an axis differ in, and what would do; empty where they do not."""
     words = {CALL: "make another call, or one of other shapes", BATCH: "have other numbers in it"}
     for column in range(WIDTH)[_COMPARED[axis.name]]:
         own = int(every[axis.rank, column])
         others = [str(rank) for rank, number in enumerate(every[:, column].tolist()) if number != own]
         if others:
             what = words.get(column, "have other parameters with requires_grad")
-            return f"{axis.name} rank {axis.rank} makes the call {described}; {axis.name} rank {', '.join(others)} {what}"
+            hint = _SAME if column in words else "Set it alike on every rank"
+            return (
+                f"{axis.name} rank {axis.rank} makes the call {described}; {axis.name} rank {', '.join(others)} {what}. {hint}"
+            )
     return ""
 
 

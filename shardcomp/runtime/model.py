@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,31 +20,30 @@ from shardcomp.errors import PlanError, ShardError
 from shardcomp.parts import Part, join, packed
 from shardcomp.runtime import world
 from shardcomp.runtime.agreement import Agreed, Agreement
-from shardcomp.runtime.allocation import Chunk, Held, Weights, allocate, held_index, tied_axes, users
+from shardcomp.runtime.allocation import Chunk, Held, held_index, users
 from shardcomp.runtime.backward import BackwardPasses, around_backward
-from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
+from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.calls import Calls, LoadedCall, Lower
 from shardcomp.runtime.contexts import check_contexts, computable, say_where
 from shardcomp.runtime.fsdp import (
     check_not_replaced,
-    gather_apart,
     lay_down,
     named_parameters,
     prepare,
     reset,
-    widen_gradients,
 )
 from shardcomp.runtime.gradients import coefficient, global_norm, local, scale_gradients
 from shardcomp.runtime.hooks import ParameterHooks, Piece
 from shardcomp.runtime.inputs import named_inputs, shapes_of
 from shardcomp.runtime.ledger import held_bytes
+from shardcomp.runtime.micro_batches import filled_up, one_sample, split, uncounted
 from shardcomp.runtime.module_contract import Namespace, SealedModule, refuse
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.origin import Origin
 from shardcomp.runtime.outputs import as_output, computed_of, output_type
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.scaling import LossScale
-from shardcomp.runtime.weight_check import broadcast_from_first, check_replicated, check_same
+from shardcomp.runtime.trained import TrainedParameters
 from shardcomp.runtime.whole import whole as together
 from shardcomp.schedules import SCHEDULES
 
@@ -123,10 +121,7 @@ class ShardedModel(SealedModule):
         on_cpu = device.type == "cpu"
         host = {} if on_cpu else world.host_axes(mesh, _told_to_hosts(blueprint))
         self._agreement = Agreement(axes, device, blueprint.compare_ranks, at_once=on_cpu, host=host)
-        self._trained = frozenset(name for name, plan in blueprint.parameters.items() if plan.requires_grad)
-        self._pattern: tuple[bool, ...] = ()
-        self._known_pattern: tuple[bool, ...] | None = None
-        self._pattern_digest = 0
+        self._trained = TrainedParameters(self._named, blueprint)
         self._mode = origin.mode
         for module in self.children():
             if isinstance(module, Namespace):
@@ -221,8 +216,8 @@ class ShardedModel(SealedModule):
 
     def _watch(self, found: dict[str, Tensor], names: list[str], code: LoadedCall, agreed: Agreed) -> None:
         """Have every backward that starts from these outputs begin and end as one of this model."""
-
-        versions = self._versions()
+        versions, exchanged = self._versions(), "loss" in found  # not `found` itself: the outputs would keep each other alive
+        late: list[Tensor] = []  # answers that are still on the device
 
         def begin(number: int) -> tuple[bool, float]:
             if self._versions() != versions:
@@ -230,11 +225,16 @@ class ShardedModel(SealedModule):
                     "weights were changed between a call and its backward, whose gradients would be of neither: call "
                     ".backward() before the optimizer steps, or call the model again"
                 )
-            return self._passes.begin(code, number), self.loss_scale.scale
+            first = self._passes.begin(code, number)
+            if first and not exchanged:  # dp has compared nothing yet, and is about to sum gradients
+                digest, _ = self._trained.look()
+                here = self._agreement.exchange("a backward", {}, {}, ("dp",), torch.zeros_like(agreed.tokens), trained=digest)
+                late[:] = [] if here.bad is None else [here.bad]
+            return first, self.loss_scale.scale
 
         def end() -> None:
             bad = self._passes.end()
-            self._note(self._sum([], bad if agreed.bad is None else bad + agreed.bad)[1])
+            self._note(self._sum([], sum(late, bad if agreed.bad is None else bad + agreed.bad))[1])
 
         found.update(zip(names, around_backward([found[name] for name in names], begin, end), strict=True))
 
@@ -469,46 +469,21 @@ class ShardedModel(SealedModule):
     ) -> tuple[LoadedCall, Agreed, list[dict[str, Tensor]]]:
         """A step's code, what the ranks know of it, and its micro-batches.
 
-        The last micro-batch may be smaller. Where all have to be of one size, under a pipeline and for a model that was
-        captured for one shape, it is filled up with samples that do not count. From zero = 2 the ranks of dp exchange
-        parameters and gradients in every micro-batch: one that has fewer than another computes some that do not count.
+        From zero = 2 the ranks of dp exchange parameters and gradients in every micro-batch: one that has fewer than another
+        computes some that do not count.
         """
         rows = next(iter(batch.values())).shape[0]
         size = max(1, min(self._blueprint.micro_batch or rows, rows))
         if not rows:
-            batch = self._sample_that_does_not_count(batch)
-        first = {name: tensor[:size] for name, tensor in batch.items()}
-        code = self._calls.of(first, outputs, self._mode)
+            batch = one_sample(batch, self._blueprint)
+        code = self._calls.of({name: tensor[:size] for name, tensor in batch.items()}, outputs, self._mode)
         one_size = self._blueprint.mesh.pp > 1 or code.blueprint.static_shape is not None
-        missing = -rows % size if one_size else 0
-        if missing:
-            batch = {name: torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) for name, tensor in batch.items()}
-        if missing or not rows:
-            self._discount(code, batch, rows)
-        total = next(iter(batch.values())).shape[0]
-        pieces = [{name: tensor[at : at + size] for name, tensor in batch.items()} for at in range(0, total, size)]
+        batch = filled_up(batch, rows, -(-rows // size) * size if one_size and rows else max(rows, 1), code.blueprint)
+        pieces = split(batch, size)
         code, agreed = self._agree_on(call, pieces, outputs, _EXCHANGED, counts=True, whole=batch)
-        if self._blueprint.zero >= 2 and agreed.micro_batches > len(pieces):
-            idle = {name: tensor.clone() for name, tensor in pieces[0].items()}
-            self._discount(code, idle, 0)
-            pieces += [dict(idle) for _ in range(agreed.micro_batches - len(pieces))]
+        if self._blueprint.zero >= 2:
+            pieces += [uncounted(pieces[0], 0, code.blueprint) for _ in range(agreed.micro_batches - len(pieces))]
         return code, agreed, [{**piece, "num_items_in_batch": agreed.tokens} for piece in pieces]
-
-    def _sample_that_does_not_count(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One sample for a rank that has none, but for its labels."""
-        bounded = self._blueprint.index_bounds
-        return {name: tensor.new_full((1, *tensor.shape[1:]), int(name not in bounded)) for name, tensor in batch.items()}
-
-    def _discount(self, code: LoadedCall, batch: dict[str, Tensor], rows: int) -> None:
-        """Set the labels of all samples from the one number `rows` to what does not count."""
-        if not code.blueprint.label_inputs:
-            raise PlanError(
-                "the model computes its labels from several inputs, so that no sample can be added which does not count: give "
-                "every rank as many samples as micro_batch divides"
-            )
-        for name in code.blueprint.label_inputs:
-            batch[name] = batch[name].clone()
-            batch[name][rows:] = self._blueprint.ignored_label
 
     def grad_norm(self) -> Tensor:
         """The global 2-norm of the gradients over every axis, tied weights counted once: [], the same on every rank, not finite
@@ -659,38 +634,13 @@ class ShardedModel(SealedModule):
                     code.stages[0].tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces
                 ]
                 tokens = torch.stack(counted).sum()
-        digest, changed = self._trained_now()
+        digest, changed = self._trained.look()
         mode = f"{call} -> ({', '.join(outputs)}), {'training' if self.training else 'evaluating'},"
         agreed = self._agreement.exchange(mode, batch, bounds, axes, tokens, len(pieces), digest, changed)
         if agreed.changed:
-            self._train_more()
+            self._calls.trained = self._trained.grow((self._axes[name] for name in axes), self.device)
             code = self._calls.of(pieces[0], outputs, self._mode)
         return code, agreed
-
-    def _trained_now(self) -> tuple[int, bool]:
-        """A digest of which of this rank's parameters have requires_grad, and whether there are some that the code does not
-        train."""
-        pattern = tuple(entry.sharded_param.requires_grad for _, entry in self._named)
-        if pattern != self._pattern:
-            self._pattern, self._pattern_digest = pattern, zlib.crc32(bytes(pattern))
-        if pattern == self._known_pattern:
-            return self._pattern_digest, False
-        names = {name for (name, _), trained in zip(self._named, pattern, strict=True) if trained}
-        if names <= self._trained:
-            self._known_pattern = pattern
-            return self._pattern_digest, False
-        return self._pattern_digest, True
-
-    def _train_more(self) -> None:
-        """From now on lower calls for all parameters that some rank trains, and for those that were trained before: sums over
-        ranks that find nothing to sum do no harm."""
-        names = sorted(self._blueprint.parameters)
-        mine = {name for name, entry in self._named if entry.sharded_param.requires_grad} | self._trained
-        trained = torch.tensor([[name in mine for name in names]], dtype=torch.int64, device=self.device)
-        for axis in _EXCHANGED:
-            trained = self._axes[axis].all_gather(trained, 0).amax(0, keepdim=True)
-        self._trained = frozenset(name for name, flag in zip(names, trained[0].tolist(), strict=True) if flag)
-        self._calls.trained = self._trained
 
 
 def _told_to_hosts(blueprint: Blueprint) -> list[str]:
@@ -711,66 +661,3 @@ def _is_split(parameter: Tensor) -> bool:
         return False
     sizes = parameter.device_mesh.shape
     return any(size > 1 and not at.is_replicate() for size, at in zip(sizes, parameter.placements, strict=True))
-
-
-def build(
-    blueprint: Blueprint,
-    weights: Weights,
-    config: Any = None,
-    lower: Lower | None = None,
-    origin: Origin | None = None,
-    same: Iterable[tuple[str, Tensor]] = (),
-    sync_weights: bool = False,
-) -> ShardedModel:
-    """Allocate this rank's part of a lowered model and hand it over.
-
-    Args:
-        blueprint: what the model was lowered to.
-        weights: is asked for this rank's part of each parameter.
-        config: the HuggingFace configuration, where there is no `origin`.
-        lower: lowers further calls; None where there is only the source of one.
-        origin: what to keep of the dense model.
-        sync_weights: whether every rank takes the numbers that rank 0 has.
-
-    Raises:
-        PlanError: where ranks that hold the same part of a parameter start from other numbers.
-    """
-    same = list(same)
-    names = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in same)
-    facts = {"policy": repr(blueprint.policy), "program": "\n".join(blueprint.sources), "model": names}
-    public, device = world.start(blueprint.mesh, facts if blueprint.compare_ranks else {})
-    mesh = blueprint.mesh.engine_mesh(public)
-    factored = blueprint.mesh.engine_mesh(public, factored=True) if blueprint.mesh.copies > 1 else mesh
-    axes = world.axes_of(public, mesh, factored)
-    coordinates = {name: axis.rank for name, axis in axes.items()}
-    everyone = world.everyone()
-    if blueprint.compare_ranks and not sync_weights:
-        check_same(same, everyone, device)
-    tree, chunks = allocate(blueprint, weights, mesh, factored, coordinates, device)
-    for chunk in chunks:
-        gather_apart(chunk)
-        if COMPUTE[blueprint.precision] != MASTER[blueprint.precision]:
-            widen_gradients(chunk)
-    origin = origin or Origin(config)
-    model = ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), origin, lower)
-    if sync_weights:
-        _take_from_first_rank(model, weights, everyone)
-    if blueprint.compare_ranks:
-        shards = {name: (held.index, local(held.parameters[0])) for name, held in model.held_parameters().items()}
-        check_replicated(shards, blueprint.parameters, everyone, device)
-    return model
-
-
-@torch.no_grad()
-def _take_from_first_rank(model: ShardedModel, weights: Weights, everyone: Axis) -> None:
-    """Give every rank the numbers that rank 0 reads, one whole parameter at a time."""
-    held = model.held_parameters()
-    for name, plan in model.blueprint.parameters.items():
-        tensor = broadcast_from_first(weights(name, tuple(slice(0, size) for size in plan.shape)), everyone, model.device)
-        for parameter in held[name].parameters if name in held else ():
-            local(parameter).copy_(tensor[held[name].index])
-    for name, buffer in model.blueprint.buffers.items():
-        tensor = broadcast_from_first(buffer, everyone, model.device)
-        mine = model.held_buffers().get(name)
-        if mine is not None:
-            mine.copy_(tensor)

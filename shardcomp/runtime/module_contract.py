@@ -218,7 +218,7 @@ class SealedModule(nn.Module):
         refuse(
             "a sharded model was given to transformers' Trainer",
             "it wraps the model and steps by itself; write the loop with train_step, clip_grad_norm_ and optimizer_step, or "
-            "use examples/llama/pretrain.py",
+            "use the pretraining driver among the examples",
         )
 
     @property

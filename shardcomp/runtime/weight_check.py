@@ -12,9 +12,8 @@ from torch import Tensor
 
 from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
+from shardcomp.runtime.digest import digest
 
-_CHUNK = 1 << 22
-"""Numbers hashed at a time."""
 _INSTEAD = (
     "Build the model with one seed on all ranks, or take rank 0's numbers: shard(..., sync_weights=True); "
     "compare_ranks = false in the policy compares nothing"
@@ -42,7 +41,7 @@ def check_alike(facts: Mapping[str, str], ranks: Axis, device: torch.device) -> 
 
 def check_same(tensors: Iterable[tuple[str, Tensor]], ranks: Axis, device: torch.device) -> None:
     """Raise PlanError on every rank where the named tensors differ between ranks, which all have them, in one order."""
-    hashes = [] if ranks.size == 1 else [(name, content_hash(tensor)) for name, tensor in tensors]
+    hashes = [] if ranks.size == 1 else [(name, int(digest(tensor))) for name, tensor in tensors]
     if not hashes:
         return
     own = torch.tensor([[number for _, number in hashes]], dtype=torch.int64).to(device)
@@ -67,7 +66,7 @@ def check_replicated(
     for name in names:
         index, tensor = shards.get(name, ((), None))
         place = 0 if tensor is None else 1 + zlib.crc32(repr(index).encode())
-        rows.append([place, 0 if tensor is None else content_hash(tensor)])
+        rows.append([place, 0 if tensor is None else int(digest(tensor))])
     if not rows:
         return
     every = ranks.all_gather(torch.tensor([rows], dtype=torch.int64).to(device), 0).cpu().tolist()
@@ -87,22 +86,6 @@ def broadcast_from_first(tensor: Tensor, ranks: Axis, device: torch.device) -> T
     if ranks.size > 1:
         dist.broadcast(received, src=0)
     return received
-
-
-def content_hash(tensor: Tensor) -> int:
-    """A number that another value, or the same values in another order, change. Its cost is one read of the tensor."""
-    flat = tensor.detach().contiguous().flatten()
-    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
-    wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    total = flat.numel()
-    if not flat.numel():
-        return 0
-    factors = (
-        torch.arange(min(_CHUNK, flat.numel()), dtype=torch.int64, device=flat.device) * 0x5851F42D4C957F2D + 0x14057B7EF767814F
-    )
-    for chunk in flat.split(_CHUNK):
-        total = (total * 31 + int((chunk.view(wide).to(torch.int64) * factors[: chunk.numel()]).sum())) % (1 << 62)
-    return total
 
 
 def _refuse(names: list[str], ranks: str) -> None:

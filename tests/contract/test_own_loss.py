@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -228,6 +230,29 @@ def test_weights_changed_between_a_call_and_its_backward_are_refused(plan: str) 
         sharded.eval_step(**part)
         loss.backward()  # what changes no weight may come between
         assert all(p.grad is not None for p in sharded.parameters())
+
+    run(usual(plan), work)
+
+
+@each_plan
+def test_outputs_are_freed_when_nobody_holds_them(plan: str) -> None:
+    """Without the garbage collector: logits are large."""
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, batch())
+        gc.collect()
+        gc.disable()
+        try:
+            for call in ({"input_ids": part["input_ids"]}, part):
+                out = sharded(**call, return_logits=True)
+                logits = weakref.ref(out.logits)
+                loss = shardcomp.token_log_probs(out.logits, part["input_ids"]).sum()
+                loss.backward()
+                assert logits() is not None
+                del out, loss
+                assert logits() is None
+        finally:
+            gc.enable()
 
     run(usual(plan), work)
 

@@ -69,6 +69,27 @@ def test_a_loss_of_ones_own_trains_what_is_unfrozen_later(plan: str) -> None:
     run(low, work)
 
 
+@pytest.mark.parametrize("plan", ["data 2, zero 0", "data 2, zero 3"])
+def test_data_ranks_that_train_other_parameters_are_refused(plan: str) -> None:
+    """Also in a backward of one's own, whose call connects no data-parallel ranks."""
+    given = batch()
+    low = lowered(plan, frozen("norm"), (LOSS, LOGITS))
+    for trained in ("model.norm.weight",):
+        names = frozenset(name for name, p in model().named_parameters() if "norm" not in name) | {trained}
+        low.for_call(LOGITS, (4, 8), names)
+
+    def work(sharded: ShardedModel) -> None:
+        part = mine(sharded, given)
+        sharded.model.norm.weight.requires_grad_(sharded.mesh.get_local_rank("dp") == 0)
+        with pytest.raises(shardcomp.PlanError, match=r"dp rank \d .*have other parameters with requires_grad. Set it alike"):
+            sharded.train_step(**part)
+        logits = sharded(input_ids=part["input_ids"]).logits
+        with pytest.raises(shardcomp.PlanError, match=r"a backward; dp rank \d have other parameters with requires_grad"):
+            logits.sum().backward()
+
+    run(low, work)
+
+
 def test_ranks_that_train_other_parameters_are_refused() -> None:
     low = lowered("tensor 2", frozen("norm"), (LOSS,))
 

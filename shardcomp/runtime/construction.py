@@ -1,0 +1,85 @@
+"""A lowered model becomes one that trains: the process group, memory and numbers, compared between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardcomp.collectives import Axis
+from shardcomp.runtime import world
+from shardcomp.runtime.allocation import Weights, allocate, tied_axes
+from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
+from shardcomp.runtime.calls import Lower
+from shardcomp.runtime.fsdp import gather_apart, widen_gradients
+from shardcomp.runtime.gradients import local
+from shardcomp.runtime.model import ShardedModel
+from shardcomp.runtime.origin import Origin
+from shardcomp.runtime.weight_check import broadcast_from_first, check_replicated, check_same
+
+
+def build(
+    blueprint: Blueprint,
+    weights: Weights,
+    config: Any = None,
+    lower: Lower | None = None,
+    origin: Origin | None = None,
+    same: Iterable[tuple[str, Tensor]] = (),
+    sync_weights: bool = False,
+) -> ShardedModel:
+    """Allocate this rank's part of a lowered model and hand it over.
+
+    Args:
+        blueprint: what the model was lowered to.
+        weights: is asked for this rank's part of each parameter.
+        config: the HuggingFace configuration, where there is no `origin`.
+        lower: lowers further calls; None where there is only the source of one.
+        origin: what to keep of the dense model.
+        same: named tensors that every rank was given whole, which are to be the same on all.
+        sync_weights: whether every rank takes the numbers that rank 0 has.
+
+    Raises:
+        PlanError: where ranks that hold the same part of a parameter start from other numbers.
+    """
+    same = list(same)
+    names = "\n".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in same)
+    facts = {"policy": repr(blueprint.policy), "program": "\n".join(blueprint.sources), "model": names}
+    public, device = world.start(blueprint.mesh, facts if blueprint.compare_ranks else {})
+    mesh = blueprint.mesh.engine_mesh(public)
+    factored = blueprint.mesh.engine_mesh(public, factored=True) if blueprint.mesh.copies > 1 else mesh
+    axes = world.axes_of(public, mesh, factored)
+    coordinates = {name: axis.rank for name, axis in axes.items()}
+    everyone = world.everyone()
+    if blueprint.compare_ranks and not sync_weights:
+        check_same(same, everyone, device)
+    tree, chunks = allocate(blueprint, weights, mesh, factored, coordinates, device)
+    for chunk in chunks:
+        gather_apart(chunk)
+        if COMPUTE[blueprint.precision] != MASTER[blueprint.precision]:
+            widen_gradients(chunk)
+    origin = origin or Origin(config)
+    model = ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), origin, lower)
+    if sync_weights:
+        _take_from_first_rank(model, weights, everyone)
+    if blueprint.compare_ranks:
+        shards = {name: (held.index, local(held.parameters[0])) for name, held in model.held_parameters().items()}
+        check_replicated(shards, blueprint.parameters, everyone, device)
+    return model
+
+
+@torch.no_grad()
+def _take_from_first_rank(model: ShardedModel, weights: Weights, everyone: Axis) -> None:
+    """Give every rank the numbers that rank 0 reads, one whole parameter or buffer at a time."""
+    shards = model.held_parameters()
+    for name, plan in model.blueprint.parameters.items():
+        tensor = broadcast_from_first(weights(name, tuple(slice(0, size) for size in plan.shape)), everyone, model.device)
+        for parameter in shards[name].parameters if name in shards else ():
+            local(parameter).copy_(tensor[shards[name].index])
+    own = dict(model.named_buffers())
+    for name, buffer in model.blueprint.buffers.items():
+        tensor = broadcast_from_first(buffer, everyone, model.device)
+        buffer.copy_(tensor)  # what further calls make of it
+        if name in own:
+            own[name].copy_(tensor)
