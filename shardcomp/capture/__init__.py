@@ -45,6 +45,10 @@ _BY_MICRO_BATCH = (
     "its frequencies depend on the largest position of a call, as in the model: where positions are given, each micro-batch of "
     "each rank has its own, so samples of other ranks and micro-batches do not change them"
 )
+_UNSEEN = (
+    "a query that sees no key, as padding on the left has, gets zeros; the model's eager attention gives it the mean of all "
+    "values, and its scores a gradient. Give the last padding position, which predicts the first token, the label -100"
+)
 _LOCK = threading.RLock()
 """transformers' registries are global: one capture at a time."""
 
@@ -157,6 +161,9 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
         if fault is not None:
             return fault
         degraded = [Degraded("attention", "the model makes its mask as a [b, 1, s, s] tensor")] if recorder.dense_masks else []
+        eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+        if eager and recorder.padded and attention == NAME:
+            degraded.append(Degraded("attention", _UNSEEN))
         if twin.follows_positions and any(name == "position_ids" for name, _ in signature.inputs):
             degraded.append(Degraded("rope", _BY_MICRO_BATCH))
         if other_experts:

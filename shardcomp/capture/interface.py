@@ -28,6 +28,7 @@ class Recorder:
         self.calls = 0
         self.problem: str | None = None
         self.dense_masks = 0
+        self.padded = False
 
     def fault(self, layers: int) -> str | None:
         """Why the attention of a model of that many layers is not what was recorded; None where it is."""
@@ -81,6 +82,7 @@ class Recorder:
         if isinstance(attention_mask, MaskToken):
             self.arrived.add(id(attention_mask))
             mask = mask_of(attention_mask)
+            self.padded = self.padded or mask.key_mask is not None
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             self.dense_masks += 1
             mask, bias = Mask(), _sum(bias, _additive(attention_mask[..., : key.shape[2]], query.dtype))

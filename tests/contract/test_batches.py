@@ -148,6 +148,31 @@ def test_a_model_of_one_shape_takes_a_smaller_last_micro_batch(plan: str) -> Non
     run(low, work)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_left_padding_is_sdpas_and_eager_attention_is_told(implementation: str) -> None:
+    """The label of the first token is predicted by a position that sees nothing: only without it do the two agree."""
+    given = batch()
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, :4] = 0
+    given |= {"attention_mask": mask, "labels": torch.where(mask.bool(), given["input_ids"], -100)}
+    if implementation == "eager":
+        given["labels"][0, 4] = -100
+    dense = model()
+    dense.config._attn_implementation = implementation
+    wanted = gradients(dense, lambda m: m(**given).loss)
+    call = (tuple((name, 2) for name in sorted(given)), ("loss",), True)
+    low = lowered("tensor 2", dense, (call,))
+    padded = shardcomp.lower(dense, low.policy, seq=8, signature=shardcomp.lowering.Signature(*call))
+    told = [entry for entry in padded.report()["degraded"] if "sees no key" in entry["why"]]
+    assert bool(told) == (implementation == "eager")
+
+    def work(sharded: ShardedModel) -> None:
+        sharded.train_step(**given)
+        assert_gradients(sharded, wanted)
+
+    run(low, work)
+
+
 def test_samples_that_fill_up_do_not_count_by_shift_labels_either() -> None:
     given = batch(3)
     given["shift_labels"] = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:].contiguous()
