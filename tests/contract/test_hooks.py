@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from contract.plans import (
@@ -197,28 +194,10 @@ def test_forward_hooks_from_before_sharding_are_captured(plan: str) -> None:
     run(lowered(plan, hooked(), (LOSS,)), work)
 
 
-@pytest.mark.parametrize(
-    "register",
-    [
-        lambda module: module.register_forward_hook(print),
-        lambda module: module.register_forward_pre_hook(print),
-        lambda module: module.register_full_backward_hook(print),
-        lambda module: module.register_full_backward_pre_hook(print),
-    ],
-)
-def test_hooks_on_modules_of_a_sharded_model_are_refused(register: Callable[[nn.Module], Any]) -> None:
+@pytest.mark.parametrize("plan", FLAT)
+def test_forward_hooks_of_the_model_itself_are_called_or_refused(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        with pytest.raises(shardcomp.PlanError, match=r"a hook was registered on a module inside a sharded model"):
-            register(sharded.model.norm)
-
-    run(usual("one rank"), work)
-
-
-def test_forward_hooks_of_the_model_itself_are_called_or_refused() -> None:
-    given = batch()
-
-    def work(sharded: ShardedModel) -> None:
-        calls: list[str] = []
+        given, calls = mine(sharded, batch()), []
         handle = sharded.register_forward_hook(lambda module, args, out: calls.append("after"))
         sharded.register_forward_pre_hook(lambda module, args: calls.append("before"))
         sharded(**given)
@@ -228,13 +207,15 @@ def test_forward_hooks_of_the_model_itself_are_called_or_refused() -> None:
                 step(**given)
         handle.remove()
 
-    run(usual("one rank"), work)
+    run(usual(plan), work)
 
 
-def test_a_hook_may_not_return_a_plain_tensor_for_a_sharded_gradient() -> None:
+@each_plan
+def test_a_hook_may_not_return_a_plain_tensor_for_a_sharded_gradient(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        sharded.lm_head.weight.register_hook(lambda gradient: torch.zeros(97, 32))
+        for p in sharded.parameters():
+            p.register_hook(lambda gradient: torch.zeros(gradient.shape))
         with pytest.raises(shardcomp.PlanError, match="returned a plain tensor"):
-            sharded.train_step(**batch())
+            sharded.train_step(**mine(sharded, batch()))
 
-    run(usual("one rank"), work)
+    run(usual(plan), work)
