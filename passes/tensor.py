@@ -89,7 +89,7 @@ def run(program: Program, context: Context) -> Program:
 def _partly_counted(program: Program, context: Context, layouts: dict[str, Layout]) -> list[str]:
     """What is wrong with embeddings that divide a row's gradient by how often the whole batch has it: a rank, or a
     micro-batch, that sees a part of it."""
-    mesh, micro_batch, found = context.mesh, context.policy.options.micro_batch, []
+    mesh, micro_batch, violations = context.mesh, context.policy.options.micro_batch, []
     for unit in program.units:
         names = dict(zip(unit.body.placeholders(PARAMETER), unit.parameters, strict=True))
         for node in unit.body.calls():
@@ -102,12 +102,14 @@ def _partly_counted(program: Program, context: Context, layouts: dict[str, Layou
             start = f"{what}: scale_grad_by_freq = True divides a row's gradient by how often the batch has it, and"
             at = layouts.get(what, Layout()).on(AXIS).dim
             if weight is not None and at is not None and _is_row(node, weight, at):
-                found.append(f'{start} its rows are split over tensor = {mesh.size(AXIS)}: use "whole" for it, or tensor = 1')
+                violations.append(
+                    f'{start} its rows are split over tensor = {mesh.size(AXIS)}: use "whole" for it, or tensor = 1'
+                )
             if mesh.dp > 1:
-                found.append(f"{start} each of data = {mesh.dp} ranks counts its own samples: use data = 1")
+                violations.append(f"{start} each of data = {mesh.dp} ranks counts its own samples: use data = 1")
             if micro_batch is not None:
-                found.append(f"{start} each micro-batch counts its own samples: leave micro_batch = {micro_batch} out")
-    return found
+                violations.append(f"{start} each micro-batch counts its own samples: leave micro_batch = {micro_batch} out")
+    return violations
 
 
 def _is_row(node: fx.Node, weight: fx.Node, dim: int) -> bool:

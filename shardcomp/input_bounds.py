@@ -38,12 +38,12 @@ _SAME_NUMBERS = {
 
 def index_bounds(program: Program) -> dict[str, IndexBound]:
     """The bounds of a canonical program's inputs, by name; the tightest where an input is looked up several times."""
-    found: dict[str, IndexBound] = {}
+    bounds: dict[str, IndexBound] = {}
     for name, bound in _lookups(program):
-        known = found.get(name)
-        if known is None or bound.size < known.size or bound.size == known.size and bound.ignored is None:
-            found[name] = bound
-    return found
+        tightest = bounds.get(name)
+        if tightest is None or bound.size < tightest.size or bound.size == tightest.size and bound.ignored is None:
+            bounds[name] = bound
+    return bounds
 
 
 def label_inputs(program: Program) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def unchecked_labels(program: Program) -> list[Degraded]:
 
 def _lookups(program: Program) -> list[tuple[str, IndexBound]]:
     [unit] = program.units
-    found = []
+    lookups = []
     for node in unit.body.calls():
         if node.target is aten.embedding.default:
             name, bound = _input_of(node.args[1]), IndexBound(int(value(node.args[0]).shape[0]))  # type: ignore[arg-type]
@@ -73,8 +73,8 @@ def _lookups(program: Program) -> list[tuple[str, IndexBound]]:
         else:
             continue
         if name is not None:
-            found.append((name, bound))
-    return found
+            lookups.append((name, bound))
+    return lookups
 
 
 def _input_of(argument: Any) -> str | None:

@@ -146,9 +146,9 @@ class Lowered:
         """
         signature = Signature(*call)
         with self._lock:
-            for known in (None, shape):
-                if (signature, known, trained) in self._others:
-                    return self._others[signature, known, trained]
+            for exported in (None, shape):
+                if (signature, exported, trained) in self._others:
+                    return self._others[signature, exported, trained]
             if signature == self.program.signature and self.program.static_shape in (None, shape) and trained is None:
                 return self.blueprint()
             step = (self.seq, self.micro_batch, self.global_batch)

@@ -230,12 +230,12 @@ def _plant_tie(name: str) -> Callable[[ShardedModel], None]:
         true = sharded._calls.partials
 
         def partials(blueprint: Blueprint) -> tuple[Partial, ...]:
-            found = []
+            mutated = []
             for partial in true(blueprint):
                 axes = tuple(axis for axis in partial.axes if axis.name != "pp")
                 apart = [Partial(f"{name} {i}", (copy,), axes) for i, copy in enumerate(partial.copies)]
-                found += apart if partial.name == name else [partial]
-            return tuple(found)
+                mutated += apart if partial.name == name else [partial]
+            return tuple(mutated)
 
         sharded._calls.partials = partials  # type: ignore[method-assign]
 

@@ -89,7 +89,7 @@ def _lower_first(model: nn.Module, policy: Policy, inputs: Sequence[str] | None,
     for call in calls:
         for training in modes:
             try:
-                found = lower(model, policy, world.world_size(), seq, signature=replace(call, training=training))
+                lowered = lower(model, policy, world.world_size(), seq, signature=replace(call, training=training))
             except CaptureError as error:
                 failures.append(error)
                 continue
@@ -99,7 +99,7 @@ def _lower_first(model: nn.Module, policy: Policy, inputs: Sequence[str] | None,
                     "Compute a loss of your own of sharded(input_ids=...).logits; its backward works as usual",
                     stacklevel=3,
                 )
-            return found
+            return lowered
     raise failures[0]
 
 

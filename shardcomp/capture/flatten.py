@@ -152,19 +152,19 @@ class _Flattening:
         outs = [self._map(node.kwargs[name], env) for name in names]
         if pure is None:
             raise NoValue(next((out for out in outs if isinstance(out, fx.Node) and out.op == "placeholder"), None))
-        rest = {key: given for key, given in node.kwargs.items() if key not in names}
-        args, kwargs = (self._now(self._map(given, env)) for given in (node.args, rest))
+        rest = {key: argument for key, argument in node.kwargs.items() if key not in names}
+        args, kwargs = (self._now(self._map(arguments, env)) for arguments in (node.args, rest))
         # What the pure form gives may be of another dtype or size than what it is written to.
         fakes = fx.map_arg((node.args, rest), lambda argument: argument.meta["val"])
         with node.meta["val"].fake_mode if isinstance(node.meta["val"], FakeTensor) else node.meta["val"][0].fake_mode:
-            known = pure(*fakes[0], **fakes[1])
-        held = pytree.tree_map(lambda result: self._value(result, node), _results(known))
-        call = self._emit(pure, args, kwargs, held)
+            results = pure(*fakes[0], **fakes[1])
+        values = pytree.tree_map(lambda result: self._value(result, node), _results(results))
+        call = self._emit(pure, args, kwargs, values)
         if len(outs) == 1:
             self.writes.put(outs[0], call)
             return outs[0]
         for index, out in enumerate(outs):
-            self.writes.put(out, self._emit(operator.getitem, (call, index), {}, held[index]))
+            self.writes.put(out, self._emit(operator.getitem, (call, index), {}, values[index]))
         return tuple(outs)
 
     def _emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Any) -> fx.Node:

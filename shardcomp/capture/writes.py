@@ -34,10 +34,10 @@ def written(target: Any) -> tuple[str, ...]:
 def pure_form(target: Any) -> Any:
     """The overload that returns what an overload with `out=` writes: it has the same arguments without those. Else None."""
     outs = written(target)
-    kept = [(a.name, str(a.type)) for a in target._schema.arguments if a.name not in outs]
+    arguments = [(a.name, str(a.type)) for a in target._schema.arguments if a.name not in outs]
     for name in target.overloadpacket.overloads():
         other = getattr(target.overloadpacket, name)
-        if not written(other) and [(a.name, str(a.type)) for a in other._schema.arguments] == kept:
+        if not written(other) and [(a.name, str(a.type)) for a in other._schema.arguments] == arguments:
             return other
     return None
 
@@ -79,10 +79,10 @@ class Writes:
         """The tensor `changed` holds `new` from here on, and so do those that share its memory. Raises NoValue."""
         if not isinstance(changed, fx.Node):
             raise NoValue
-        held, shared = value(self.newest(changed)), changed in self._parents or any(True for _ in self._views_of(changed))
-        if value(new).dtype != held.dtype:
-            new = self.emit(aten.to.dtype, (new, held.dtype), {}, Value(value(new).shape, held.dtype))
-        if not _alike(value(new).shape, held.shape) and (shared or changed.op == "placeholder"):
+        before, shared = value(self.newest(changed)), changed in self._parents or any(True for _ in self._views_of(changed))
+        if value(new).dtype != before.dtype:
+            new = self.emit(aten.to.dtype, (new, before.dtype), {}, Value(value(new).shape, before.dtype))
+        if not _alike(value(new).shape, before.shape) and (shared or changed.op == "placeholder"):
             raise NoValue  # `out=` gives a tensor of another size new memory, which its views do not have
         self._newest[changed] = new
         on_the_way = {changed}

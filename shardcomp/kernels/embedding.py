@@ -46,12 +46,12 @@ _FORMS = {"v": Form(vocab_embedding, _arguments, partial=True)}
 def _rule(node: fx.Node) -> Factoring | None:
     """One line, but for an embedding that counts how often a row is looked up: it needs all ids. The `tensor` pass refuses to
     split its rows."""
-    found = apply(_LINE, node, _FORMS)
-    if found is None or not scales_by_frequency(node):
-        return found
-    weight, ids = found.operands
+    factoring = apply(_LINE, node, _FORMS)
+    if factoring is None or not scales_by_frequency(node):
+        return factoring
+    weight, ids = factoring.operands
     whole = (None,) * len(ids)
-    return replace(found, operands=(weight, whole), results=((*whole, weight[1]),))
+    return replace(factoring, operands=(weight, whole), results=((*whole, weight[1]),))
 
 
 RULES[torch.ops.aten.embedding] = Rule(function=_rule)

@@ -178,15 +178,17 @@ class _Answer:
             raise BatchError(f"{self._named_outside()} (in {self.described})")
 
     def _named_outside(self) -> str:
-        found = []
+        violations = []
         rows = [] if self.outside is None else self.outside.tolist()
         for (name, shape), (count, place, value, size) in zip(self.bounded, rows, strict=True):
             if count:
                 at = f"sample {place // shape[1]}, position {place % shape[1]}"
                 more = f" and {count - 1} more" if count > 1 else ""
-                found.append(f"{name} of {at} is {value}{more}; the model takes 0 to {size - 1}")
+                violations.append(f"{name} of {at} is {value}{more}; the model takes 0 to {size - 1}")
+        if not violations:
+            return "another data-parallel rank has a number that the model cannot take"
         hint = "labels of tokens that do not count are -100, and new tokens need model.resize_token_embeddings before sharding"
-        return f"{'; '.join(found)}: {hint}" if found else "another data-parallel rank has a number that the model cannot take"
+        return f"{'; '.join(violations)}: {hint}"
 
 
 def _digest_of(batch: Mapping[str, Tensor]) -> Tensor:
@@ -204,14 +206,14 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def _combined(axis: str, every: Tensor, compare: bool) -> Tensor:
     """The numbers of all ranks of an axis, [ranks, WIDTH], as those of one: [WIDTH]."""
-    found = every[0].clone()
-    found[_LARGEST] = every[:, _LARGEST].amax(0)
+    combined = every[0].clone()
+    combined[_LARGEST] = every[:, _LARGEST].amax(0)
     if compare:
         columns = _COMPARED[axis]
-        found[DIFFERS] += (every[:, columns] != every[:1, columns]).any()
+        combined[DIFFERS] += (every[:, columns] != every[:1, columns]).any()
     if axis == "dp":
-        found[TOKENS] = every[:, TOKENS].sum()
-    return found
+        combined[TOKENS] = every[:, TOKENS].sum()
+    return combined
 
 
 def _differing(axis: Axis, every: Tensor, described: str) -> str:

@@ -145,13 +145,13 @@ class Calls:
         take, is one of them on dp."""
         for chunk in self.chunks:
             lay_down(chunk)
-        found = []
+        partials = []
         for name, plan in blueprint.parameters.items():
             copies = tuple(self.model.get_parameter(c.names[name]) for c in self.chunks if name in c.names)
             if copies and plan.requires_grad:
                 axes = [self.axes[axis] for axis in (*plan.partial_gradient, *(() if plan.shape else ("dp",)))]
-                found.append(Partial(name, copies, (*axes, *self._tie(name))))
-        return tuple(partial for partial in found if partial.is_summed)
+                partials.append(Partial(name, copies, (*axes, *self._tie(name))))
+        return tuple(partial for partial in partials if partial.is_summed)
 
     def _tie(self, name: str) -> list[Axis]:
         """The axis of the pipeline ranks that hold a parameter, where there are several."""

@@ -78,23 +78,23 @@ class _Scalar:
 def named_parameters(chunk: Chunk) -> list[tuple[str, Any]]:
     """The parameters of a stage by their names in the model. `sharded_param` of each is what an optimizer updates, also while a
     gathered copy stands in its place."""
-    found = {}
+    entries = {}
     for module in chunk.groups:
         for group in _parameter_groups(module):
-            found.update({_name_of(chunk, each._module_info): each for each in group.fsdp_params})
+            entries.update({_name_of(chunk, each._module_info): each for each in group.fsdp_params})
     for module, leaf in chunk.scalar_places:
-        found[_name_at(chunk, module, leaf)] = _Scalar(module, leaf)
-    return list(found.items())
+        entries[_name_at(chunk, module, leaf)] = _Scalar(module, leaf)
+    return list(entries.items())
 
 
 def check_not_replaced(chunk: Chunk) -> None:
     """Raise PlanError where something else stands in the place of a parameter that FSDP knows, as under
     `torch.func.functional_call`: it would be listed, and the old one used."""
     for module in chunk.groups:
-        for each in (each for group in _parameter_groups(module) for each in group.fsdp_params):
-            info, sharded = each._module_info, each.sharded_state == ShardedState.SHARDED
+        for param in (param for group in _parameter_groups(module) for param in group.fsdp_params):
+            info, sharded = param._module_info, param.sharded_state == ShardedState.SHARDED
             now = info.module._parameters[info.param_name]
-            if now is not (each.sharded_param if sharded else each._unsharded_param):
+            if now is not (param.sharded_param if sharded else param._unsharded_param):
                 raise PlanError(
                     f"{_name_of(chunk, info)} of the sharded model was replaced by another tensor, which its code would not "
                     "use: copy numbers into it, under torch.no_grad(): parameter.copy_(...), or load_state_dict(...)"

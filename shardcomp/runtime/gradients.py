@@ -36,20 +36,20 @@ def reduce_partial(partials: Iterable[Partial], device: torch.device) -> None:
     on `device`, wherever gradients are kept.
     """
     partials = list(partials)
-    sums = {id(each): total for each in partials if (total := _sum_of_copies(each, device)) is not None}
+    sums = {id(partial): total for partial in partials if (total := _sum_of_copies(partial, device)) is not None}
     # In one order on all ranks of an axis: by name, axes of one name by their size.
-    axes = {id(axis): axis for each in partials for axis in each.axes if axis.size > 1}
+    axes = {id(axis): axis for partial in partials for axis in partial.axes if axis.size > 1}
     for axis in sorted(axes.values(), key=lambda axis: (axis.name, axis.size)):
-        over = [each for each in partials if id(each) in sums and any(a is axis for a in each.axes)]
+        over = [partial for partial in partials if id(partial) in sums and any(a is axis for a in partial.axes)]
         if over:
-            flat = [sums[id(each)].flatten() for each in over]
+            flat = [sums[id(partial)].flatten() for partial in over]
             total = axis.all_reduce(torch.cat(flat))
-            for each, slice_ in zip(over, total.split([f.numel() for f in flat]), strict=True):
-                sums[id(each)] = slice_.view_as(sums[id(each)])
-    for each in partials:
-        for p in each.copies:
-            if id(each) in sums and p.grad is not None:
-                local(p.grad).copy_(sums[id(each)])
+            for partial, slice_ in zip(over, total.split([f.numel() for f in flat]), strict=True):
+                sums[id(partial)] = slice_.view_as(sums[id(partial)])
+    for partial in partials:
+        for p in partial.copies:
+            if id(partial) in sums and p.grad is not None:
+                local(p.grad).copy_(sums[id(partial)])
 
 
 def _sum_of_copies(partial: Partial, device: torch.device) -> Tensor | None:

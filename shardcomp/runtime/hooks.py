@@ -36,16 +36,16 @@ class DenseHooks:
 
 def hooks_of(model: nn.Module) -> dict[str, DenseHooks]:
     """The hooks of a dense model's parameters, by the parameters' first names."""
-    found = {}
+    hooks_by_name = {}
     for name, p in model.named_parameters():
         hooks = DenseHooks(p._backward_hooks or {}, getattr(p, "_post_accumulate_grad_hooks", None) or {})
         if hooks.on_gradient or hooks.on_parameter:
-            found[name] = hooks
-    return found
+            hooks_by_name[name] = hooks
+    return hooks_by_name
 
 
 @dataclass(frozen=True)
-class Piece:
+class DenseShard:
     """What this rank has of a dense parameter: the copies of one shard, which part of a packed weight it is, and where the
     shard lies in that part, or in the parameter."""
 
@@ -59,22 +59,22 @@ class ParameterHooks:
     """All hooks on the parameters of one rank.
 
     parameters: those that it has. dense: hooks that were there before the model was sharded, by the dense parameter's name;
-    `pieces` is what this rank has of each. These hooks see whole tensors, as they did before; every rank calls them with the
+    `shards` is what this rank has of each. These hooks see whole tensors, as they did before; every rank calls them with the
     same numbers. A hook on a sharded parameter sees DTensors.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], dense: Mapping[str, DenseHooks], pieces: Mapping[str, Sequence[Piece]]
+        self, parameters: Sequence[nn.Parameter], dense: Mapping[str, DenseHooks], shards: Mapping[str, Sequence[DenseShard]]
     ) -> None:
         self._parameters, self._dense = parameters, dense
-        self._pieces = {name: pieces[name] for name in dense if pieces.get(name)}
+        self._shards = {name: shards[name] for name in dense if shards.get(name)}
         self._suspended: dict[nn.Parameter, Any] = {}
 
     def suspend(self) -> list[nn.Parameter]:
         """Called before a pass: FSDP shall not call hooks when it has reduced over dp alone. Returns the parameters whose
         gradient of this pass a hook is to see."""
         hooked = [p for p in self._parameters if p._backward_hooks]
-        hooked += [p for name in self._pieces if self._dense[name].on_gradient for p in self._copies(name)]
+        hooked += [p for name in self._shards if self._dense[name].on_gradient for p in self._copies(name)]
         for p in self._parameters:
             hooks = getattr(p, "_post_accumulate_grad_hooks", None)
             if hooks:
@@ -89,12 +89,12 @@ class ParameterHooks:
         self._suspended = {}
 
     def _copies(self, name: str) -> list[nn.Parameter]:
-        return [p for piece in self._pieces[name] for p in piece.copies]
+        return [p for shard in self._shards[name] for p in shard.copies]
 
     @torch.no_grad()
     def show_gradients(self) -> None:
         """Called when the gradients of a pass are reduced: hooks may replace them."""
-        for name in self._pieces:
+        for name in self._shards:
             if not self._dense[name].on_gradient:
                 continue
             gradient = self._joined(name, lambda p: p.grad)
@@ -114,7 +114,7 @@ class ParameterHooks:
     @torch.no_grad()
     def show_parameters(self) -> None:
         """Called when gradients stand."""
-        for name in self._pieces:
+        for name in self._shards:
             hooks = list(self._dense[name].on_parameter.values())
             gradient = self._joined(name, lambda p: p.grad) if hooks else None
             if gradient is None:
@@ -136,21 +136,21 @@ class ParameterHooks:
 
     def _joined(self, name: str, read: Callable[[nn.Parameter], Tensor | None]) -> Tensor | None:
         """The whole tensor of a dense parameter, a packed one of its parts; None where no part has one."""
-        found = {}
-        for piece in self._pieces[name]:
-            held = read(piece.copies[0])
-            if held is not None:
-                found[piece.name] = whole(held).clone()
-        if not found:
+        tensors = {}
+        for shard in self._shards[name]:
+            tensor = read(shard.copies[0])
+            if tensor is not None:
+                tensors[shard.name] = whole(tensor).clone()
+        if not tensors:
             return None
-        parts = {piece.name: piece.part for piece in self._pieces[name]}
-        return found[name] if name in found else join(name, parts, found)
+        parts = {shard.name: shard.part for shard in self._shards[name]}
+        return tensors[name] if name in tensors else join(name, parts, tensors)
 
     def _distribute(self, name: str, tensor: Tensor, write: Callable[[nn.Parameter], Tensor | None]) -> None:
         """Give every shard of this rank its slice of the whole tensor."""
-        for piece in self._pieces[name]:
-            slice_ = piece.part.read(lambda _, index: tensor[index], piece.index) if piece.part else tensor[piece.index]
-            for p in piece.copies:
+        for shard in self._shards[name]:
+            slice_ = shard.part.read(lambda _, index: tensor[index], shard.index) if shard.part else tensor[shard.index]
+            for p in shard.copies:
                 into = write(p)
                 if into is not None:
                     local(into).copy_(slice_)

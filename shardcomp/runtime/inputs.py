@@ -29,14 +29,14 @@ def named_inputs(
         raise PlanError(f"{call}: {', '.join(doubled)} is given by position and by name")
     batch = dict(zip(names, args, strict=False)) | batch
     batch = {
-        name: given
-        for name, given in batch.items()
-        if given is not None and not (name in AS_CAPTURED and given is AS_CAPTURED[name])
+        name: argument
+        for name, argument in batch.items()
+        if argument is not None and not (name in AS_CAPTURED and argument is AS_CAPTURED[name])
     }
     if not batch:
         raise PlanError(f"{call}: no inputs; give at least input_ids=")
-    violations = [text for name, given in batch.items() if (text := _misfit(name, given, device))]
-    shapes = {name: tuple(given.shape[:2]) for name, given in batch.items() if isinstance(given, Tensor)}
+    violations = [text for name, argument in batch.items() if (text := _misfit(name, argument, device))]
+    shapes = {name: tuple(argument.shape[:2]) for name, argument in batch.items() if isinstance(argument, Tensor)}
     if not violations and len(set(shapes.values())) > 1:
         violations.append(f"inputs of one call share batch and length, but these do not: {shapes}")
     if violations:
@@ -49,7 +49,7 @@ def named_inputs(
             f"a sequence of {length} does not split over tensor = {multiple} under sequence parallelism; the next length "
             f"that does is {longer}: pad with labels of -100, or set sequence_parallel = false"
         )
-    return {name: given.long() if given.dtype in NARROW_INTEGERS else given for name, given in batch.items()}
+    return {name: argument.long() if argument.dtype in NARROW_INTEGERS else argument for name, argument in batch.items()}
 
 
 def _misfit(name: str, tensor: Any, device: torch.device) -> str:

@@ -19,12 +19,12 @@ def split(batch: Mapping[str, Tensor], size: int) -> list[Batch]:
     return [{name: tensor[at : at + size] for name, tensor in batch.items()} for at in range(0, rows, size)]
 
 
-def filled_up(batch: Mapping[str, Tensor], rows: int, wanted: int, blueprint: Blueprint) -> Batch:
-    """A batch of `wanted` samples, of which those from the one number `rows` on do not count: the first is repeated."""
-    missing = wanted - next(iter(batch.values())).shape[0]
+def filled_up(batch: Mapping[str, Tensor], rows: int, size: int, blueprint: Blueprint) -> Batch:
+    """A batch of `size` samples, of which those from the one number `rows` on do not count: the first is repeated."""
+    missing = size - next(iter(batch.values())).shape[0]
     if missing:
         batch = {name: torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) for name, tensor in batch.items()}
-    return uncounted(batch, rows, blueprint) if wanted > rows else dict(batch)
+    return uncounted(batch, rows, blueprint) if size > rows else dict(batch)
 
 
 def one_sample(batch: Mapping[str, Tensor], blueprint: Blueprint) -> Batch:

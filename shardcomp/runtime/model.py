@@ -33,7 +33,7 @@ from shardcomp.runtime.fsdp import (
     reset,
 )
 from shardcomp.runtime.gradients import coefficient, global_norm, local, scale_gradients
-from shardcomp.runtime.hooks import ParameterHooks, Piece
+from shardcomp.runtime.hooks import DenseShard, ParameterHooks
 from shardcomp.runtime.inputs import named_inputs, shapes_of
 from shardcomp.runtime.ledger import held_bytes
 from shardcomp.runtime.micro_batches import filled_up, one_sample, split, uncounted
@@ -131,15 +131,15 @@ class ShardedModel(SealedModule):
 
     def _hooks(self) -> ParameterHooks:
         """The hooks on this rank's parameters, and those that the dense model's had."""
-        pieces: dict[str, list[Piece]] = {}
+        shards: dict[str, list[DenseShard]] = {}
         copies: dict[str, list[nn.Parameter]] = {}
         for name, entry in self._named:
             copies.setdefault(name, []).append(entry.sharded_param)
         for name, same in copies.items():
             part = self._blueprint.parameters[name].part
             index = held_index(self._blueprint, name, self._coordinates)
-            pieces.setdefault(part.of if part else name, []).append(Piece(name, tuple(same), part, index))
-        return ParameterHooks([p for same in copies.values() for p in same], self._origin.hooks, pieces)
+            shards.setdefault(part.of if part else name, []).append(DenseShard(name, tuple(same), part, index))
+        return ParameterHooks([p for same in copies.values() for p in same], self._origin.hooks, shards)
 
     def train(self, mode: bool = True) -> ShardedModel:
         """Set the mode of the whole model."""
@@ -182,9 +182,9 @@ class ShardedModel(SealedModule):
         if self._blueprint.mesh.pp > 1:
             raise PlanError("a pipeline runs whole steps: call train_step(...) to train, eval_step(...) to evaluate")
         _check_return_logits(return_logits)
-        given = named_inputs(CALL, args, batch, self._blueprint, self.device)
-        with self._running(CALL, given):
-            return self._forward(given, num_items_in_batch, return_logits)
+        inputs = named_inputs(CALL, args, batch, self._blueprint, self.device)
+        with self._running(CALL, inputs):
+            return self._forward(inputs, num_items_in_batch, return_logits)
 
     def _forward(self, batch: dict[str, Tensor], num_items_in_batch: Tensor | int | None, return_logits: bool | str) -> Any:
         outputs = self._outputs_of(batch, bool(return_logits))
@@ -200,23 +200,26 @@ class ShardedModel(SealedModule):
         [chunk] = self._chunks
         prepare(chunk, reduce=True, last=True)
         with self._restoring():
-            found = chunk.root(code.stages[0].forward, **inputs)
+            results = chunk.root(code.stages[0].forward, **inputs)
         if not torch.is_grad_enabled():
             self._lay_down()
-        differentiable = [name for name, tensor in found.items() if tensor.requires_grad]
+        differentiable = [name for name, tensor in results.items() if tensor.requires_grad]
         if differentiable:
-            self._watch(found, differentiable, code, agreed)
-        for name, tensor in found.items():
+            self._watch(results, differentiable, code, agreed)
+        for name, tensor in results.items():
             if name != "loss":
                 split = code.blueprint.output_split.get(name)
-                found[name] = as_output(tensor, self.mesh, split, return_logits == "whole")
-        if "loss" in found:
-            found["loss"] = computed_of(allreduce_identity(found["loss"], self._axes["dp"]), found.get("logits"))
-        return output_type(code.blueprint.output_type)(**found)
+                results[name] = as_output(tensor, self.mesh, split, return_logits == "whole")
+        if "loss" in results:
+            results["loss"] = computed_of(allreduce_identity(results["loss"], self._axes["dp"]), results.get("logits"))
+        return output_type(code.blueprint.output_type)(**results)
 
-    def _watch(self, found: dict[str, Tensor], names: list[str], code: LoadedCall, agreed: Agreed) -> None:
+    def _watch(self, results: dict[str, Tensor], names: list[str], code: LoadedCall, agreed: Agreed) -> None:
         """Have every backward that starts from these outputs begin and end as one of this model."""
-        versions, exchanged = self._versions(), "loss" in found  # not `found` itself: the outputs would keep each other alive
+        versions, exchanged = (
+            self._versions(),
+            "loss" in results,
+        )  # not `results` itself: the outputs would keep each other alive
         late: list[Tensor] = []  # answers that are still on the device
 
         def begin(number: int) -> tuple[bool, float]:
@@ -236,7 +239,7 @@ class ShardedModel(SealedModule):
             bad = self._passes.end()
             self._note(self._sum([], sum(late, bad if agreed.bad is None else bad + agreed.bad))[1])
 
-        found.update(zip(names, around_backward([found[name] for name in names], begin, end), strict=True))
+        results.update(zip(names, around_backward([results[name] for name in names], begin, end), strict=True))
 
     def _versions(self) -> list[tuple[int, int]]:
         """How often each parameter was written to, as a DTensor and as this rank's part of one."""
@@ -337,21 +340,24 @@ class ShardedModel(SealedModule):
         Example:
             step = sharded.train_step(input_ids=ids, labels=ids)
         """
-        given = named_inputs("train_step", (), batch, self._blueprint, self.device)
-        with self._running("train_step", given, training=True):
-            return self._train_step(given)
+        inputs = named_inputs("train_step", (), batch, self._blueprint, self.device)
+        with self._running("train_step", inputs, training=True):
+            return self._train_step(inputs)
 
     def _train_step(self, batch: dict[str, Tensor]) -> StepResult:
         self._need_labels("train_step", batch)
-        code, agreed, pieces = self._pieces("train_step", batch, ("loss",))
+        code, agreed, micro_batches = self._micro_batches("train_step", batch, ("loss",))
         self._passes.begin(code)
         scale = self.loss_scale.scale
         try:
             with self._restoring():
                 if code.pipeline is None:
-                    losses = [self._backward(code, piece, scale, last=piece is pieces[-1]) for piece in pieces]
+                    losses = [
+                        self._backward(code, micro_batch, scale, last=micro_batch is micro_batches[-1])
+                        for micro_batch in micro_batches
+                    ]
                 else:
-                    losses = [found["loss"] for found in code.pipeline.train(pieces, scale)]
+                    losses = [found["loss"] for found in code.pipeline.train(micro_batches, scale)]
                 self._lay_down()
                 bad = self._passes.end()
                 loss, bad = self._sum(losses, bad if agreed.bad is None else bad + agreed.bad)
@@ -366,24 +372,26 @@ class ShardedModel(SealedModule):
         """Forward of all micro-batches without gradients, through the same stages. The loss is that of `train_step`, in the
         mode that the model is in. Arguments are those of `train_step`, `return_logits` is that of a call."""
         _check_return_logits(return_logits)
-        given = named_inputs("eval_step", (), batch, self._blueprint, self.device)
-        with self._running("eval_step", given), torch.no_grad():
-            return self._eval_step(given, return_logits)
+        inputs = named_inputs("eval_step", (), batch, self._blueprint, self.device)
+        with self._running("eval_step", inputs), torch.no_grad():
+            return self._eval_step(inputs, return_logits)
 
     def _eval_step(self, batch: dict[str, Tensor], return_logits: bool | str) -> StepResult:
         self._need_labels("eval_step", batch)
-        code, agreed, pieces = self._pieces("eval_step", batch, ("loss", "logits") if return_logits else ("loss",))
+        code, agreed, micro_batches = self._micro_batches(
+            "eval_step", batch, ("loss", "logits") if return_logits else ("loss",)
+        )
         with self._restoring():
             if code.pipeline is None:
-                found = [self._chunks[0].root(code.stages[0].forward, **piece) for piece in pieces]
+                results = [self._chunks[0].root(code.stages[0].forward, **micro_batch) for micro_batch in micro_batches]
             else:
-                found = code.pipeline.evaluate(pieces)
+                results = code.pipeline.evaluate(micro_batches)
         self._lay_down()
-        loss, bad = self._sum([each["loss"] for each in found], torch.zeros((), device=self.device))
+        loss, bad = self._sum([result["loss"] for result in results], torch.zeros((), device=self.device))
         logits = None
-        if return_logits and found:
+        if return_logits and results:
             rows = next(iter(batch.values())).shape[0]
-            logits = torch.cat([each["logits"] for each in found])[:rows]
+            logits = torch.cat([result["logits"] for result in results])[:rows]
             logits = as_output(logits, self.mesh, code.blueprint.output_split.get("logits"), return_logits == "whole")
         return StepResult(loss, agreed.tokens, bad > 0, logits)
 
@@ -456,15 +464,15 @@ class ShardedModel(SealedModule):
             both = self._axes[axis].all_reduce(both)
         return both[0], self._axes["tp"].all_reduce(both[1])
 
-    def _backward(self, code: LoadedCall, piece: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
+    def _backward(self, code: LoadedCall, micro_batch: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
         """Forward and backward of one micro-batch. Returns its part of the loss."""
         [chunk] = self._chunks
         prepare(chunk, reduce=last or self._blueprint.zero >= 2, last=last)
-        loss = chunk.root(code.stages[0].forward, **piece)["loss"]
+        loss = chunk.root(code.stages[0].forward, **micro_batch)["loss"]
         loss.backward(torch.full_like(loss, scale))
         return loss.detach()
 
-    def _pieces(
+    def _micro_batches(
         self, call: str, batch: dict[str, Tensor], outputs: tuple[str, ...]
     ) -> tuple[LoadedCall, Agreed, list[dict[str, Tensor]]]:
         """A step's code, what the ranks know of it, and its micro-batches.
@@ -479,11 +487,13 @@ class ShardedModel(SealedModule):
         code = self._calls.of({name: tensor[:size] for name, tensor in batch.items()}, outputs, self._mode)
         one_size = self._blueprint.mesh.pp > 1 or code.blueprint.static_shape is not None
         batch = filled_up(batch, rows, -(-rows // size) * size if one_size and rows else max(rows, 1), code.blueprint)
-        pieces = split(batch, size)
-        code, agreed = self._agree_on(call, pieces, outputs, _EXCHANGED, counts=True, whole=batch)
+        micro_batches = split(batch, size)
+        code, agreed = self._agree_on(call, micro_batches, outputs, _EXCHANGED, counts=True, whole=batch)
         if self._blueprint.zero >= 2:
-            pieces += [uncounted(pieces[0], 0, code.blueprint) for _ in range(agreed.micro_batches - len(pieces))]
-        return code, agreed, [{**piece, "num_items_in_batch": agreed.tokens} for piece in pieces]
+            micro_batches += [
+                uncounted(micro_batches[0], 0, code.blueprint) for _ in range(agreed.micro_batches - len(micro_batches))
+            ]
+        return code, agreed, [{**piece, "num_items_in_batch": agreed.tokens} for piece in micro_batches]
 
     def grad_norm(self) -> Tensor:
         """The global 2-norm of the gradients over every axis, tied weights counted once: [], the same on every rank, not finite
@@ -614,15 +624,15 @@ class ShardedModel(SealedModule):
     def _agree_on(
         self,
         call: str,
-        pieces: list[dict[str, Tensor]],
+        micro_batches: list[dict[str, Tensor]],
         outputs: tuple[str, ...],
         axes: tuple[str, ...],
         counts: bool,
         whole: Mapping[str, Tensor] | None = None,
     ) -> tuple[LoadedCall, Agreed]:
         """The code of a call, and what the ranks know of it together. counts: whether labels are counted. whole: the batch that
-        `pieces` are of."""
-        code, batch = self._calls.of(pieces[0], outputs, self._mode), pieces[0] if whole is None else whole
+        `micro_batches` are of."""
+        code, batch = self._calls.of(micro_batches[0], outputs, self._mode), micro_batches[0] if whole is None else whole
         bounds = {name: bound for name, bound in code.blueprint.index_bounds.items() if name in batch}
         floating = [name for name in bounds if batch[name].is_floating_point()]
         if floating:
@@ -631,15 +641,16 @@ class ShardedModel(SealedModule):
         if counts:
             with torch.no_grad():
                 counted = [
-                    code.stages[0].tokens(**{name: piece[name] for name in code.blueprint.token_inputs}) for piece in pieces
+                    code.stages[0].tokens(**{name: micro_batch[name] for name in code.blueprint.token_inputs})
+                    for micro_batch in micro_batches
                 ]
                 tokens = torch.stack(counted).sum()
         digest, changed = self._trained.look()
         mode = f"{call} -> ({', '.join(outputs)}), {'training' if self.training else 'evaluating'},"
-        agreed = self._agreement.exchange(mode, batch, bounds, axes, tokens, len(pieces), digest, changed)
+        agreed = self._agreement.exchange(mode, batch, bounds, axes, tokens, len(micro_batches), digest, changed)
         if agreed.changed:
             self._calls.trained = self._trained.grow((self._axes[name] for name in axes), self.device)
-            code = self._calls.of(pieces[0], outputs, self._mode)
+            code = self._calls.of(micro_batches[0], outputs, self._mode)
         return code, agreed
 
 

@@ -63,9 +63,9 @@ class Origin:
         lacking = sorted(name for name in expected if name not in names and name not in aliases)
         if lacking:
             strange = [name for name in names if name not in expected]
-            found = "; ".join(text for text in (_shown(lacking, "be random"), _shown(strange, "not be used")) if text)
+            effects = "; ".join(text for text in (_shown(lacking, "be random"), _shown(strange, "not be used")) if text)
             raise CheckpointError(
-                f"{kind.__name__}.from_pretrained would not read what this model has: {found}. Adapters and parametrizations "
+                f"{kind.__name__}.from_pretrained would not read what this model has: {effects}. Adapters and parametrizations "
                 "are to be merged in the dense model first; save_pretrained(path, strict=False) writes these tensors as they "
                 "are, for shard(model, policy, checkpoint=path)"
             )

@@ -78,8 +78,8 @@ def as_output(local: Tensor, mesh: DeviceMesh, split: tuple[int, int] | None, wh
     dim, size = split
     shape = torch.Size([*local.shape[:dim], size, *local.shape[dim + 1 :]])
     stride = torch.empty(shape, device="meta").stride()
-    found = DTensor.from_local(local, mesh["tp"], [Shard(dim)], run_check=False, shape=shape, stride=stride)
-    return _Plain.apply(found.full_tensor()).as_subclass(WholeTensor) if whole else found
+    logits = DTensor.from_local(local, mesh["tp"], [Shard(dim)], run_check=False, shape=shape, stride=stride)
+    return _Plain.apply(logits.full_tensor()).as_subclass(WholeTensor) if whole else logits
 
 
 def token_log_probs(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
@@ -120,5 +120,5 @@ def token_log_probs(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tens
 def output_type(name: str) -> Callable[..., Any]:
     """The class of a model's result, from "module:class"."""
     module, _, attribute = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
-    return found
+    kind: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return kind

@@ -31,11 +31,11 @@ BACKEND = "inductor"
 def current(module: nn.Module, attribute: str) -> Tensor:
     """A parameter or buffer as it is now: gathered, while its unit runs. Read as an attribute, a `Namespace` gives the
     sharded one."""
-    found = module._parameters.get(attribute)
-    if found is None:
-        found = module._buffers[attribute]
-    assert found is not None
-    return found
+    tensor = module._parameters.get(attribute)
+    if tensor is None:
+        tensor = module._buffers[attribute]
+    assert tensor is not None
+    return tensor
 
 
 class Home(nn.Module):

@@ -73,8 +73,8 @@ def check_replicated(
     differ = []
     for column, name in enumerate(names):
         known: dict[int, int] = {}
-        held = [tuple(rank[column]) for rank in every if rank[column][0]]
-        if any(known.setdefault(place, number) != number for place, number in held):
+        copies = [tuple(rank[column]) for rank in every if rank[column][0]]
+        if any(known.setdefault(place, number) != number for place, number in copies):
             differ.append(name)
     if differ:
         _refuse(differ, "ranks that hold the same part of them")

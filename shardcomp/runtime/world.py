@@ -70,12 +70,12 @@ def everyone() -> Axis:
 
 def host_axes(mesh: DeviceMesh, names: Sequence[str]) -> dict[str, Axis]:
     """Axes of the mesh whose groups exchange tensors of the host, beside an accelerator's. Called by all ranks together."""
-    found = {}
+    axes = {}
     for name in names:
         dim = (mesh.mesh_dim_names or ()).index(name)
         rows = mesh.mesh.movedim(dim, -1).flatten(0, -2).tolist()
         for ranks in rows if len(rows[0]) > 1 else ():
             group = dist.new_group(ranks, backend="gloo")
             if dist.get_rank() in ranks:
-                found[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group)
-    return found
+                axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group)
+    return axes

@@ -48,7 +48,7 @@ def model(**changes: Any) -> nn.Module:
     return found.train()
 
 
-def batch(rows: int = 4, length: int = 8, seed: int = 1) -> Batch:
+def make_batch(rows: int = 4, length: int = 8, seed: int = 1) -> Batch:
     """A batch in which every row has some labels that do not count."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 97, (rows, length), generator=draw)
@@ -110,12 +110,12 @@ def gradients(dense: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 
 
-def assert_gradients(sharded: ShardedModel, wanted: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
+def assert_gradients(sharded: ShardedModel, expected: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
     """Every gradient of this rank is the dense model's: ‖g − g₀‖ ≤ tolerance · max(‖g₀‖, 1e-6 · ‖all g₀‖)."""
-    total = torch.stack([g.norm() for g in wanted.values()]).norm()
+    total = torch.stack([g.norm() for g in expected.values()]).norm()
     found = {name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
-    expected = {name for name, _ in sharded.named_parameters() if name in wanted}
-    assert found.keys() == expected, found.keys() ^ expected
+    own = {name for name, _ in sharded.named_parameters() if name in expected}
+    assert found.keys() == own, found.keys() ^ own
     for name, gradient in found.items():
-        off = (gradient - wanted[name]).norm() / torch.maximum(wanted[name].norm(), 1e-6 * total)
+        off = (gradient - expected[name]).norm() / torch.maximum(expected[name].norm(), 1e-6 * total)
         assert off <= tolerance, f"{name}: off by {float(off):.1e}"

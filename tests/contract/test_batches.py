@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.plans import FLAT, LOSS, PLANS, Batch, assert_gradients, batch, gradients, lowered, mine, model, run, usual
+from contract.plans import FLAT, LOSS, PLANS, Batch, assert_gradients, gradients, lowered, make_batch, mine, model, run, usual
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -21,10 +21,10 @@ each_plan = pytest.mark.parametrize("plan", PLANS)
 @each_plan
 @pytest.mark.parametrize(("key", "value"), [("labels", -1), ("labels", 97), ("input_ids", 97), ("input_ids", -100)])
 def test_a_number_outside_of_the_vocabulary_is_named(plan: str, key: str, value: int) -> None:
-    given = batch()
-    given[key][1, 5] = value
-    good = batch()
-    wanted = gradients(model(), lambda m: m(**good).loss)
+    batch = make_batch()
+    batch[key][1, 5] = value
+    good = make_batch()
+    expected = gradients(model(), lambda m: m(**good).loss)
 
     def work(sharded: ShardedModel) -> None:
         named = rf"{key} of sample 1, position 5 is {value}; the model takes 0 to 96"
@@ -32,36 +32,36 @@ def test_a_number_outside_of_the_vocabulary_is_named(plan: str, key: str, value:
         mine_is_bad = sharded.mesh.get_local_rank("dp") == 0
         for call in (sharded.train_step, sharded.eval_step):
             with pytest.raises(shardcomp.BatchError, match=named if mine_is_bad else other):
-                call(**mine(sharded, given))
+                call(**mine(sharded, batch))
         sharded.train_step(**mine(sharded, good))  # a refused batch leaves everything as it was
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @pytest.mark.parametrize("plan", FLAT)
 def test_a_call_without_labels_refuses_such_tokens_too(plan: str) -> None:
-    given = batch()["input_ids"]
-    given[:, 3] = 97
+    batch = make_batch()["input_ids"]
+    batch[:, 3] = 97
 
     def work(sharded: ShardedModel) -> None:
         with pytest.raises(shardcomp.BatchError, match="input_ids of sample 0, position 3 is 97"):
-            sharded(input_ids=mine(sharded, {"ids": given})["ids"])
+            sharded(input_ids=mine(sharded, {"ids": batch})["ids"])
 
     run(usual(plan), work)
 
 
 def test_without_waiting_the_step_is_skipped_and_then_refused() -> None:
     """As on an accelerator: the answer is read when the optimizer steps, where the host waits anyway."""
-    given = batch()
-    bad = {**given, "labels": given["labels"].clone()}
+    batch = make_batch()
+    bad = {**batch, "labels": batch["labels"].clone()}
     bad["labels"][1, 5] = 96  # inside of the vocabulary: the kernels of a CPU would raise by themselves
 
     def work(sharded: ShardedModel) -> None:
         sharded._agreement.at_once = False
         optimizer = shardcomp.AdamW(sharded.parameters(), lr=0.1)
         for _ in range(FIRST_CALLS):
-            sharded.train_step(**given)
+            sharded.train_step(**batch)
             assert sharded.optimizer_step(optimizer)
             optimizer.zero_grad()
         before = [p.detach().clone().to_local() for p in sharded.parameters()]
@@ -80,9 +80,9 @@ def test_ranks_of_a_group_with_other_batches_are_refused(plan: str, axis: str) -
     def work(sharded: ShardedModel) -> None:
         rank = sharded.mesh.get_local_rank(axis)
         for seeds, message in (((1, 2), "have other numbers in it"), ((1, 1), "of other shapes")):
-            given = batch(seed=seeds[rank], length=8 if message.startswith("have") or rank else 12)
+            batch = make_batch(seed=seeds[rank], length=8 if message.startswith("have") or rank else 12)
             with pytest.raises(shardcomp.PlanError, match=message):
-                sharded.train_step(**mine(sharded, given))
+                sharded.train_step(**mine(sharded, batch))
 
     run(usual(plan), work)
 
@@ -91,7 +91,7 @@ def test_the_comparison_of_batches_can_be_switched_off() -> None:
     low = lowered("tensor 2", model(), (LOSS,), compare_ranks=False)
 
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**batch(seed=1 + sharded.mesh.get_local_rank("tp")))
+        sharded.train_step(**make_batch(seed=1 + sharded.mesh.get_local_rank("tp")))
 
     run(low, work)
     assert not [entry for entry in low.report()["collectives"] if entry["where"] == "what ranks compare"]
@@ -102,16 +102,16 @@ def test_the_comparison_of_batches_can_be_switched_off() -> None:
 @pytest.mark.parametrize("rows", [(3, 2), (1, 4), (3, 0)])
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_data_parallel_ranks_may_have_uneven_batches(zero: int, rows: tuple[int, int], pipeline: int) -> None:
-    given = batch(sum(rows))
-    wanted = gradients(model(), lambda m: m(**given).loss)
+    batch = make_batch(sum(rows))
+    expected = gradients(model(), lambda m: m(**batch).loss)
     low = lowered("one rank", model(), micro_batch=1, data=2, zero=zero, pipeline=pipeline)
     low.for_call(LOSS, (1, 8))
 
     def work(sharded: ShardedModel) -> Tensor:
         rank = sharded.mesh.get_local_rank("dp")
-        part = {name: tensor.split(list(rows))[rank] for name, tensor in given.items()}
+        part = {name: tensor.split(list(rows))[rank] for name, tensor in batch.items()}
         step = sharded.train_step(**part)
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
         assert torch.equal(sharded.eval_step(**part).loss, step.loss)
         return step.loss
 
@@ -136,14 +136,14 @@ def test_a_model_of_one_shape_takes_a_smaller_last_micro_batch(plan: str) -> Non
         found.load_state_dict(model().state_dict())
         return found
 
-    given = batch(5)
-    wanted = gradients(dense(), lambda m: m(**given).loss)
+    batch = make_batch(5)
+    expected = gradients(dense(), lambda m: m(**batch).loss)
     low = lowered(plan, dense(), micro_batch=2)
     low.for_call(LOSS, (2, 8))
 
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**given)
-        assert_gradients(sharded, wanted)
+        sharded.train_step(**batch)
+        assert_gradients(sharded, expected)
 
     run(low, work)
 
@@ -151,63 +151,63 @@ def test_a_model_of_one_shape_takes_a_smaller_last_micro_batch(plan: str) -> Non
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_left_padding_is_sdpas_and_eager_attention_is_told(implementation: str) -> None:
     """The label of the first token is predicted by a position that sees nothing: only without it do the two agree."""
-    given = batch()
-    mask = torch.ones_like(given["input_ids"])
+    batch = make_batch()
+    mask = torch.ones_like(batch["input_ids"])
     mask[0, :4] = 0
-    given |= {"attention_mask": mask, "labels": torch.where(mask.bool(), given["input_ids"], -100)}
+    batch |= {"attention_mask": mask, "labels": torch.where(mask.bool(), batch["input_ids"], -100)}
     if implementation == "eager":
-        given["labels"][0, 4] = -100
+        batch["labels"][0, 4] = -100
     dense = model()
     dense.config._attn_implementation = implementation
-    wanted = gradients(dense, lambda m: m(**given).loss)
-    call = (tuple((name, 2) for name in sorted(given)), ("loss",), True)
+    expected = gradients(dense, lambda m: m(**batch).loss)
+    call = (tuple((name, 2) for name in sorted(batch)), ("loss",), True)
     low = lowered("tensor 2", dense, (call,))
     padded = shardcomp.lower(dense, low.policy, seq=8, signature=shardcomp.lowering.Signature(*call))
     told = [entry for entry in padded.report()["degraded"] if "sees no key" in entry["why"]]
     assert bool(told) == (implementation == "eager")
 
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**given)
-        assert_gradients(sharded, wanted)
+        sharded.train_step(**batch)
+        assert_gradients(sharded, expected)
 
     run(low, work)
 
 
 def test_samples_that_fill_up_do_not_count_by_shift_labels_either() -> None:
-    given = batch(3)
-    given["shift_labels"] = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:].contiguous()
-    given["shift_labels"][0, :4] = -100
-    wanted = gradients(model(), lambda m: m(**given).loss)
+    batch = make_batch(3)
+    batch["shift_labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    batch["shift_labels"][0, :4] = -100
+    expected = gradients(model(), lambda m: m(**batch).loss)
     low = lowered("pipeline 2", model(), micro_batch=2)
-    low.for_call((tuple((name, 2) for name in sorted(given)), ("loss",), True), (2, 8))
+    low.for_call((tuple((name, 2) for name in sorted(batch)), ("loss",), True), (2, 8))
 
     def work(sharded: ShardedModel) -> None:
-        step = sharded.train_step(**given)
-        assert int(step.tokens) == int((given["shift_labels"] != -100).sum())
-        assert_gradients(sharded, wanted)
+        step = sharded.train_step(**batch)
+        assert int(step.tokens) == int((batch["shift_labels"] != -100).sum())
+        assert_gradients(sharded, expected)
 
     run(low, work)
 
 
 @each_plan
 def test_integers_of_any_width_and_arguments_without_a_value_are_taken(plan: str) -> None:
-    given = batch()
-    wanted = gradients(model(), lambda m: m(**given).loss)
-    narrow = {"input_ids": given["input_ids"].to(torch.uint8), "labels": given["labels"].to(torch.int32)}
+    batch = make_batch()
+    expected = gradients(model(), lambda m: m(**batch).loss)
+    narrow = {"input_ids": batch["input_ids"].to(torch.uint8), "labels": batch["labels"].to(torch.int32)}
 
     def work(sharded: ShardedModel) -> None:
         sharded.train_step(**mine(sharded, narrow), attention_mask=None, use_cache=False)
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @pytest.mark.parametrize("plan", FLAT)
 def test_inputs_may_be_given_by_position(plan: str) -> None:
-    given = batch()
+    batch = make_batch()
 
     def work(sharded: ShardedModel) -> None:
-        part: Batch = mine(sharded, given)
+        part: Batch = mine(sharded, batch)
         by_name = sharded(**part).loss
         assert torch.equal(sharded(part["input_ids"], None, labels=part["labels"]).loss, by_name)
 
@@ -229,6 +229,6 @@ def test_inputs_may_be_given_by_position(plan: str) -> None:
 def test_other_inputs_are_refused_with_what_would_do(args: Any, changes: dict[str, Any], message: str) -> None:
     def work(sharded: ShardedModel) -> None:
         with pytest.raises(shardcomp.PlanError, match=message):
-            sharded(*args, **{**batch(), **changes})
+            sharded(*args, **{**make_batch(), **changes})
 
     run(usual("one rank"), work)

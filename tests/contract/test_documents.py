@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract.plans import batch, model
+from contract.plans import make_batch, model
 
 import shardcomp
 from shardcomp.ranks import run_alone
@@ -45,7 +45,7 @@ def test_the_preference_loss_of_the_page_runs_as_it_stands() -> None:
     def work(rank: int) -> None:
         policy = shardcomp.Policy.load("llama", precision="fp32")
         trained, reference = (shardcomp.shard(dense, policy) for dense in (model(), model().eval()))
-        chosen, rejected = batch(seed=1)["input_ids"], batch(seed=2)["input_ids"]
+        chosen, rejected = make_batch(seed=1)["input_ids"], make_batch(seed=2)["input_ids"]
         loss = namespace["preference_loss"](trained, reference, chosen, rejected)  # type: ignore[operator]
         torch.testing.assert_close(loss.detach(), 4 * torch.log(torch.tensor(2.0)))  # both models are the same
         loss.backward()

@@ -10,11 +10,11 @@ from contract.plans import (
     LOSS,
     PLANS,
     assert_gradients,
-    batch,
     double,
     exactly,
     gradients,
     lowered,
+    make_batch,
     mine,
     model,
     run,
@@ -41,20 +41,20 @@ def new_rows_only(gradient: Tensor) -> Tensor:
 
 @each_plan
 def test_gradient_hooks_from_before_sharding_see_whole_gradients(plan: str) -> None:
-    dense, given, called = model(), batch(), []
+    dense, batch, called = model(), make_batch(), []
     dense.model.embed_tokens.weight.register_hook(new_rows_only)
     removed = dense.lm_head.weight.register_hook(lambda gradient: gradient * 7)
     dense.lm_head.weight.register_hook(lambda gradient: called.append(gradient.shape))
     low = lowered(plan, dense, micro_batch=1)
     low.for_call(LOSS, (1, 8))
     removed.remove()  # after sharding was planned, and still by its own handle
-    wanted = gradients(model(), lambda m: m(**given).loss)
-    wanted["model.embed_tokens.weight"] = new_rows_only(wanted["model.embed_tokens.weight"])
+    expected = gradients(model(), lambda m: m(**batch).loss)
+    expected["model.embed_tokens.weight"] = new_rows_only(expected["model.embed_tokens.weight"])
 
     def work(sharded: ShardedModel) -> None:
         for _ in range(2):  # the hook sees each pass's own gradient
-            sharded.train_step(**mine(sharded, given))
-        assert_gradients(sharded, {name: 2 * gradient for name, gradient in wanted.items()})
+            sharded.train_step(**mine(sharded, batch))
+        assert_gradients(sharded, {name: 2 * gradient for name, gradient in expected.items()})
 
     run(low, work)
     holders = low.mesh.world_size // low.mesh.pp
@@ -66,20 +66,20 @@ def test_gradient_hooks_of_a_packed_weight_see_it_packed(plan: str) -> None:
     config = GPT2Config(
         vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=16, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
     )
-    dense, given = shardcomp.initialize(presets.build(config), 0), batch()
+    dense, batch = shardcomp.initialize(presets.build(config), 0), make_batch()
     name = "transformer.h.0.attn.c_attn.weight"
     dense.get_parameter(name).register_hook(lambda gradient: gradient * torch.arange(1.0, 97.0))
     low = lowered(plan, dense, (LOSS,))
-    wanted = gradients(shardcomp.initialize(presets.build(config), 0), lambda m: m(**given).loss)[name] * torch.arange(
+    expected = gradients(shardcomp.initialize(presets.build(config), 0), lambda m: m(**batch).loss)[name] * torch.arange(
         1.0, 97.0
     )
 
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**mine(sharded, given))
+        sharded.train_step(**mine(sharded, batch))
         held = {n: whole(p.grad) for n, p in sharded.named_parameters() if n.startswith(name)}
         if sharded.mesh.get_local_rank("pp") == 0:
             assert (
-                torch.cat([held[n] for n in sorted(held, key=lambda n: "qkv".find(n[-1]))], 1).sub(wanted).abs().max() < 1e-12
+                torch.cat([held[n] for n in sorted(held, key=lambda n: "qkv".find(n[-1]))], 1).sub(expected).abs().max() < 1e-12
             )
 
     run(low, work)
@@ -87,8 +87,8 @@ def test_gradient_hooks_of_a_packed_weight_see_it_packed(plan: str) -> None:
 
 @each_plan
 def test_gradient_hooks_on_sharded_parameters_see_the_reduced_one(plan: str) -> None:
-    given = batch()
-    wanted = gradients(model(), lambda m: m(**given).loss)
+    batch = make_batch()
+    expected = gradients(model(), lambda m: m(**batch).loss)
     low = lowered(plan, model(), micro_batch=1)
     low.for_call(LOSS, (1, 8))
 
@@ -101,9 +101,9 @@ def test_gradient_hooks_on_sharded_parameters_see_the_reduced_one(plan: str) -> 
 
         for p in sharded.parameters():
             p.register_hook(double_it)
-        sharded.train_step(**mine(sharded, given))
+        sharded.train_step(**mine(sharded, batch))
         assert len(calls) == len(list(sharded.parameters()))
-        assert_gradients(sharded, {name: 2 * gradient for name, gradient in wanted.items()})
+        assert_gradients(sharded, {name: 2 * gradient for name, gradient in expected.items()})
 
     run(low, work)
 
@@ -111,13 +111,13 @@ def test_gradient_hooks_on_sharded_parameters_see_the_reduced_one(plan: str) -> 
 @each_plan
 def test_post_accumulate_hooks_are_called_when_gradients_stand(plan: str) -> None:
     """An optimizer in the backward: every parameter steps by itself, and its gradient is gone."""
-    given, dense = batch(), model()
+    batch, dense = make_batch(), model()
     low = lowered(plan, model(), micro_batch=1)
     low.for_call(LOSS, (1, 8))
     twin = double(dense)
     with exactly():
-        twin(**given).loss.backward()
-    wanted = {name: (p - 0.1 * p.grad).detach() for name, p in twin.named_parameters()}
+        twin(**batch).loss.backward()
+    expected = {name: (p - 0.1 * p.grad).detach() for name, p in twin.named_parameters()}
 
     def step(p: nn.Parameter) -> None:
         with torch.no_grad():
@@ -127,17 +127,17 @@ def test_post_accumulate_hooks_are_called_when_gradients_stand(plan: str) -> Non
     def work(sharded: ShardedModel) -> None:
         for p in sharded.parameters():
             p.register_post_accumulate_grad_hook(step)
-        sharded.train_step(**mine(sharded, given))
+        sharded.train_step(**mine(sharded, batch))
         for name, p in sharded.named_parameters():
             assert p.grad is None
-            torch.testing.assert_close(whole(p.detach()), wanted[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(whole(p.detach()), expected[name], rtol=1e-9, atol=1e-12)
 
     run(low, work)
 
 
 @each_plan
 def test_post_accumulate_hooks_from_before_get_a_whole_parameter(plan: str) -> None:
-    given, dense = batch(), model()
+    batch, dense = make_batch(), model()
 
     def clamp(p: nn.Parameter) -> None:
         p.grad[:TRAINED_ROWS] = 0
@@ -146,14 +146,14 @@ def test_post_accumulate_hooks_from_before_get_a_whole_parameter(plan: str) -> N
 
     dense.lm_head.weight.register_post_accumulate_grad_hook(clamp)
     before = dense.lm_head.weight.detach().double()
-    wanted = gradients(model(), lambda m: m(**given).loss)["lm_head.weight"]
-    wanted[:TRAINED_ROWS] = 0
+    expected = gradients(model(), lambda m: m(**batch).loss)["lm_head.weight"]
+    expected[:TRAINED_ROWS] = 0
 
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**mine(sharded, given))
+        sharded.train_step(**mine(sharded, batch))
         held = dict(sharded.named_parameters()).get("lm_head.weight")
         if held is not None:
-            torch.testing.assert_close(whole(held.grad), wanted, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(whole(held.grad), expected, rtol=1e-9, atol=1e-12)
             grown = before.clone()
             grown[TRAINED_ROWS:] += 1
             assert torch.equal(whole(held.detach()), grown)
@@ -163,21 +163,21 @@ def test_post_accumulate_hooks_from_before_get_a_whole_parameter(plan: str) -> N
 
 @pytest.mark.parametrize("plan", FLAT)
 def test_hooks_see_the_gradient_of_a_loss_of_ones_own(plan: str) -> None:
-    given, dense = batch()["input_ids"], model()
+    batch, dense = make_batch()["input_ids"], model()
     dense.model.embed_tokens.weight.register_hook(new_rows_only)
-    wanted = gradients(model(), lambda m: (m(input_ids=given).logits ** 2).sum())
-    wanted["model.embed_tokens.weight"] = new_rows_only(wanted["model.embed_tokens.weight"])
+    expected = gradients(model(), lambda m: (m(input_ids=batch).logits ** 2).sum())
+    expected["model.embed_tokens.weight"] = new_rows_only(expected["model.embed_tokens.weight"])
 
     def work(sharded: ShardedModel) -> None:
-        (sharded(input_ids=mine(sharded, {"ids": given})["ids"]).logits.full_tensor() ** 2).sum().backward()
-        assert_gradients(sharded, wanted)
+        (sharded(input_ids=mine(sharded, {"ids": batch})["ids"]).logits.full_tensor() ** 2).sum().backward()
+        assert_gradients(sharded, expected)
 
     run(lowered(plan, dense, (LOGITS,)), work)
 
 
 @each_plan
 def test_forward_hooks_from_before_sharding_are_captured(plan: str) -> None:
-    given = batch()
+    batch = make_batch()
 
     def hooked() -> nn.Module:
         dense = model()
@@ -185,11 +185,11 @@ def test_forward_hooks_from_before_sharding_are_captured(plan: str) -> None:
         dense.model.norm.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
         return dense
 
-    wanted = gradients(hooked(), lambda m: m(**given).loss)
+    expected = gradients(hooked(), lambda m: m(**batch).loss)
 
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**mine(sharded, given))
-        assert_gradients(sharded, wanted)
+        sharded.train_step(**mine(sharded, batch))
+        assert_gradients(sharded, expected)
 
     run(lowered(plan, hooked(), (LOSS,)), work)
 
@@ -197,14 +197,14 @@ def test_forward_hooks_from_before_sharding_are_captured(plan: str) -> None:
 @pytest.mark.parametrize("plan", FLAT)
 def test_forward_hooks_of_the_model_itself_are_called_or_refused(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        given, calls = mine(sharded, batch()), []
+        batch, calls = mine(sharded, make_batch()), []
         handle = sharded.register_forward_hook(lambda module, args, out: calls.append("after"))
         sharded.register_forward_pre_hook(lambda module, args: calls.append("before"))
-        sharded(**given)
+        sharded(**batch)
         assert calls == ["before", "after"]
         for step in (sharded.train_step, sharded.eval_step):
             with pytest.raises(shardcomp.PlanError, match=r"step with forward hooks on the sharded model"):
-                step(**given)
+                step(**batch)
         handle.remove()
 
     run(usual(plan), work)
@@ -216,6 +216,6 @@ def test_a_hook_may_not_return_a_plain_tensor_for_a_sharded_gradient(plan: str) 
         for p in sharded.parameters():
             p.register_hook(lambda gradient: torch.zeros(gradient.shape))
         with pytest.raises(shardcomp.PlanError, match="returned a plain tensor"):
-            sharded.train_step(**mine(sharded, batch()))
+            sharded.train_step(**mine(sharded, make_batch()))
 
     run(usual(plan), work)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from contract.plans import BOTH, FLAT, LOGITS, assert_gradients, batch, gradients, lowered, mine, model, run, usual
+from contract.plans import BOTH, FLAT, LOGITS, assert_gradients, gradients, lowered, make_batch, mine, model, run, usual
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,33 +27,33 @@ def own(logits: Tensor, labels: Tensor) -> Tensor:
 
 @each_plan
 def test_a_loss_of_the_logits_alone_has_the_dense_gradients(plan: str) -> None:
-    given = batch()["input_ids"]
-    wanted = gradients(model(), lambda dense: own(dense(input_ids=given).logits, given))
+    batch = make_batch()["input_ids"]
+    expected = gradients(model(), lambda dense: own(dense(input_ids=batch).logits, batch))
 
     def work(sharded: ShardedModel) -> None:
-        ids = mine(sharded, {"ids": given})["ids"]
+        ids = mine(sharded, {"ids": batch})["ids"]
         own(sharded(input_ids=ids).logits.full_tensor(), ids).backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_a_term_of_the_logits_adds_to_the_models_own_loss(plan: str) -> None:
-    given = batch()
+    batch = make_batch()
 
     def total(dense: nn.Module) -> Tensor:
-        out = dense(**given)
-        return out.loss + 0.01 * own(out.logits, given["input_ids"])
+        out = dense(**batch)
+        return out.loss + 0.01 * own(out.logits, batch["input_ids"])
 
-    wanted = gradients(model(), total)
+    expected = gradients(model(), total)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         out = sharded(**part, return_logits="whole")
         assert not isinstance(out.logits, DTensor)
         (out.loss + 0.01 * own(out.logits, part["input_ids"])).backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
@@ -61,7 +61,7 @@ def test_a_term_of_the_logits_adds_to_the_models_own_loss(plan: str) -> None:
 @each_plan
 def test_two_calls_and_one_backward_pass(plan: str) -> None:
     """Preference losses: the log-probabilities of two samples, compared."""
-    chosen, rejected = batch(seed=1)["input_ids"], batch(seed=2)["input_ids"]
+    chosen, rejected = make_batch(seed=1)["input_ids"], make_batch(seed=2)["input_ids"]
 
     def scores(logits: Tensor, ids: Tensor) -> Tensor:
         return shardcomp.token_log_probs(logits[:, :-1], ids[:, 1:]).sum(-1)
@@ -73,21 +73,21 @@ def test_two_calls_and_one_backward_pass(plan: str) -> None:
         ]
         return -torch.nn.functional.logsigmoid(0.1 * (found[0] - found[1])).sum()
 
-    wanted = gradients(model(), dense_loss)
+    expected = gradients(model(), dense_loss)
 
     def work(sharded: ShardedModel) -> None:
         part = mine(sharded, {"chosen": chosen, "rejected": rejected})
         found = [scores(sharded(input_ids=ids).logits, ids) for ids in (part["chosen"], part["rejected"])]
         (-torch.nn.functional.logsigmoid(0.1 * (found[0] - found[1])).sum()).backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_backward_passes_and_steps_add_up_in_any_order(plan: str) -> None:
-    first, second = batch(seed=1), batch(seed=2)
-    wanted = gradients(
+    first, second = make_batch(seed=1), make_batch(seed=2)
+    expected = gradients(
         model(), lambda dense: 2 * own(dense(input_ids=first["input_ids"]).logits, first["input_ids"]) + dense(**second).loss
     )
 
@@ -97,40 +97,40 @@ def test_backward_passes_and_steps_add_up_in_any_order(plan: str) -> None:
         loss.backward(retain_graph=True)
         loss.backward()
         sharded.train_step(**mine(sharded, second))
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_a_gradient_that_is_not_finite_is_not_stepped_over(plan: str) -> None:
-    given = batch()
-    wanted = gradients(model(), lambda dense: dense(**given).loss)
+    batch = make_batch()
+    expected = gradients(model(), lambda dense: dense(**batch).loss)
 
     def work(sharded: ShardedModel) -> None:
         optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
         before = [whole(p.detach()).clone() for p in sharded.parameters()]
-        logits = sharded(input_ids=mine(sharded, given)["input_ids"]).logits.full_tensor()
+        logits = sharded(input_ids=mine(sharded, batch)["input_ids"]).logits.full_tensor()
         (logits.mean() * float("inf")).backward()
         assert not sharded.optimizer_step(optimizer) and sharded.skipped_steps == 1
         assert all(torch.equal(whole(p.detach()), old) for p, old in zip(sharded.parameters(), before, strict=True))
         optimizer.zero_grad()
-        sharded.train_step(**mine(sharded, given))  # nothing of the backward before is left
-        assert_gradients(sharded, wanted)
+        sharded.train_step(**mine(sharded, batch))  # nothing of the backward before is left
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_a_backward_that_raises_leaves_nothing_behind(plan: str) -> None:
-    given = batch()
-    wanted = gradients(model(), lambda dense: dense(**given).loss)
+    batch = make_batch()
+    expected = gradients(model(), lambda dense: dense(**batch).loss)
 
     def work(sharded: ShardedModel) -> None:
         def stumble(gradient: Tensor) -> Tensor:
             raise ZeroDivisionError("a hook of the user's")
 
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         sharded.train_step(**part)
         # Autograd goes back from what was made last: this node's turn comes when the pass through the model is under way.
         early = torch.ones((), dtype=torch.float64, requires_grad=True) * 1.0
@@ -143,22 +143,22 @@ def test_a_backward_that_raises_leaves_nothing_behind(plan: str) -> None:
             warnings.simplefilter("ignore")
             sharded.zero_grad()
         sharded.train_step(**part)
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_logits_may_be_written_in_place(plan: str) -> None:
-    given = batch()["input_ids"]
-    wanted = gradients(model(), lambda dense: own(dense(input_ids=given).logits / 0.7, given))
+    batch = make_batch()["input_ids"]
+    expected = gradients(model(), lambda dense: own(dense(input_ids=batch).logits / 0.7, batch))
 
     def work(sharded: ShardedModel) -> None:
-        ids = mine(sharded, {"ids": given})["ids"]
+        ids = mine(sharded, {"ids": batch})["ids"]
         logits = sharded(input_ids=ids).logits
         logits /= 0.7
         own(logits.full_tensor(), ids).backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
@@ -166,11 +166,11 @@ def test_logits_may_be_written_in_place(plan: str) -> None:
 @each_plan
 def test_logits_written_in_place_after_they_were_read_are_an_error(plan: str) -> None:
     """As torch has it for plain tensors: what was read is saved for the backward."""
-    given = batch()
-    wanted = gradients(model(), lambda m: m(**given).loss)
+    batch = make_batch()
+    expected = gradients(model(), lambda m: m(**batch).loss)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         for which in ("the model's own loss", "log-probabilities"):
             out = sharded(**part, return_logits=True)
             log_probs = shardcomp.token_log_probs(out.logits, part["input_ids"])
@@ -183,42 +183,42 @@ def test_logits_written_in_place_after_they_were_read_are_an_error(plan: str) ->
         out.logits.mul_(2)  # gathered: a copy, where there is something to gather
         if sharded.mesh["tp"].size() > 1:
             out.loss.backward()
-            assert_gradients(sharded, wanted)
+            assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_split_logits_and_plain_terms_meet_in_one_loss(plan: str) -> None:
-    given = batch()
-    ids = given["input_ids"]
+    batch = make_batch()
+    ids = batch["input_ids"]
 
     def total(out: object, ids: Tensor, log_probs: Tensor) -> Tensor:
         logits = out.logits  # type: ignore[attr-defined]
         return out.loss + 0.01 * torch.logsumexp(logits, -1).square().sum() - 0.1 * log_probs.sum()  # type: ignore[attr-defined]
 
     def dense_loss(m: nn.Module) -> Tensor:
-        out = m(**given)
+        out = m(**batch)
         return total(out, ids, torch.log_softmax(out.logits, -1).gather(-1, ids[..., None]))
 
-    wanted = gradients(model(), dense_loss)
+    expected = gradients(model(), dense_loss)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         out = sharded(**part, return_logits=True)
         loss = total(out, part["input_ids"], shardcomp.token_log_probs(out.logits, part["input_ids"]))
         loss.backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
 
 @each_plan
 def test_weights_changed_between_a_call_and_its_backward_are_refused(plan: str) -> None:
-    given = batch()
+    batch = make_batch()
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         for change in (shardcomp.AdamW, torch.optim.SGD):
             late = sharded(**part).loss
             sharded.train_step(**part)
@@ -239,7 +239,7 @@ def test_outputs_are_freed_when_nobody_holds_them(plan: str) -> None:
     """Without the garbage collector: logits are large."""
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, batch())
+        part = mine(sharded, make_batch())
         gc.collect()
         gc.disable()
         try:
@@ -260,24 +260,24 @@ def test_outputs_are_freed_when_nobody_holds_them(plan: str) -> None:
 def test_return_logits_is_true_false_or_whole() -> None:
     def work(sharded: ShardedModel) -> None:
         with pytest.raises(shardcomp.PlanError, match='return_logits = .full.: use True, False, or "whole"'):
-            sharded(**batch(), return_logits="full")
+            sharded(**make_batch(), return_logits="full")
 
     run(usual("one rank"), work)
 
 
 @pytest.mark.parametrize("plan", ["one rank", "tensor 2", "data 2, zero 0"])
 def test_the_loss_scale_of_fp16_is_on_every_output(plan: str) -> None:
-    given, dense = batch(), model()
-    wanted = gradients(dense, lambda m: (out := m(**given)).loss + 0.1 * own(out.logits, given["input_ids"]))
-    alone = gradients(dense, lambda m: m(**given).loss)
+    batch, dense = make_batch(), model()
+    expected = gradients(dense, lambda m: (out := m(**batch)).loss + 0.1 * own(out.logits, batch["input_ids"]))
+    alone = gradients(dense, lambda m: m(**batch).loss)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         out = sharded(**part, return_logits=True)
         (out.loss + 0.1 * own(out.logits.full_tensor().float(), part["input_ids"])).backward()
         found = {name: whole(p.grad).double() for name, p in sharded.named_parameters()}
-        flat = torch.cat([found[name].flatten() for name in wanted])
-        whole_loss, model_loss = (torch.cat([g[name].flatten() for name in wanted]) for g in (wanted, alone))
+        flat = torch.cat([found[name].flatten() for name in expected])
+        whole_loss, model_loss = (torch.cat([g[name].flatten() for name in expected]) for g in (expected, alone))
         assert (flat - whole_loss).norm() < 0.01 * whole_loss.norm() < 0.1 * (whole_loss - model_loss).norm()
 
     run(lowered(plan, dense, (BOTH, LOGITS), precision="fp16"), work)
@@ -285,11 +285,11 @@ def test_the_loss_scale_of_fp16_is_on_every_output(plan: str) -> None:
 
 @each_plan
 def test_logits_answer_the_same_questions_under_every_plan(plan: str) -> None:
-    given = batch()
+    batch = make_batch()
 
     def work(sharded: ShardedModel) -> None:
         with torch.no_grad():
-            ids = mine(sharded, given)["input_ids"]
+            ids = mine(sharded, batch)["input_ids"]
             split, gathered = (sharded(input_ids=ids, return_logits=how).logits for how in (False, "whole"))
         assert isinstance(split, DTensor) == (sharded.mesh["tp"].size() > 1)
         assert split.shape == gathered.shape == (len(ids), 8, 97)

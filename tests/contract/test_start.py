@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.plans import LOSS, assert_gradients, batch, gradients, lowered, mine, model
+from contract.plans import LOSS, assert_gradients, gradients, lowered, make_batch, mine, model
 from models import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -38,10 +38,10 @@ def sources(dense: nn.Module) -> Any:
 
 @pytest.mark.parametrize("plan", DATA)
 def test_ranks_that_built_other_numbers_are_refused(plan: str) -> None:
-    low = lowered(plan, model(), (LOSS,))
+    low, models = lowered(plan, model(), (LOSS,)), [drawn_by(rank) for rank in range(2)]
 
     def work(rank: int) -> None:
-        dense = drawn_by(rank)
+        dense = models[rank]
         with pytest.raises(shardcomp.PlanError, match="ranks 0 and 1 have other numbers for model.norm.weight, lm_head.weight"):
             allocate(low, sources(dense), same=list(dense.named_parameters()))
 
@@ -50,11 +50,11 @@ def test_ranks_that_built_other_numbers_are_refused(plan: str) -> None:
 
 @pytest.mark.parametrize("plan", [plan for plan, copies in DATA.items() if copies])
 def test_copies_that_differ_are_refused_wherever_they_came_from(plan: str) -> None:
-    low = lowered(plan, model(), (LOSS,))
+    low, models = lowered(plan, model(), (LOSS,)), [drawn_by(rank) for rank in range(2)]
 
     def work(rank: int) -> None:
         with pytest.raises(shardcomp.PlanError, match=f"other numbers for {', '.join(DATA[plan])}") as caught:
-            allocate(low, sources(drawn_by(rank)))
+            allocate(low, sources(models[rank]))
         assert "sync_weights=True" in str(caught.value)
 
     run_ranks(2, work)
@@ -62,15 +62,16 @@ def test_copies_that_differ_are_refused_wherever_they_came_from(plan: str) -> No
 
 @pytest.mark.parametrize("plan", DATA)
 def test_rank_0s_numbers_are_taken_where_asked_for(plan: str) -> None:
-    low, given = lowered(plan, model(), (LOSS,)), batch()
-    wanted = gradients(drawn_by(0), lambda m: m(**given).loss)
+    low, batch = lowered(plan, model(), (LOSS,)), make_batch()
+    models = [drawn_by(rank) for rank in range(2)]
+    expected = gradients(drawn_by(0), lambda m: m(**batch).loss)
 
     def work(rank: int) -> None:
-        dense = drawn_by(rank)
+        dense = models[rank]
         sharded = allocate(low, sources(dense), same=list(dense.named_parameters()), sync_weights=True)
-        assert torch.equal(whole(sharded.lm_head.weight.detach()), drawn_by(0).lm_head.weight.double())
-        sharded.train_step(**mine(sharded, given))
-        assert_gradients(sharded, wanted)
+        assert torch.equal(whole(sharded.lm_head.weight.detach()), models[0].lm_head.weight.double())
+        sharded.train_step(**mine(sharded, batch))
+        assert_gradients(sharded, expected)
 
     run_ranks(2, work)
 
@@ -89,20 +90,20 @@ class WithTerm(LlamaForCausalLM):
 
 
 def test_a_model_whose_loss_is_not_ours_is_sharded_for_its_logits() -> None:
-    dense, given = WithTerm(tiny()), batch()
+    dense, batch = WithTerm(tiny()), make_batch()
 
     def own(out: Any) -> Tensor:
         return out.logits.square().mean()
 
-    wanted = gradients(dense, lambda m: own(m(input_ids=given["input_ids"])))
+    expected = gradients(dense, lambda m: own(m(input_ids=batch["input_ids"])))
 
     def work() -> None:
         with pytest.warns(UserWarning, match="the model's own loss cannot be captured"):
             sharded = shardcomp.shard(dense, shardcomp.Policy.load("llama", precision="fp64"))
-        own(sharded(input_ids=given["input_ids"])).backward()
-        assert_gradients(sharded, wanted)
+        own(sharded(input_ids=batch["input_ids"])).backward()
+        assert_gradients(sharded, expected)
         with pytest.raises(shardcomp.CaptureError, match="the loss is not the mean of a cross entropy"):
-            sharded.train_step(**given)
+            sharded.train_step(**batch)
 
     alone(work)
 
@@ -111,7 +112,7 @@ def test_a_model_whose_loss_is_not_ours_is_sharded_for_its_logits() -> None:
 def test_a_reward_model_is_sharded_by_the_call_that_is_named(tensor: int) -> None:
     torch.manual_seed(0)
     dense = LlamaForSequenceClassification(tiny(num_labels=1, pad_token_id=0)).train()
-    ids = batch()["input_ids"].clamp(min=1)
+    ids = make_batch()["input_ids"].clamp(min=1)
     ids[:, 6:] = 0  # padding: the score is that of the last token before it
     mask = (ids != 0).long()
 
@@ -119,7 +120,7 @@ def test_a_reward_model_is_sharded_by_the_call_that_is_named(tensor: int) -> Non
         return -torch.nn.functional.logsigmoid(logits[:2] - logits[2:]).sum()
 
     call = {"input_ids": ids, "attention_mask": mask}
-    wanted = gradients(dense, lambda m: preferred(m(**call).logits))
+    expected = gradients(dense, lambda m: preferred(m(**call).logits))
     policy = shardcomp.Policy.load("auto", precision="fp64", tensor=tensor)
     signature = Signature((("attention_mask", 2), ("input_ids", 2)), ("logits",))
     low = shardcomp.lower(dense, policy, seq=8, signature=signature)
@@ -127,14 +128,14 @@ def test_a_reward_model_is_sharded_by_the_call_that_is_named(tensor: int) -> Non
     def work(rank: int) -> None:
         sharded = allocate(low, weights_of(low))
         preferred(sharded(**call).logits.full_tensor()).backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run_ranks(tensor, work)
 
 
 def test_shard_takes_the_inputs_and_outputs_of_the_first_call() -> None:
-    given = batch()
-    wanted = gradients(model(), lambda m: m(**given).loss)
+    batch = make_batch()
+    expected = gradients(model(), lambda m: m(**batch).loss)
 
     def work() -> None:
         policy = shardcomp.Policy.load("llama", precision="fp64")
@@ -143,10 +144,10 @@ def test_shard_takes_the_inputs_and_outputs_of_the_first_call() -> None:
         names = ("input_ids", "labels", "position_ids")
         sharded = shardcomp.shard(model(), policy, inputs=names, outputs=("loss", "logits"))
         assert sharded.blueprint.inputs == names and sharded.blueprint.outputs == ("loss", "logits")
-        out = sharded(**given, position_ids=torch.arange(8).expand(4, 8))
+        out = sharded(**batch, position_ids=torch.arange(8).expand(4, 8))
         assert out.logits is not None
         out.loss.backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     alone(work)
 
@@ -202,7 +203,7 @@ def test_a_model_in_evaluation_mode_is_sharded_in_it() -> None:
     def work() -> None:
         sharded = shardcomp.shard(model().eval(), shardcomp.Policy.load("llama", precision="fp32"))
         assert not sharded.training
-        sharded(input_ids=batch()["input_ids"])
+        sharded(input_ids=make_batch()["input_ids"])
 
     alone(work)
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from contract.plans import (
     LOSS,
     PLANS,
     assert_gradients,
-    batch,
     double,
     exactly,
     gradients,
     lowered,
+    make_batch,
     mine,
     model,
     run,
@@ -37,8 +38,8 @@ from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.whole import whole
 
 each_plan = pytest.mark.parametrize("plan", PLANS)
-GIVEN = batch()
-WANTED = gradients(model(), lambda m: m(**GIVEN).loss)
+BATCH = make_batch()
+EXPECTED = gradients(model(), lambda m: m(**BATCH).loss)
 
 
 def dropping() -> nn.Module:
@@ -59,11 +60,11 @@ def halved() -> nn.Module:
 @each_plan
 def test_evaluation_may_come_first_and_under_inference_mode(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         with torch.inference_mode():
             first = sharded.eval_step(**part).loss
         step = sharded.train_step(**part)
-        assert_gradients(sharded, WANTED)
+        assert_gradients(sharded, EXPECTED)
         with torch.no_grad():
             assert torch.equal(sharded.eval_step(**part).loss, first) and torch.equal(step.loss, first)
 
@@ -75,7 +76,7 @@ def test_evaluation_may_come_first_and_under_inference_mode(plan: str) -> None:
 def test_a_training_step_without_gradients_is_refused(plan: str, context: Callable[[], Any]) -> None:
     def work(sharded: ShardedModel) -> None:
         with pytest.raises(shardcomp.PlanError, match="train_step under no_grad or inference_mode"), context():
-            sharded.train_step(**mine(sharded, GIVEN))
+            sharded.train_step(**mine(sharded, BATCH))
 
     run(usual(plan), work)
 
@@ -84,7 +85,7 @@ def test_a_training_step_without_gradients_is_refused(plan: str, context: Callab
 def test_autocast_is_refused_where_it_asks_for_another_dtype(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
         with pytest.raises(shardcomp.PlanError, match="precision = bf16 in the policy"), torch.autocast("cpu", torch.bfloat16):
-            sharded.train_step(**mine(sharded, GIVEN))
+            sharded.train_step(**mine(sharded, BATCH))
 
     run(usual(plan), work)
 
@@ -92,7 +93,7 @@ def test_autocast_is_refused_where_it_asks_for_another_dtype(plan: str) -> None:
 @pytest.mark.parametrize("plan", ["one rank", "tensor 2"])
 def test_autocast_to_the_plans_own_dtype_changes_no_bit(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         alone = sharded.train_step(**part).loss
         before = [whole(p.grad).clone() for p in sharded.parameters()]
         sharded.zero_grad()
@@ -106,13 +107,13 @@ def test_autocast_to_the_plans_own_dtype_changes_no_bit(plan: str) -> None:
 @each_plan
 def test_detect_anomaly_is_refused_where_torch_cannot_look(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         refused = pytest.raises(shardcomp.PlanError, match=r"detect_anomaly\(check_nan=False\)")
         with refused, torch.autograd.set_detect_anomaly(True):
             sharded.train_step(**part)
         with torch.autograd.set_detect_anomaly(True, check_nan=False):
             sharded.train_step(**part)
-        assert_gradients(sharded, WANTED)
+        assert_gradients(sharded, EXPECTED)
 
     run(usual(plan), work)
 
@@ -121,8 +122,8 @@ def test_detect_anomaly_is_refused_where_torch_cannot_look(plan: str) -> None:
 def test_saved_tensors_may_be_kept_on_the_host(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
         with torch.autograd.graph.save_on_cpu():
-            sharded.train_step(**mine(sharded, GIVEN))
-        assert_gradients(sharded, WANTED)
+            sharded.train_step(**mine(sharded, BATCH))
+        assert_gradients(sharded, EXPECTED)
 
     run(usual(plan), work)
 
@@ -130,8 +131,8 @@ def test_saved_tensors_may_be_kept_on_the_host(plan: str) -> None:
 @each_plan
 def test_deterministic_algorithms_change_nothing(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        sharded.train_step(**mine(sharded, GIVEN))
-        assert_gradients(sharded, WANTED)
+        sharded.train_step(**mine(sharded, BATCH))
+        assert_gradients(sharded, EXPECTED)
 
     torch.use_deterministic_algorithms(True)  # of the process, which the ranks share
     try:
@@ -143,11 +144,11 @@ def test_deterministic_algorithms_change_nothing(plan: str) -> None:
 @pytest.mark.parametrize("plan", FLAT)
 def test_gradients_of_gradients_are_refused(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         with pytest.raises(shardcomp.PlanError, match="create_graph = True"):
             sharded(**part).loss.backward(create_graph=True)
         sharded.train_step(**part)
-        assert_gradients(sharded, WANTED)
+        assert_gradients(sharded, EXPECTED)
 
     run(usual(plan), work)
 
@@ -155,7 +156,7 @@ def test_gradients_of_gradients_are_refused(plan: str) -> None:
 @pytest.mark.parametrize("plan", FLAT)
 def test_a_call_under_torchs_checkpoint_is_refused(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
-        ids = mine(sharded, GIVEN)["input_ids"]
+        ids = mine(sharded, BATCH)["input_ids"]
         found = torch.utils.checkpoint.checkpoint(lambda i: sharded(input_ids=i).logits.sum(), ids, use_reentrant=False)
         with pytest.raises(shardcomp.PlanError, match="recompute = full or selective"):
             found.backward()
@@ -170,19 +171,19 @@ def test_the_mode_of_the_model_is_kept(plan: str) -> None:
     low.for_call((*LOSS[:2], False), (4, 8))
     twin = double(dense)
     with exactly(), torch.no_grad():
-        wanted = twin(**GIVEN).loss
+        expected = twin(**BATCH).loss
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         assert not sharded.training and not any(module.training for module in sharded.modules())
         for _ in range(2):
-            torch.testing.assert_close(sharded.eval_step(**part).loss, wanted, rtol=1e-9, atol=0)
+            torch.testing.assert_close(sharded.eval_step(**part).loss, expected, rtol=1e-9, atol=0)
         sharded.train()
         assert all(module.training for module in sharded.modules())
         losses = [sharded.eval_step(**part).loss for _ in range(2)]
-        assert not torch.equal(*losses) and not any(torch.equal(loss, wanted) for loss in losses)
+        assert not torch.equal(*losses) and not any(torch.equal(loss, expected) for loss in losses)
         sharded.eval()
-        torch.testing.assert_close(sharded.train_step(**part).loss, wanted, rtol=1e-9, atol=0)
+        torch.testing.assert_close(sharded.train_step(**part).loss, expected, rtol=1e-9, atol=0)
 
     run(low, work)
 
@@ -197,21 +198,21 @@ def test_modules_in_modes_of_their_own_stay_in_them(plan: str) -> None:
     low = shardcomp.lower(dense, policy, seq=8, signature=Signature(*LOSS[:2], None))
     twin = double(dense).eval()
     with exactly(), torch.no_grad():
-        wanted = twin(**GIVEN).loss
+        expected = twin(**BATCH).loss
 
     def work(sharded: ShardedModel) -> None:
         assert sharded.training
-        torch.testing.assert_close(sharded.train_step(**mine(sharded, GIVEN)).loss, wanted, rtol=1e-9, atol=0)
+        torch.testing.assert_close(sharded.train_step(**mine(sharded, BATCH)).loss, expected, rtol=1e-9, atol=0)
 
     run(low, work)
 
 
 @each_plan
 def test_state_dicts_are_loaded_also_with_assign(plan: str) -> None:
-    wanted = gradients(halved(), lambda m: m(**GIVEN).loss)
+    expected = gradients(halved(), lambda m: m(**BATCH).loss)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         optimizer = torch.optim.SGD(sharded.parameters(), lr=0.0)
         sharded.train_step(**part)
         optimizer.zero_grad()
@@ -220,7 +221,7 @@ def test_state_dicts_are_loaded_also_with_assign(plan: str) -> None:
         result = sharded.load_state_dict(state, assign=True)
         assert not result.missing_keys and not result.unexpected_keys
         sharded.train_step(**part)
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
         held = {id(p) for p in optimizer.param_groups[0]["params"]}
         assert held == {id(p) for p in sharded.parameters()}  # the optimizer goes on with the same parameters
 
@@ -229,10 +230,10 @@ def test_state_dicts_are_loaded_also_with_assign(plan: str) -> None:
 
 @each_plan
 def test_parameters_changed_in_place_are_used(plan: str) -> None:
-    wanted = gradients(halved(), lambda m: m(**GIVEN).loss)
+    expected = gradients(halved(), lambda m: m(**BATCH).loss)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, GIVEN)
+        part = mine(sharded, BATCH)
         sharded.train_step(**part)
         sharded.zero_grad(set_to_none=False)
         assert all(not bool(whole(p.grad).any()) for p in sharded.parameters())
@@ -240,7 +241,7 @@ def test_parameters_changed_in_place_are_used(plan: str) -> None:
             for p in sharded.parameters():
                 p.mul_(0.5)
         sharded.train_step(**part)
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(usual(plan), work)
 
@@ -249,17 +250,17 @@ def test_parameters_changed_in_place_are_used(plan: str) -> None:
 def test_names_give_sharded_parameters_also_between_passes(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
         known = dict(sharded.named_parameters())
-        out = sharded(**mine(sharded, GIVEN))
+        out = sharded(**mine(sharded, BATCH))
         assert sharded.lm_head.weight is known["lm_head.weight"]
         assert sharded.get_parameter("model.norm.weight") is known["model.norm.weight"]
         out.loss.backward()
-        assert_gradients(sharded, WANTED)
+        assert_gradients(sharded, EXPECTED)
 
     run(usual(plan), work)
 
 
 def functional(sharded: ShardedModel) -> Any:
-    return torch.func.functional_call(sharded, {n: p.detach() * 2 for n, p in sharded.named_parameters()}, (), GIVEN)
+    return torch.func.functional_call(sharded, {n: p.detach() * 2 for n, p in sharded.named_parameters()}, (), BATCH)
 
 
 def part(sharded: ShardedModel) -> Any:
@@ -291,14 +292,14 @@ REFUSED: dict[str, tuple[Callable[[ShardedModel], Any], str]] = {
     "another parameter": (lambda s: setattr(named(s), "weight", nn.Parameter(torch.ones(1))), "weight of a sharded model was"),
     "another module": (lambda s: setattr(s, "model", nn.Linear(2, 2)), "the module model of a sharded model was replaced"),
     "the mode of a part": (lambda s: part(s).eval(), "the mode of a module inside a sharded model"),
-    "a call of a part": (lambda s: part(s)(GIVEN["input_ids"]), "a module inside a sharded model was called"),
+    "a call of a part": (lambda s: part(s)(BATCH["input_ids"]), "a module inside a sharded model was called"),
     "a forward hook of a part": (lambda s: part(s).register_forward_hook(print), "a hook was registered on a module inside"),
     "a forward pre-hook of a part": (lambda s: part(s).register_forward_pre_hook(print), "a hook was registered"),
     "a backward hook of a part": (lambda s: part(s).register_full_backward_hook(print), "a hook was registered"),
     "a backward pre-hook of a part": (lambda s: part(s).register_full_backward_pre_hook(print), "a hook was registered"),
     "DistributedDataParallel": (nn.parallel.DistributedDataParallel, "given to DistributedDataParallel"),
     "fully_shard": (torch.distributed.fsdp.fully_shard, "given to fully_shard or replicate"),
-    "Trainer": (lambda s: Trainer(s, TrainingArguments(output_dir="unused", report_to=[])), "given to transformers' Trainer"),
+    "Trainer": (lambda s: s.accepts_loss_kwargs, "given to transformers' Trainer"),
 }
 
 
@@ -306,15 +307,23 @@ REFUSED: dict[str, tuple[Callable[[ShardedModel], Any], str]] = {
 def test_what_cannot_be_honoured_is_refused_with_what_would_do(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
         for what, (call, message) in REFUSED.items():
-            if what == "Trainer" and torch.distributed.get_rank():  # it changes the environment of the process
-                continue
             with pytest.raises(shardcomp.PlanError) as refused:
                 call(sharded)
             assert re.search(message, str(refused.value)), f"{what}: {refused.value}"
-        sharded.train_step(**mine(sharded, GIVEN))  # and nothing has happened
-        assert_gradients(sharded, WANTED)
+        sharded.train_step(**mine(sharded, BATCH))  # and nothing has happened
+        assert_gradients(sharded, EXPECTED)
 
     run(usual(plan), work)
+
+
+def test_transformers_trainer_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+
+    def work(sharded: ShardedModel) -> None:
+        with pytest.raises(shardcomp.PlanError, match="given to transformers' Trainer"):
+            Trainer(sharded, TrainingArguments(output_dir=str(tmp_path), report_to=[]))
+
+    run(usual("one rank"), work)
 
 
 @pytest.mark.parametrize("plan", FLAT)
@@ -322,9 +331,9 @@ def test_a_functional_call_is_refused(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
         doubled = {name: p.detach() * 2 for name, p in sharded.named_parameters()}
         with pytest.raises(shardcomp.PlanError, match="was replaced by another tensor"):
-            torch.func.functional_call(sharded, doubled, (), mine(sharded, GIVEN))
-        sharded.train_step(**mine(sharded, GIVEN))
-        assert_gradients(sharded, WANTED)
+            torch.func.functional_call(sharded, doubled, (), mine(sharded, BATCH))
+        sharded.train_step(**mine(sharded, BATCH))
+        assert_gradients(sharded, EXPECTED)
 
     run(usual(plan), work)
 
@@ -375,18 +384,18 @@ def with_scalars() -> nn.Module:
 @each_plan
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
 def test_parameters_of_no_dimension_train(plan: str, precision: str) -> None:
-    wanted = gradients(with_scalars(), lambda m: m(**GIVEN).loss)
+    expected = gradients(with_scalars(), lambda m: m(**BATCH).loss)
     low = lowered(plan, with_scalars(), precision=precision, micro_batch=1)
     low.for_call(LOSS, (1, 8))
 
     def work(sharded: ShardedModel) -> None:
         for _ in range(2):
-            sharded.train_step(**mine(sharded, GIVEN))
-        expected = {name: 2 * gradient for name, gradient in wanted.items()}
-        assert_gradients(sharded, expected, 1e-9 if precision == "fp64" else 0.2)
+            sharded.train_step(**mine(sharded, BATCH))
+        twice = {name: 2 * gradient for name, gradient in expected.items()}
+        assert_gradients(sharded, twice, 1e-9 if precision == "fp64" else 0.2)
         scales = [p for name, p in sharded.named_parameters() if name.endswith("scale")]
         assert all(p.shape == () and p.dtype == (torch.float64 if precision == "fp64" else torch.float32) for p in scales)
-        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        norm = torch.stack([gradient.norm() for gradient in twice.values()]).norm()
         if precision == "fp64":
             torch.testing.assert_close(sharded.grad_norm(), norm, rtol=1e-9, atol=0)
         sharded.optimizer_step(shardcomp.AdamW(sharded.parameters()))
@@ -396,14 +405,14 @@ def test_parameters_of_no_dimension_train(plan: str, precision: str) -> None:
 
 def test_an_error_of_torchs_says_what_failed_and_where() -> None:
     def work(sharded: ShardedModel) -> None:
-        unit = sharded._calls.of(GIVEN, ("loss",), True).stages[0].each[1]
+        unit = sharded._calls.of(BATCH, ("loss",), True).stages[0].each[1]
 
         def fail(*args: Any) -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
         true, unit.call = unit.call, fail
         with pytest.raises(RuntimeError, match=r"shardcomp: train_step of input_ids \[4, 8\], .* failed on rank \d \(tp"):
-            sharded.train_step(**GIVEN)
+            sharded.train_step(**BATCH)
         unit.call = true
 
     run(lowered("tensor 2", model(), (LOSS,)), work)

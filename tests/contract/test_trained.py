@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from contract.plans import FLAT, LOGITS, LOSS, PLANS, assert_gradients, batch, gradients, lowered, mine, model, run
+from contract.plans import FLAT, LOGITS, LOSS, PLANS, assert_gradients, gradients, lowered, make_batch, mine, model, run
 from torch import nn
 
 import shardcomp
@@ -29,20 +29,20 @@ def frozen(pattern: str) -> nn.Module:
 @each_plan
 @each_pattern
 def test_what_is_unfrozen_later_trains(plan: str, pattern: str) -> None:
-    given = batch()
-    at_first = gradients(frozen(pattern), lambda m: m(**given).loss)
-    wanted = gradients(model(), lambda m: m(**given).loss)
+    batch = make_batch()
+    at_first = gradients(frozen(pattern), lambda m: m(**batch).loss)
+    expected = gradients(model(), lambda m: m(**batch).loss)
     low = lowered(plan, frozen(pattern), (LOSS,))
-    low.for_call(LOSS, (4, 8), frozenset(wanted))
+    low.for_call(LOSS, (4, 8), frozenset(expected))
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         sharded.train_step(**part)
         assert_gradients(sharded, at_first)
         sharded.zero_grad()
         sharded.requires_grad_(True)
         sharded.train_step(**part)
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
         sharded.zero_grad()
         for name, p in sharded.named_parameters():
             p.requires_grad_(not is_frozen(name, pattern))
@@ -54,17 +54,17 @@ def test_what_is_unfrozen_later_trains(plan: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("plan", FLAT)
 def test_a_loss_of_ones_own_trains_what_is_unfrozen_later(plan: str) -> None:
-    given = batch()["input_ids"]
-    wanted = gradients(model(), lambda m: (m(input_ids=given).logits ** 2).sum())
+    batch = make_batch()["input_ids"]
+    expected = gradients(model(), lambda m: (m(input_ids=batch).logits ** 2).sum())
     low = lowered(plan, frozen("norm"), (LOGITS,))
-    low.for_call(LOGITS, (4, 8), frozenset(wanted))
+    low.for_call(LOGITS, (4, 8), frozenset(expected))
 
     def work(sharded: ShardedModel) -> None:
-        ids = mine(sharded, {"ids": given})["ids"]
+        ids = mine(sharded, {"ids": batch})["ids"]
         for p in sharded.parameters():
             p.requires_grad_(True)
         (sharded(input_ids=ids).logits.full_tensor() ** 2).sum().backward()
-        assert_gradients(sharded, wanted)
+        assert_gradients(sharded, expected)
 
     run(low, work)
 
@@ -72,14 +72,14 @@ def test_a_loss_of_ones_own_trains_what_is_unfrozen_later(plan: str) -> None:
 @pytest.mark.parametrize("plan", ["data 2, zero 0", "data 2, zero 3"])
 def test_data_ranks_that_train_other_parameters_are_refused(plan: str) -> None:
     """Also in a backward of one's own, whose call connects no data-parallel ranks."""
-    given = batch()
+    batch = make_batch()
     low = lowered(plan, frozen("norm"), (LOSS, LOGITS))
     for trained in ("model.norm.weight",):
         names = frozenset(name for name, p in model().named_parameters() if "norm" not in name) | {trained}
         low.for_call(LOGITS, (4, 8), names)
 
     def work(sharded: ShardedModel) -> None:
-        part = mine(sharded, given)
+        part = mine(sharded, batch)
         sharded.model.norm.weight.requires_grad_(sharded.mesh.get_local_rank("dp") == 0)
         with pytest.raises(shardcomp.PlanError, match=r"dp rank \d .*have other parameters with requires_grad. Set it alike"):
             sharded.train_step(**part)
@@ -96,6 +96,6 @@ def test_ranks_that_train_other_parameters_are_refused() -> None:
     def work(sharded: ShardedModel) -> None:
         sharded.model.norm.weight.requires_grad_(sharded.mesh.get_local_rank("tp") == 0)
         with pytest.raises(shardcomp.PlanError, match=r"tp rank \d .*have other parameters with requires_grad"):
-            sharded.train_step(**batch())
+            sharded.train_step(**make_batch())
 
     run(low, work)
