@@ -55,10 +55,10 @@ matrix: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m matrix.run $(MATRIX)
 
 gpu:
-	$(GPU_PYTHON) examples/gpu/check.py $(GPU)
+	$(GPU_PYTHON) benchmarks/gpu/check.py $(GPU)
 
 gpu-train:
-	$(GPU_PYTHON) examples/gpu/train_benchmark.py $(GPU)
+	$(GPU_PYTHON) benchmarks/gpu/train_benchmark.py $(GPU)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -27,13 +27,13 @@ import torch
 from torch import fx
 
 from shardcomp.capture.check import DROPOUTS, draws
-from shardcomp.capture.evaluate import ancestors, compute
 from shardcomp.capture.flatten import mark_gradients
 from shardcomp.errors import CaptureError, PlanError, raise_all
+from shardcomp.ir.interpreter import ancestors, compute
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Context, Contract, Program, S, Value, value
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.dropout import SHARED, dropout, dropped_attention
-from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Context, Contract, Program, S, Value, value
 
 CONTRACT = Contract(provides=frozenset({"canonical"}))
 

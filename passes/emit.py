@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shardcomp.inspect.listing import sources
-from shardcomp.program import Context, Contract, Program, source_files
+from shardcomp.ir.printer import sources
+from shardcomp.ir.program import Context, Contract, Program, source_files
 
 CONTRACT = Contract(requires=frozenset({"canonical", "units", "layouts", "stages"}), provides=frozenset({"source"}))
 

@@ -25,12 +25,11 @@ import sympy
 import torch
 from torch import fx
 
-from shardcomp.capture.evaluate import ancestors
-from shardcomp.collectives import EXCHANGES
-from shardcomp.cost.compute import Share, of_node
+from shardcomp.cost.flops import Share, of_node
 from shardcomp.errors import InternalError, PlanError
-from shardcomp.passes.recompute import is_dear, kinds
-from shardcomp.program import (
+from shardcomp.ir.collectives import EXCHANGES
+from shardcomp.ir.interpreter import ancestors
+from shardcomp.ir.program import (
     BUFFER,
     INPUT,
     LAYER,
@@ -45,9 +44,10 @@ from shardcomp.program import (
     S,
     Unit,
     value,
+    values,
 )
-from shardcomp.propagate import values
-from shardcomp.schedules import SCHEDULES
+from shardcomp.ir.schedules import SCHEDULES
+from shardcomp.passes.recompute import is_dear, kinds
 
 CONTRACT = Contract(requires=frozenset({"canonical", "units", "layouts"}), provides=frozenset({"stages"}))
 

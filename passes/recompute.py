@@ -20,12 +20,25 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from shardcomp.collectives import EXCHANGES
-from shardcomp.cost.compute import of_node
+from shardcomp.cost.flops import of_node
+from shardcomp.ir.collectives import EXCHANGES
+from shardcomp.ir.program import (
+    INPUT,
+    KEEP,
+    LAYER,
+    MARK,
+    ONCE,
+    Body,
+    Context,
+    Contract,
+    Program,
+    Unit,
+    tensor_arguments,
+    value,
+    values,
+)
 from shardcomp.kernels.dropout import dropout
-from shardcomp.program import INPUT, KEEP, LAYER, MARK, ONCE, Body, Context, Contract, Program, Unit, tensor_arguments, value
-from shardcomp.propagate import values
-from shardcomp.rules import factoring
+from shardcomp.sharding.rules import factoring
 
 CONTRACT = Contract(requires=frozenset({"layouts", "stages"}), provides=frozenset({"recompute"}))
 

@@ -23,9 +23,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from shardcomp.layout import Size, same
-from shardcomp.lifting import Lead, lift, packet_of, rows
-from shardcomp.program import Context, Contract, Program, Value, value
+from shardcomp.ir.layout import Size, same
+from shardcomp.ir.program import Context, Contract, Program, Value, value
+from shardcomp.sharding.leading_dims import Lead, lift, packet_of, rows
 
 CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"unmerged"}))
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shardcomp.cost.split_backward import obstacle
 from shardcomp.errors import PolicyError
-from shardcomp.options import OFFLOAD
-from shardcomp.patterns import nearest, parse
-from shardcomp.program import Context, Contract, Degraded, Program
-from shardcomp.schedules import SCHEDULES
-from shardcomp.split_backward import obstacle
+from shardcomp.ir.program import Context, Contract, Degraded, Program
+from shardcomp.ir.schedules import SCHEDULES
+from shardcomp.policy.options import OFFLOAD
+from shardcomp.policy.patterns import nearest, parse
 
 CONTRACT = Contract(requires=frozenset({"units", "layouts", "stages"}), provides=frozenset({"zero"}))
 

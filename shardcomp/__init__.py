@@ -18,13 +18,13 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from shardcomp.lowering import lower
+    from shardcomp.materialize import shard
     from shardcomp.policy import Policy
-    from shardcomp.runtime.initialisation import initialize
     from shardcomp.runtime.optimizer import AdamW
     from shardcomp.runtime.outputs import token_log_probs
-    from shardcomp.runtime.stream import Stream
-    from shardcomp.sharding import shard
-    from shardcomp.verifier import verify
+    from shardcomp.training.sample_stream import Stream
+    from shardcomp.verification.verifier import verify
+    from shardcomp.weights.initialization import initialize
 
 __version__ = "0.1.0"
 
@@ -38,13 +38,13 @@ _HOMES = {
     "Policy": "policy",
     "PolicyError": "errors",
     "ShardError": "errors",
-    "Stream": "runtime.stream",
+    "Stream": "training.sample_stream",
     "VerifyError": "errors",
-    "initialize": "runtime.initialisation",
+    "initialize": "weights.initialization",
     "lower": "lowering",
-    "shard": "sharding",
+    "shard": "materialize",
     "token_log_probs": "runtime.outputs",
-    "verify": "verifier",
+    "verify": "verification.verifier",
 }
 __all__ = [
     "AdamW",

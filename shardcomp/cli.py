@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardcomp import __version__
 from shardcomp.errors import InternalError, PlanError, ShardError
-from shardcomp.options import add_option_flags, joined, options_from
+from shardcomp.policy.options import add_option_flags, joined, options_from
 
 if TYPE_CHECKING:
     from shardcomp.policy import Policy
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--rank", type=int, default=0, metavar="R", help="the rank to report on (default 0)")
     inspect.add_argument("--listing", action="store_true", help="print the transformed model as Python instead of the report")
-    inspect.add_argument("--after", metavar="PASS", help="with --listing: as it was after this pass, such as capture or tensor")
+    inspect.add_argument("--after", metavar="PASS", help="with --listing: as it was after this pass, such as tensor_parallel")
     inspect.add_argument("--diff", metavar="PASS", help="print what this pass changed instead of the report")
 
     verify = _command(
@@ -191,7 +191,7 @@ def _inspect(args: argparse.Namespace) -> tuple[int, str]:
 def _verify(args: argparse.Namespace) -> tuple[int, str]:
     shrink = _shrink(args)
     policy = _policy(args)
-    from shardcomp.verifier import verify
+    from shardcomp.verification.verifier import verify
 
     found = verify(
         args.model,
@@ -221,7 +221,7 @@ def _resume(args: argparse.Namespace) -> tuple[int, str]:
         onto, world = _policy(argparse.Namespace(**{**vars(asked), "model": args.model})), asked.world
         if asked.precision is None:
             onto = onto.replace(precision=policy.options.precision)
-    from shardcomp.resumption import resume_check
+    from shardcomp.verification.resumption import resume_check
 
     found = resume_check(
         args.model,
@@ -255,7 +255,7 @@ def _resume(args: argparse.Namespace) -> tuple[int, str]:
 
 def _convert(args: argparse.Namespace) -> tuple[int, str]:
     from shardcomp.checkpoint.convert import convert
-    from shardcomp.precision import COMPUTE
+    from shardcomp.ir.precision import COMPUTE
 
     dtype = COMPUTE[args.dtype] if args.dtype else None
     found = convert(args.checkpoint, args.directory, dtype, args.max_shard_size)
@@ -302,7 +302,7 @@ def _verdict(found: Any) -> str:
 
 
 def _env(args: argparse.Namespace) -> tuple[int, str]:
-    from shardcomp.environment import environment
+    from shardcomp.inspect.environment import environment
 
     found = environment()
     if args.json:

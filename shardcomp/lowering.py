@@ -11,30 +11,41 @@ from typing import Any
 
 from torch import nn
 
-from shardcomp import driver, presets
-from shardcomp.automatic import derive
+from shardcomp import pass_runner, presets
 from shardcomp.capture import Exports, capture
 from shardcomp.capture.flatten import mark_gradients
+from shardcomp.capture.input_bounds import index_bounds, label_inputs, unchecked_labels
 from shardcomp.cost.communication import stages_of
 from shardcomp.errors import PlanError
-from shardcomp.input_bounds import index_bounds, label_inputs, unchecked_labels
 from shardcomp.inspect.diff import diff
-from shardcomp.inspect.listing import sources
 from shardcomp.inspect.report import report
-from shardcomp.mesh import Mesh
-from shardcomp.passes import canonicalize, emit, pipeline, recompute, substitute, tensor, unflatten, units, unpack, zero
+from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.printer import sources
+from shardcomp.ir.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
+from shardcomp.passes import (
+    canonicalize,
+    emit,
+    fuse_kernels,
+    partition_units,
+    pipeline,
+    recompute,
+    split_packed_weights,
+    tensor_parallel,
+    unflatten,
+    zero,
+)
 from shardcomp.policy import Policy
-from shardcomp.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
+from shardcomp.policy.auto import derive
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
-from shardcomp.runtime.calls import Call, Trained
+from shardcomp.runtime.call_cache import Call, Trained
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
     unflatten,  # unmerged: leading dimensions that the model merges and takes apart again stay apart
-    unpack,  # parts: weights that hold several in one are parameters of their own
-    units,  # units: the model is cut where the policy says; alike units share a body
-    substitute,  # kernels: what a fused kernel computes is a call of it, where that is proved
-    tensor,  # layouts: every value says how it lies; every message is a collective in the graph
+    split_packed_weights,  # parts: weights that hold several in one are parameters of their own
+    partition_units,  # units: the model is cut where the policy says; alike units share a body
+    fuse_kernels,  # kernels: what a fused kernel computes is a call of it, where that is proved
+    tensor_parallel,  # layouts: every value says how it lies; every message is a collective in the graph
     pipeline,  # stages: every unit is in a stage; what a stage needs of others is sent to it or computed in it again
     recompute,  # recompute: what every unit's backward computes again; the calls that are not run again are marked
     zero,  # zero: every unit says what its ranks share and the host keeps
@@ -52,7 +63,7 @@ class Lowered:
     model: nn.Module
     policy: Policy
     mesh: Mesh
-    records: list[driver.Record]
+    records: list[pass_runner.Record]
     seq: int
     micro_batch: int
     global_batch: int
@@ -91,7 +102,8 @@ class Lowered:
         before = self.records[max(index - 1, 0)]
         return diff(before.listing(), record.listing(), before.name, record.name)
 
-    def record(self, name: str) -> driver.Record:
+    def record(self, name: str) -> pass_runner.Record:
+        name = pass_runner.current_name(name)
         for record in self.records:
             if record.name == name:
                 return record
@@ -260,7 +272,7 @@ def lower(
         policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
     names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
     policy.check(program.parameters, module_paths(program), names, model_type)
-    records = driver.run(program, Context(mesh, policy, micro_batch, seq), PASSES)
+    records = pass_runner.run(program, Context(mesh, policy, micro_batch, seq), PASSES)
     lowered = records[-1].program
     lowered.degraded = [*lowered.degraded, *unchecked_labels(records[0].program)]
     return Lowered(model, policy, mesh, records, seq, micro_batch, batch, exports)

@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("long" if LONG else "ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import exports
+    from support import exports
 
     if not LONG:
         exports.share()
@@ -43,7 +43,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    import exports
+    from support import exports
 
     exports.shared = item.get_closest_marker("exports_anew") is None
     return (yield)

@@ -15,8 +15,8 @@ import pytest
 import shardcomp
 from shardcomp import cli
 from shardcomp.errors import InternalError
-from shardcomp.kernels.placed import NAMES
-from shardcomp.kernels.providers import PROVIDERS
+from shardcomp.kernels.attention_providers import PROVIDERS
+from shardcomp.kernels.counts import NAMES
 
 PLAN = ["tiny", "--tensor", "2", "--seq", "32"]
 
@@ -130,9 +130,9 @@ def test_the_listing_is_python_and_can_be_had_after_each_pass(capsys: pytest.Cap
 
 
 def test_a_diff_shows_what_a_pass_changed(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "inspect", *PLAN, "--diff", "tensor")
+    status, out, _ = run(capsys, "inspect", *PLAN, "--diff", "tensor_parallel")
     assert status == 0
-    assert out.startswith("--- substitute\n+++ tensor\n")
+    assert out.startswith("--- fuse_kernels\n+++ tensor_parallel\n")
     assert any(line.startswith("+") and "reducescatter_allgather" in line for line in out.splitlines())
 
 
@@ -163,7 +163,7 @@ def test_verify_says_yes_with_status_0(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_what_verify_says_reproduces_can_be_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardcomp import verifier
+    from shardcomp.verification import verifier
 
     words = [
         "tiny",
@@ -197,7 +197,7 @@ def test_what_verify_says_reproduces_can_be_run(capsys: pytest.CaptureFixture[st
 
 def answer(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
     """Have `verify` answer this."""
-    from shardcomp import verifier
+    from shardcomp.verification import verifier
 
     found = {"ok": True, "precision": "fp64", "deviation": {}, "worst": {}, "reproduce": "shardcomp verify tiny", **fields}
     monkeypatch.setattr(verifier, "verify", lambda *args, **kwargs: verifier.Verification(**found))

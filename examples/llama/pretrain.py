@@ -33,8 +33,8 @@ import data
 import shardcomp
 from interruptions import Interval, end_with_the_launcher
 from shardcomp import checkpoint, presets
-from shardcomp.options import add_option_flags, joined, options_from
-from shardcomp.runtime.health import DivergedError
+from shardcomp.policy.options import add_option_flags, joined, options_from
+from shardcomp.training.loss_monitor import DivergedError
 from training import Run, RunError, held_out_loss
 
 PATIENCE = 30.0

@@ -20,9 +20,9 @@ import shardcomp
 from data import Corpus
 from interruptions import Interruptions, Interval
 from shardcomp import checkpoint
-from shardcomp.runtime.health import LossMonitor
-from shardcomp.runtime.stream import digest_text
-from shardcomp.runtime.watchdog import Watchdog
+from shardcomp.training.loss_monitor import LossMonitor
+from shardcomp.training.sample_stream import digest_text
+from shardcomp.training.watchdog import Watchdog
 
 HELD_OUT_SEQUENCES = 256
 """How many held-out sequences the final loss is taken over, at most."""

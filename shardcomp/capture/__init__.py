@@ -19,8 +19,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from shardcomp.capture.check import check_after_capture, self_check
 from shardcomp.capture.export import Export, explain, export, missing
+from shardcomp.capture.fake_model import Twin, buffers_of, experts_of_any_dtype, has_data, parameters_of
 from shardcomp.capture.flatten import flatten
-from shardcomp.capture.interface import NAME, Recorder, registered
+from shardcomp.capture.hf_attention import NAME, Recorder, registered
 from shardcomp.capture.refusals import (
     RealTensors,
     foreign_parameters,
@@ -28,10 +29,9 @@ from shardcomp.capture.refusals import (
     refuse_backward_hooks,
     refuse_sparse_gradients,
 )
-from shardcomp.capture.twin import Twin, buffers_of, experts_of_any_dtype, has_data, parameters_of
 from shardcomp.errors import CaptureError, raise_all
-from shardcomp.precision import compute_dtype
-from shardcomp.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit, value
+from shardcomp.ir.precision import compute_dtype
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit, value
 
 __all__ = ["Exports", "capture", "self_check"]
 

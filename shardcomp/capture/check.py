@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardcomp.capture.copying import copy_model
-from shardcomp.capture.evaluate import compute, evaluate
-from shardcomp.capture.twin import configs, experts_of_any_dtype
+from shardcomp.capture.fake_model import configs, experts_of_any_dtype
 from shardcomp.errors import CaptureError
+from shardcomp.ir.interpreter import compute, evaluate
+from shardcomp.ir.precision import Widened
+from shardcomp.ir.program import B, Degraded, Program, S
 from shardcomp.kernels.cross_entropy import cross_entropy
-from shardcomp.precision import Widened
-from shardcomp.program import B, Degraded, Program, S
 
 LIMIT = 50_000_000
 """A capture checks itself for models up to this many parameters; a larger one is checked in its small version by `verify`."""

@@ -20,11 +20,12 @@ from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from shardcomp.capture.mapped import broadcast
+import shardcomp
 from shardcomp.capture.refusals import RealTensors
+from shardcomp.capture.vmap import broadcast
 from shardcomp.errors import CaptureError
-from shardcomp.precision import Widened
-from shardcomp.program import Signature
+from shardcomp.ir.precision import Widened
+from shardcomp.ir.program import Signature
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def explain(error: BaseException, module: nn.Module) -> str:
     return f"{where}{line}: {reason}"
 
 
-_TORCH, _OURS = (str(Path(module).parent) for module in (torch.__file__, inspect.getfile(Signature)))
+_TORCH, _OURS = (str(Path(str(package.__file__)).parent) for package in (torch, shardcomp))
 
 
 def _is_model_code(file: str) -> bool:

@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from shardcomp.capture.writes import NoValue, Writes, pure_form, written
+from shardcomp.capture.functionalize import NoValue, Writes, pure_form, written
 from shardcomp.errors import CaptureError
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
 from shardcomp.kernels.attention import RECORDED, SETTINGS, attention
-from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
 
 aten = torch.ops.aten
 

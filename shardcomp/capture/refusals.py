@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from shardcomp.errors import CaptureError, raise_all
-from shardcomp.program import Body, value
+from shardcomp.ir.program import Body, value
 
 aten = torch.ops.aten
 

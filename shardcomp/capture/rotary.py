@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from transformers import modeling_rope_utils
 
-from shardcomp.precision import Widened
+from shardcomp.ir.precision import Widened
 
 _DECORATOR = "dynamic_rope_update"
 _FIXED = "default"

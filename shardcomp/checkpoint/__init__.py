@@ -12,8 +12,8 @@ and data degree, schedule, ZeRO stage and precision. Nothing in it is pickled.
 
 from __future__ import annotations
 
+from shardcomp.checkpoint.api import Restored, load, save, verify
 from shardcomp.checkpoint.directory import checkpoints, latest
 from shardcomp.checkpoint.saver import Saver
-from shardcomp.checkpoint.transfer import Restored, load, save, verify
 
 __all__ = ["Restored", "Saver", "checkpoints", "latest", "load", "save", "verify"]

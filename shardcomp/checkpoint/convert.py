@@ -9,9 +9,9 @@ from torch import Tensor
 
 from shardcomp import presets
 from shardcomp.checkpoint import directory
-from shardcomp.checkpoint.states import Stored
+from shardcomp.checkpoint.run_state import Stored
 from shardcomp.errors import CheckpointError
-from shardcomp.runtime.huggingface import Entry, save_pretrained
+from shardcomp.weights.huggingface import Entry, save_pretrained
 
 
 def convert(

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from shardcomp.checkpoint import directory as directory_
+from shardcomp.checkpoint.api import Restored, agreed, broadcast, config_text, load, write
 from shardcomp.checkpoint.convert import convert
-from shardcomp.checkpoint.states import Captured, capture
+from shardcomp.checkpoint.run_state import Captured, capture
 from shardcomp.checkpoint.storage import Piece
-from shardcomp.checkpoint.transfer import Restored, agreed, broadcast, config_text, load, write
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.whereabouts import is_communication
+from shardcomp.training.stack_location import is_communication
 
 EXPORTS = "huggingface"
 

@@ -19,11 +19,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from shardcomp.collectives import Axis
-from shardcomp.inspect.listing import unit_source
-from shardcomp.layout import Size
-from shardcomp.mesh import AXES, FACTORS
-from shardcomp.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit, value
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.layout import Size
+from shardcomp.ir.mesh import AXES, FACTORS
+from shardcomp.ir.printer import unit_source
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit, value
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import Frame, frames
 from shardcomp.runtime.unit import Home

@@ -9,16 +9,16 @@ import sympy
 import torch
 from torch import fx
 
-from shardcomp.collectives import EXCHANGES
 from shardcomp.cost.activations import repeated_messages
-from shardcomp.cost.sharing import Group, groups_of, padded_numel, piece_numel, shards
-from shardcomp.layout import Size
-from shardcomp.mesh import FACTORS
-from shardcomp.options import Options
-from shardcomp.precision import COMPUTE, MASTER
-from shardcomp.program import B, Program, S, Unit, Value, value
+from shardcomp.cost.memory import Group, groups_of, padded_numel, piece_numel, shards
+from shardcomp.ir.collectives import EXCHANGES
+from shardcomp.ir.layout import Size
+from shardcomp.ir.mesh import FACTORS
+from shardcomp.ir.precision import COMPUTE, MASTER
+from shardcomp.ir.program import B, Program, S, Unit, Value, value
+from shardcomp.ir.schedules import SCHEDULES
+from shardcomp.policy.options import Options
 from shardcomp.runtime.agreement import WIDTH
-from shardcomp.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)

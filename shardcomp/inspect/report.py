@@ -15,11 +15,11 @@ from rich.table import Table
 
 from shardcomp.cost.activations import unit_activations
 from shardcomp.cost.communication import held_by, messages, stages_of
-from shardcomp.cost.compute import Share, of_units
-from shardcomp.cost.sharing import Held, held_in, local_numel
+from shardcomp.cost.flops import Share, of_units
+from shardcomp.cost.memory import Held, held_in, local_numel
 from shardcomp.errors import PlanError
-from shardcomp.kernels.placed import kernel_counts
-from shardcomp.program import B, Program, S
+from shardcomp.ir.program import B, Program, S
+from shardcomp.kernels.counts import kernel_counts
 
 if TYPE_CHECKING:
     from shardcomp.lowering import Lowered

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardcomp.kernels.operators import define
+from shardcomp.kernels.register import define
 
 COMPUTED = {
     torch.float32: torch.float32,

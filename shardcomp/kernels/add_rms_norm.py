@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shardcomp.kernels import rms_norm as norm
-from shardcomp.kernels.operators import define, differentiate
-from shardcomp.rules import RULES, Rule
+from shardcomp.kernels.register import define, differentiate
+from shardcomp.sharding.rules import RULES, Rule
 
 
 def add_rms_norm(

@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
+from shardcomp.ir.program import value
+from shardcomp.kernels.attention_providers import check, kernel_of, xformers_attention
 from shardcomp.kernels.dropout import Stream, dropped_attention
 from shardcomp.kernels.dropout import dropout as drop
-from shardcomp.kernels.providers import check, kernel_of, xformers_attention
-from shardcomp.program import value
-from shardcomp.rules import RULES, Factoring, Rule, apply, parse
+from shardcomp.sharding.rules import RULES, Factoring, Rule, apply, parse
 
 
 def attention(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.collectives import Axis
-from shardcomp.kernels.operators import define, widened
-from shardcomp.layout import Size
-from shardcomp.program import value
-from shardcomp.rules import Form, register
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.layout import Size
+from shardcomp.ir.program import value
+from shardcomp.kernels.register import define, widened
+from shardcomp.sharding.rules import Form, register
 
 ops = torch.ops.shardcomp
 

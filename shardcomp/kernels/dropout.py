@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.layout import Placement
-from shardcomp.rules import RULES, Rule, pointwise, scaled_attention
+from shardcomp.ir.layout import Placement
+from shardcomp.sharding.rules import RULES, Rule, pointwise, scaled_attention
 
 SHARED, OWN, PIECE = "shared", "own", "piece"
 """The streams of a rank: shared by the ranks of tp, its own, and shared by the ranks that hold copies of one piece."""

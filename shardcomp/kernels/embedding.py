@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.collectives import Axis
-from shardcomp.program import value
-from shardcomp.rules import RULES, Factoring, Form, Rule, apply, parse
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.program import value
+from shardcomp.sharding.rules import RULES, Factoring, Form, Rule, apply, parse
 
 
 def vocab_embedding(weight: Tensor, ids: Tensor, padding: int, rows: int, axis: Axis) -> Tensor:

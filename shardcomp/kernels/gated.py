@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardcomp.kernels.operators import define, differentiate, laid_out, widened
-from shardcomp.rules import RULES, Rule, pointwise
+from shardcomp.kernels.register import define, differentiate, laid_out, widened
+from shardcomp.sharding.rules import RULES, Rule, pointwise
 
 aten = torch.ops.aten
 

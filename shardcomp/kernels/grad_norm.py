@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardcomp.kernels.operators import define
+from shardcomp.kernels.register import define
 
 
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:

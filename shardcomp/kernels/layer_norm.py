@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardcomp.kernels.operators import define, differentiate, summed_rows, widened
+from shardcomp.kernels.register import define, differentiate, summed_rows, widened
 from shardcomp.kernels.rms_norm import rows
-from shardcomp.rules import RULES, Rule
+from shardcomp.sharding.rules import RULES, Rule
 
 
 def layer_norm(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.collectives import Axis
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.layout import Size
+from shardcomp.ir.program import value
 from shardcomp.kernels.cross_entropy import first_column, normaliser_and_losses
-from shardcomp.kernels.products import add_product
-from shardcomp.layout import Size
-from shardcomp.program import value
-from shardcomp.rules import Form, register
+from shardcomp.kernels.wide_matmul import add_product
+from shardcomp.sharding.rules import Form, register
 
 ops = torch.ops.shardcomp
 Step = tuple[str, Any]

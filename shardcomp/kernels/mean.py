@@ -9,10 +9,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from shardcomp.collectives import Axis
-from shardcomp.layout import Size
-from shardcomp.program import value
-from shardcomp.rules import RULES, Factoring, Form, Rule, reduction
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.layout import Size
+from shardcomp.ir.program import value
+from shardcomp.sharding.rules import RULES, Factoring, Form, Rule, reduction
 
 
 def split_mean(x: Tensor, dims: list[int], keepdim: bool, count: Size, axis: Axis) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.kernels.operators import define, differentiate, summed_rows, widened
-from shardcomp.program import Value, tensor_arguments, value
-from shardcomp.rules import RULES, Dims, Factoring, Rule
+from shardcomp.ir.program import Value, tensor_arguments, value
+from shardcomp.kernels.register import define, differentiate, summed_rows, widened
+from shardcomp.sharding.rules import RULES, Dims, Factoring, Rule
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: float = 0.0, round_first: bool = False) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.kernels.operators import define, differentiate, laid_out, widened
-from shardcomp.layout import same
-from shardcomp.program import tensor_arguments, value
-from shardcomp.rules import HEADS, RULES, Dims, Factoring, Rule
+from shardcomp.ir.layout import same
+from shardcomp.ir.program import tensor_arguments, value
+from shardcomp.kernels.register import define, differentiate, laid_out, widened
+from shardcomp.sharding.rules import HEADS, RULES, Dims, Factoring, Rule
 
 
 def rotary(

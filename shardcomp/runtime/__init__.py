@@ -1,7 +1,7 @@
 """What a lowered program runs on. Emitted source imports from here and from nowhere else in shardcomp; nothing here imports the
 compiler."""
 
-from shardcomp.collectives import (
+from shardcomp.ir.collectives import (
     allgather_reducescatter,
     allgather_split,
     allreduce_identity,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shardcomp.collectives import Axis
 from shardcomp.errors import BatchError, PlanError
+from shardcomp.ir.collectives import Axis
 from shardcomp.runtime.blueprint import IndexBound
 from shardcomp.runtime.digest import MULTIPLIER, digest
 

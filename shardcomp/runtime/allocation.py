@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from shardcomp.collectives import Axis
-from shardcomp.mesh import FACTORS, SHARDING, Mesh
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.mesh import FACTORS, SHARDING, Mesh
+from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan, UnitPlan
 from shardcomp.runtime.module_contract import Namespace
 from shardcomp.runtime.unit import Home, Root, Shared
-from shardcomp.schedules import SCHEDULES
 
 Weights = Callable[[str, tuple[slice, ...]], Tensor]
 """(parameter name, which part) -> that part, in any dtype, on any device."""

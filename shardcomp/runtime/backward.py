@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shardcomp.errors import PlanError
 from shardcomp.runtime.allocation import Chunk
-from shardcomp.runtime.calls import LoadedCall
+from shardcomp.runtime.call_cache import LoadedCall
 from shardcomp.runtime.fsdp import hand_on, reset, sharded_parameters
 from shardcomp.runtime.gradients import Partial, not_finite, reduce_partial, scale_gradients
 from shardcomp.runtime.hooks import ParameterHooks

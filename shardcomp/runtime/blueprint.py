@@ -19,12 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from shardcomp.errors import PlanError
-from shardcomp.layout import Layout, split
-from shardcomp.mesh import Mesh
-from shardcomp.parts import Part
-from shardcomp.precision import COMPUTE as COMPUTE
-from shardcomp.precision import MASTER as MASTER
-from shardcomp.program import source_files as source_files
+from shardcomp.ir.layout import Layout, split
+from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.packed import Part
+from shardcomp.ir.precision import COMPUTE as COMPUTE
+from shardcomp.ir.precision import MASTER as MASTER
+from shardcomp.ir.program import source_files as source_files
 
 _loading = threading.Lock()
 _PLAN, _BUFFERS = "plan.json", "buffers.safetensors"

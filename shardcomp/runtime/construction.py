@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardcomp.collectives import Axis
+from shardcomp.ir.collectives import Axis
 from shardcomp.runtime import world
 from shardcomp.runtime.allocation import Weights, allocate, tied_axes
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
-from shardcomp.runtime.calls import Lower
+from shardcomp.runtime.call_cache import Lower
 from shardcomp.runtime.fsdp import gather_apart, widen_gradients
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.model import ShardedModel

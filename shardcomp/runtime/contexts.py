@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from shardcomp.errors import PlanError
-from shardcomp.precision import COMPUTE
+from shardcomp.ir.precision import COMPUTE
 
 _OF_A_PEER = ("Timed out", "Connection reset", "Connection closed", "Connection refused", "Broken pipe")
 """What gloo says, in a RuntimeError, of a rank that is gone or does not answer."""

@@ -14,7 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 from torch.distributed.tensor import DTensor
 
 from shardcomp.errors import InternalError, PlanError
-from shardcomp.kernels.products import add_product, product
+from shardcomp.kernels.wide_matmul import add_product, product
 from shardcomp.runtime.allocation import Chunk
 
 

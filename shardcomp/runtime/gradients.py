@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardcomp.collectives import Axis
+from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.grad_norm import grad_norm
 
 

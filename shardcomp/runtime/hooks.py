@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardcomp.errors import PlanError
-from shardcomp.parts import Part, join
+from shardcomp.ir.packed import Part, join
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.gradients import local
-from shardcomp.runtime.whole import whole
 
 Hooks = Mapping[int, Callable[..., Any]]
 

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from shardcomp.collectives import Axis, allreduce_identity
 from shardcomp.errors import PlanError, ShardError
-from shardcomp.parts import Part, join, packed
+from shardcomp.ir.collectives import Axis, allreduce_identity
+from shardcomp.ir.packed import Part, join, packed
+from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.runtime import world
 from shardcomp.runtime.agreement import Agreed, Agreement
 from shardcomp.runtime.allocation import Chunk, Held, held_index, users
 from shardcomp.runtime.backward import BackwardPasses, around_backward
 from shardcomp.runtime.blueprint import MASTER, Blueprint
-from shardcomp.runtime.calls import Calls, LoadedCall, Lower
+from shardcomp.runtime.call_cache import Calls, LoadedCall, Lower
 from shardcomp.runtime.contexts import check_contexts, computable, say_where
 from shardcomp.runtime.fsdp import (
     check_not_replaced,
@@ -32,20 +33,19 @@ from shardcomp.runtime.fsdp import (
     prepare,
     reset,
 )
+from shardcomp.runtime.gathering import whole as together
 from shardcomp.runtime.gradients import coefficient, global_norm, local, scale_gradients
 from shardcomp.runtime.hooks import DenseShard, ParameterHooks
 from shardcomp.runtime.inputs import named_inputs, shapes_of
-from shardcomp.runtime.ledger import held_bytes
+from shardcomp.runtime.loss_scale import LossScale
+from shardcomp.runtime.memory import held_bytes
 from shardcomp.runtime.micro_batches import filled_up, one_sample, split, uncounted
 from shardcomp.runtime.module_contract import Namespace, SealedModule, refuse
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.runtime.origin import Origin
 from shardcomp.runtime.outputs import as_output, computed_of, output_type
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.scaling import LossScale
 from shardcomp.runtime.trained import TrainedParameters
-from shardcomp.runtime.whole import whole as together
-from shardcomp.schedules import SCHEDULES
 
 CALL = "sharded(...)"
 """How messages name a call of the model that is no step."""
@@ -547,7 +547,7 @@ class ShardedModel(SealedModule):
         """Write a HuggingFace directory (config.json, generation_config.json, safetensors) from all ranks together; no rank
         holds the whole model. max_shard_size: bytes of a file. strict: raise CheckpointError, before anything is written, where
         `from_pretrained` would not read the tensors, such as those of adapters."""
-        from shardcomp.runtime.huggingface import save_pretrained
+        from shardcomp.weights.huggingface import save_pretrained
 
         self._lay_down()
         parts = {name: plan.part for name, plan in self._blueprint.parameters.items()}

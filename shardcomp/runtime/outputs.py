@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from shardcomp.collectives import Axis
 from shardcomp.errors import BatchError
+from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
 
 

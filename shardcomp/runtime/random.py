@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from shardcomp.ir.mesh import AXES, Mesh
 from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream
-from shardcomp.mesh import AXES, Mesh
 
 
 class Streams:

@@ -19,11 +19,11 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_input
 
+from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.runtime.allocation import Chunk
 from shardcomp.runtime.fsdp import hand_over, prepare
 from shardcomp.runtime.recompute import split_backward
 from shardcomp.runtime.unit import Apart, Stage
-from shardcomp.schedules import SCHEDULES
 
 _CLASSES = {
     "gpipe": schedules.ScheduleGPipe,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shardcomp.collectives import Axis
+from shardcomp.ir.collectives import Axis
 from shardcomp.runtime.blueprint import Blueprint
 
 

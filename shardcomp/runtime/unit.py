@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
+from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
 from shardcomp.runtime.linear import fan_out, linear
 from shardcomp.runtime.random import Streams

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
+from shardcomp.ir.collectives import Axis
 from shardcomp.runtime.digest import digest
 
 _INSTEAD = (

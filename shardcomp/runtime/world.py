@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardcomp.collectives import Axis
 from shardcomp.errors import PlanError
-from shardcomp.mesh import Mesh
+from shardcomp.ir.collectives import Axis
+from shardcomp.ir.mesh import Mesh
 from shardcomp.runtime.weight_check import check_alike
 
 ON_CPU = ("gloo", "threaded")

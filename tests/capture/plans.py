@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import shardcomp
-from shardcomp.reference import Batch, batches, dense
-from shardcomp.verifier import _sharded
+from shardcomp.verification.dense_model import Batch, batches, dense
+from shardcomp.verification.verifier import _sharded
 
 Make = Callable[[], nn.Module]
 

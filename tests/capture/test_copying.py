@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from capture.plans import assert_alike, batch
-from models import tiny
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -22,11 +21,12 @@ from shardcomp import presets
 from shardcomp.capture import capture, self_check
 from shardcomp.capture.copying import copy_model
 from shardcomp.errors import CaptureError
-from shardcomp.precision import Widened
-from shardcomp.program import Signature
-from shardcomp.reference import in_dtype, without_dropout
-from shardcomp.runtime.initialisation import initialize
-from shardcomp.verifier import _sharded
+from shardcomp.ir.precision import Widened
+from shardcomp.ir.program import Signature
+from shardcomp.verification.dense_model import in_dtype, without_dropout
+from shardcomp.verification.verifier import _sharded
+from shardcomp.weights.initialization import initialize
+from support.models import tiny
 
 pytestmark = pytest.mark.exports_anew
 

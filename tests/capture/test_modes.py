@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import tiny
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from shardcomp.capture import Exports, capture, self_check
 from shardcomp.capture.check import draws
-from shardcomp.program import Program, Signature
+from shardcomp.ir.program import Program, Signature
 from shardcomp.runtime.origin import mode_of
+from support.models import tiny
 
 pytestmark = pytest.mark.exports_anew
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from capture.plans import assert_as_dense, batch
-from models import tiny
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_full_backward_hook
 from transformers import LlamaForCausalLM
@@ -17,8 +16,9 @@ import shardcomp
 from shardcomp import presets
 from shardcomp.capture import capture
 from shardcomp.errors import CaptureError, PlanError
-from shardcomp.program import Signature
-from shardcomp.runtime.initialisation import initialize
+from shardcomp.ir.program import Signature
+from shardcomp.weights.initialization import initialize
+from support.models import tiny
 
 pytestmark = pytest.mark.exports_anew
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from capture.plans import assert_as_dense, batch
-from models import tiny
 from torch import nn
 from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import shardcomp
 from shardcomp.capture import capture, self_check
-from shardcomp.capture.evaluate import evaluate
-from shardcomp.precision import Widened
-from shardcomp.program import Signature
-from shardcomp.reference import in_dtype
+from shardcomp.ir.interpreter import evaluate
+from shardcomp.ir.precision import Widened
+from shardcomp.ir.program import Signature
+from shardcomp.verification.dense_model import in_dtype
+from support.models import tiny
 
 pytestmark = pytest.mark.exports_anew
 

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 from capture.plans import assert_as_dense, batch
-from models import tiny
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import shardcomp
 from shardcomp.capture import capture, self_check
-from shardcomp.capture.writes import pure_form, written
+from shardcomp.capture.functionalize import pure_form, written
 from shardcomp.errors import CaptureError
-from shardcomp.program import Signature
+from shardcomp.ir.program import Signature
+from support.models import tiny
 
 pytestmark = pytest.mark.exports_anew
 

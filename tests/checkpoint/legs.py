@@ -15,12 +15,12 @@ from transformers import PretrainedConfig
 import shardcomp
 from shardcomp import checkpoint, presets
 from shardcomp.lowering import Lowered
-from shardcomp.ranks import run_ranks
-from shardcomp.runtime.initialisation import initialize
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.stream import digest_text
-from shardcomp.runtime.whole import whole
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.training.sample_stream import digest_text
+from shardcomp.verification.thread_ranks import run_ranks
+from shardcomp.weights.initialization import initialize
 
 BATCH, LENGTH = 12, 8
 SAMPLES = torch.randint(0, 97, (40, LENGTH), generator=torch.Generator().manual_seed(5))

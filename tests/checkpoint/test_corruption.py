@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.legs import adamw, lowered_for, train
-from models import tiny
 
 from shardcomp import CheckpointError, checkpoint
 from shardcomp.checkpoint import directory
-from shardcomp.ranks import run_ranks
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.verification.thread_ranks import run_ranks
+from support.models import tiny
 
 LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 LOWERED = lowered_for(tiny(tie_word_embeddings=True), tensor=2)

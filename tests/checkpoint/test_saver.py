@@ -20,11 +20,11 @@ import json, os, resource, shutil, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from models import tiny
+from support.models import tiny
 import shardcomp
 from shardcomp import CheckpointError, checkpoint, presets
 from shardcomp.checkpoint import directory
-from shardcomp.runtime.whereabouts import is_communication, of_error
+from shardcomp.training.stack_location import is_communication, of_error
 
 root = Path(sys.argv[1])
 policy = shardcomp.Policy.load("llama", data=2, zero=3, precision="fp32")

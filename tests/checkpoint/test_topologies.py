@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.legs import Leg, close, lowered_for, same, train
-from families import tiny_config
-from models import tiny
 
 from shardcomp.lowering import Lowered
+from support.families import tiny_config
+from support.models import tiny
 
 LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 CHAIN: list[dict[str, Any]] = [

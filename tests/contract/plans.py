@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from models import tiny
 from torch import Tensor, nn
 
 import shardcomp
 from shardcomp import presets
 from shardcomp.lowering import Lowered
-from shardcomp.ranks import run_ranks
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.whole import whole
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.thread_ranks import run_ranks
+from support.models import tiny
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -90,14 +90,14 @@ def mine(sharded: ShardedModel, batch: Mapping[str, Tensor]) -> Batch:
 
 def double(dense: nn.Module) -> nn.Module:
     """The dense model in float64, the casts of its code included: see `exactly`."""
-    from shardcomp.reference import in_dtype
+    from shardcomp.verification.dense_model import in_dtype
 
     return in_dtype(dense, torch.float64).train(dense.training)
 
 
 def exactly() -> Any:
     """A context in which the dense model's casts to float32 stay float64."""
-    from shardcomp.precision import Widened
+    from shardcomp.ir.precision import Widened
 
     return Widened()
 

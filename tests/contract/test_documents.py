@@ -10,7 +10,7 @@ import torch
 from contract.plans import make_batch, model
 
 import shardcomp
-from shardcomp.ranks import run_alone
+from shardcomp.verification.thread_ranks import run_alone
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = ROOT / "docs/module_contract.md"

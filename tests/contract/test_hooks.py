@@ -25,8 +25,8 @@ from transformers import GPT2Config
 
 import shardcomp
 from shardcomp import presets
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.whole import whole
 
 each_plan = pytest.mark.parametrize("plan", PLANS)
 TRAINED_ROWS = 90

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import tiny
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -26,15 +25,16 @@ from torch.optim import lr_scheduler
 
 import shardcomp
 from shardcomp import presets
+from shardcomp.ir.precision import Widened
 from shardcomp.lowering import Lowered
-from shardcomp.precision import Widened
-from shardcomp.ranks import run_ranks
-from shardcomp.reference import batches, in_dtype
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.gradients import local
-from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.whole import whole
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.dense_model import batches, in_dtype
+from shardcomp.verification.thread_ranks import run_ranks
+from shardcomp.weights.initialization import initialize
+from support.models import tiny
 
 Named = dict[str, nn.Parameter]
 Backward = Callable[[dict[str, Tensor]], Tensor]

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 from contract.plans import LOSS, assert_gradients, gradients, lowered, make_batch, mine, model
-from models import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.modeling_outputs import CausalLMOutput
 
 import shardcomp
 from shardcomp.lowering import Signature
-from shardcomp.ranks import run_alone, run_ranks
-from shardcomp.runtime.whole import whole
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.runtime.gathering import whole
+from shardcomp.verification.thread_ranks import run_alone, run_ranks
+from support.models import tiny
 
 DATA = {"data 2, zero 0": ["model.norm.weight", "lm_head.weight"], "data 2, zero 3": [], "tensor 2": ["model.norm.weight"]}
 """Plans, and which of two parameters that ranks drew for themselves lie in copies there."""

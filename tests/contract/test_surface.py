@@ -34,8 +34,8 @@ from transformers import GPT2Config, Trainer, TrainingArguments
 import shardcomp
 from shardcomp import presets
 from shardcomp.lowering import Signature
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.whole import whole
 
 each_plan = pytest.mark.parametrize("plan", PLANS)
 BATCH = make_batch()

@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from families import GATE, families, tiny_config
-from models import tiny
-from storages import Made
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import shardcomp
 from shardcomp.cost.activations import repeated_messages, stage_activations, unit_activations
 from shardcomp.cost.communication import _unit_messages
-from shardcomp.cost.compute import Share, of_node
+from shardcomp.cost.flops import Share, of_node
+from shardcomp.ir.program import B, S
 from shardcomp.lowering import Lowered
-from shardcomp.program import B, S
-from shardcomp.ranks import run_ranks
-from shardcomp.reference import batches
+from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.unit import Unit
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.dense_model import batches
+from shardcomp.verification.thread_ranks import run_ranks
+from support.families import GATE, families, tiny_config
+from support.models import tiny
+from support.storages import Made
 
 LENGTH = 16
 

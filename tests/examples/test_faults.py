@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from measure_kills import Job
 
+from measure.kills import Job
 from shardcomp.checkpoint import directory
 
 LONG = os.environ.get("SHARDCOMP_LONG") == "1"

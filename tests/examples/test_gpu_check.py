@@ -20,8 +20,8 @@ import correctness
 import parts
 import shardcomp
 from parts import Budget, Ended, Part
-from shardcomp import verifier
-from shardcomp.ranks import run_alone
+from shardcomp.verification import verifier
+from shardcomp.verification.thread_ranks import run_alone
 
 Capture = pytest.CaptureFixture[str]
 
@@ -261,8 +261,8 @@ def test_verify_refuses_a_device_that_cannot_be(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ranks_as_threads_compute_on_the_cpu_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shardcomp.ranks import run_ranks
     from shardcomp.runtime import world
+    from shardcomp.verification.thread_ranks import run_ranks
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert run_ranks(2, lambda rank: str(world.device_of_rank())) == ["cpu", "cpu"]
@@ -271,4 +271,4 @@ def test_ranks_as_threads_compute_on_the_cpu_where_there_is_a_gpu(monkeypatch: p
 def test_the_command_names_the_python() -> None:
     words = ["make", "--no-print-directory", "-n", "gpu", f"PYTHON={sys.executable}", "GPU=--dry-run"]
     done = subprocess.run(words, cwd=parts.ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{sys.executable} examples/gpu/check.py --dry-run"
+    assert done.stdout.strip() == f"{sys.executable} benchmarks/gpu/check.py --dry-run"

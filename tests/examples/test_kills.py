@@ -6,7 +6,7 @@ import os
 import random
 from pathlib import Path
 
-from measure_kills import measure
+from measure.kills import measure
 
 LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 

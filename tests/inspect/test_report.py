@@ -11,23 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny, with_idle
 from torch import fx
 
-from shardcomp.collectives import allgather_reducescatter, reducescatter_allgather
 from shardcomp.errors import PlanError
 from shardcomp.inspect.diff import diff
 from shardcomp.inspect.report import render, report, size_text
-from shardcomp.layout import PARTIAL, Layout, split
+from shardcomp.ir.collectives import allgather_reducescatter, reducescatter_allgather
+from shardcomp.ir.layout import PARTIAL, Layout, split
+from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Plan, Program, S, Signature, Unit, Value
 from shardcomp.lowering import lower
-from shardcomp.mesh import Mesh
-from shardcomp.patterns import Entry, parse
+from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy import Policy
-from shardcomp.program import INPUT, PARAMETER, B, Body, Degraded, Parameter, Plan, Program, S, Signature, Unit, Value
-from shardcomp.ranks import run_ranks
+from shardcomp.policy.patterns import Entry, parse
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.optimizer import AdamW
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.thread_ranks import run_ranks
+from support.models import tiny, with_idle
 
 H, F, LAYERS, BATCH, LENGTH = 6, 10, 3, 2, 8
 

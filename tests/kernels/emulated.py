@@ -135,7 +135,7 @@ def _check(function: Callable[[Callable[[], int]], None]) -> Callable[[Callable[
 def _main(path: str, name: str, seed: str) -> None:
     from kernels import test_library
 
-    from shardcomp.kernels.operators import REFERENCES
+    from shardcomp.kernels.register import REFERENCES
 
     held = torch.library.Library(SPACE, "FRAGMENT")
     for each in REFERENCES:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from shardcomp.ir.program import Value
 from shardcomp.kernels.attention import RECORDED, attention
-from shardcomp.program import Value
-from shardcomp.rules import factoring
+from shardcomp.sharding.rules import factoring
 
 
 def operands(dtype: torch.dtype = torch.float64, heads: int = 6, groups: int = 2, length: int = 9) -> list[Tensor]:

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional
 
+from shardcomp.fusion.equivalence import equal_bits
+from shardcomp.ir.mesh import Mesh
 from shardcomp.kernels import cross_entropy, vocab_cross_entropy
-from shardcomp.mesh import Mesh
-from shardcomp.pieces import equal_bits
-from shardcomp.ranks import run_ranks
 from shardcomp.runtime import world
+from shardcomp.verification.thread_ranks import run_ranks
 
 
 def case(tokens: int, columns: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

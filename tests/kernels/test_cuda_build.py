@@ -102,11 +102,11 @@ def test_a_library_with_them_loads_where_torch_has_no_cuda(tmp_path: Path) -> No
     assert library.stat().st_size < 4 << 20 and needed(library) <= TORCH
     code = """if True:
         import sys, torch
-        from shardcomp.kernels import device_kernels, library, operators
+        from shardcomp.kernels import device_check, library, register
         torch.ops.load_library(sys.argv[1])
         library._held = library.Library("aot", None, "")
-        assert all(device_kernels._waits(name, "cuda") and library.provides(name, "cpu") for name in operators.REFERENCES)
-        assert not any(library.provides(name, "cuda") for name in operators.REFERENCES)"""
+        assert all(device_check._waits(name, "cuda") and library.provides(name, "cpu") for name in register.REFERENCES)
+        assert not any(library.provides(name, "cuda") for name in register.REFERENCES)"""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SHARDCOMP_KERNELS": "reference"}
     command = [sys.executable, "-c", code, str(library)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

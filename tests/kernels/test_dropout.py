@@ -9,11 +9,11 @@ import torch
 from kernels.test_attention import MASKS, operands
 from torch import Tensor, fx
 
+from shardcomp.ir.layout import WHOLE, copied, split
+from shardcomp.ir.program import Value
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream, dropout, dropped_attention, stream_for
-from shardcomp.layout import WHOLE, copied, split
-from shardcomp.program import Value
-from shardcomp.rules import factoring
+from shardcomp.sharding.rules import factoring
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import references
 from torch import Tensor, fx, nn
 from torch.library import opcheck
 from torch.nn import functional
@@ -18,14 +17,15 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gptj.modeling_gptj import rotate_every_two
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from shardcomp.fusion.equivalence import EQUAL_BITS, equal_bits
+from shardcomp.ir.precision import Widened
+from shardcomp.ir.program import Value
 from shardcomp.kernels import add_rms_norm, geglu, layer_norm, rms_norm, rotary, swiglu
-from shardcomp.kernels.placed import NAMES
-from shardcomp.options import PLACED
-from shardcomp.pieces import EQUAL_BITS, equal_bits
-from shardcomp.policy import COUNTED
-from shardcomp.precision import Widened
-from shardcomp.program import Value
-from shardcomp.rules import factoring
+from shardcomp.kernels.counts import NAMES
+from shardcomp.policy.options import PLACED
+from shardcomp.policy.policy import COUNTED
+from shardcomp.sharding.rules import factoring
+from support.implementations import references
 
 ops = torch.ops.shardcomp
 EPS = 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from shardcomp.kernels import library
-from shardcomp.kernels.operators import REFERENCES
+from shardcomp.kernels.register import REFERENCES
 
 pytestmark = pytest.mark.skipif(library.load().kind == "reference", reason="there is no library")
 

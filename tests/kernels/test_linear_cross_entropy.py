@@ -12,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardcomp.ir.mesh import Mesh
 from shardcomp.kernels import linear_cross_entropy
 from shardcomp.kernels.linear_cross_entropy import vocab_linear_cross_entropy
-from shardcomp.mesh import Mesh
-from shardcomp.ranks import run_ranks
 from shardcomp.runtime import world
+from shardcomp.verification.thread_ranks import run_ranks
 
 STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
     "plain": (),

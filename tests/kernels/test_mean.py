@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shardcomp.collectives import Axis
+from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.mean import split_mean
 
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import shardcomp
 from shardcomp.cost.communication import messages
-from shardcomp.options import Options
-from shardcomp.verifier import verify
+from shardcomp.policy.options import Options
+from shardcomp.verification.verifier import verify
 
 POLICY = """
 family = "toy"

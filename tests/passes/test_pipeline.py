@@ -13,19 +13,14 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from families import tiny_config
-from models import tiny
 from torch import Tensor, fx, nn
 
 import shardcomp
-from shardcomp import driver
-from shardcomp.collectives import allgather_split, split_allgather
-from shardcomp.layout import Layout, split
-from shardcomp.lowering import Lowered
-from shardcomp.mesh import Mesh
-from shardcomp.options import Options
-from shardcomp.passes import pipeline
-from shardcomp.program import (
+from shardcomp import pass_runner
+from shardcomp.ir.collectives import allgather_split, split_allgather
+from shardcomp.ir.layout import Layout, split
+from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.program import (
     BUFFER,
     INPUT,
     PARAMETER,
@@ -41,12 +36,17 @@ from shardcomp.program import (
     Value,
     stage_program,
 )
-from shardcomp.ranks import run_ranks
+from shardcomp.lowering import Lowered
+from shardcomp.passes import pipeline
+from shardcomp.policy.options import Options
 from shardcomp.runtime import world
 from shardcomp.runtime.allocation import local_index
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.unit import Home
+from shardcomp.verification.thread_ranks import run_ranks
+from support.families import tiny_config
+from support.models import tiny
 
 aten = torch.ops.aten
 
@@ -128,7 +128,7 @@ def test_units_between_layers_go_with_the_layer_behind_them_and_earlier_records_
     assert [(unit.plan, unit.inputs, unit.body) for unit in program.units] == before
     stages = [[unit.path for unit in found.in_stages((i,)) if unit.kind != PRELUDE] for i in range(3)]
     assert stages == [["first", "layers.0"], ["between", "layers.1"], ["layers.2", "last"]]
-    driver.verify(found, {"layouts", "stages"}, "pipeline")
+    pass_runner.verify(found, {"layouts", "stages"}, "pipeline")
 
 
 # What crosses the cuts.

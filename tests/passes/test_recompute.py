@@ -6,16 +6,16 @@ import re
 from typing import Any
 
 import pytest
-from families import tiny_config
-from models import tiny
 
 import shardcomp
 from shardcomp import Policy
 from shardcomp.cost.activations import unit_activations
+from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.program import KEEP, LAYER, MARK, ONCE, Context, Unit
 from shardcomp.lowering import Lowered
-from shardcomp.mesh import Mesh
 from shardcomp.passes import recompute
-from shardcomp.program import KEEP, LAYER, MARK, ONCE, Context, Unit
+from support.families import tiny_config
+from support.models import tiny
 
 
 def lowered_for(config: Any, policy: str = "llama", **options: Any) -> Lowered:

@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from families import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measure_families import sent
 from torch import Tensor, fx
 
 import shardcomp
+from measure.families import sent
 from shardcomp import Policy
-from shardcomp.capture.evaluate import call, evaluate
-from shardcomp.driver import verify
+from shardcomp.ir.interpreter import call, evaluate
+from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.program import INPUT, PARAMETER, B, Body, Context, Parameter, Program, S, Signature, Unit, Value, value
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.dropout import SHARED, Stream, dropout
 from shardcomp.lowering import Lowered
-from shardcomp.mesh import Mesh
+from shardcomp.pass_runner import verify
 from shardcomp.passes import canonicalize, unflatten
-from shardcomp.program import INPUT, PARAMETER, B, Body, Context, Parameter, Program, S, Signature, Unit, Value, value
+from support.families import tiny_config
 
 aten = torch.ops.aten
 CONTEXT = Context(Mesh(), Policy.load("llama"))

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
-from runtime.held import Sample, expected, formula, gathered_at_units, samples_of_a_step, unit_bytes
+from runtime.live_tensors import Sample, expected, formula, gathered_at_units, samples_of_a_step, unit_bytes
 
 import shardcomp
-from shardcomp.ranks import run_ranks
-from shardcomp.reference import batches
+from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.dense_model import batches
+from shardcomp.verification.thread_ranks import run_ranks
+from support.models import tiny
 
 SCHEDULES = ["1f1b", "interleaved", "zero_bubble", "zbv"]
 ROWS = 3

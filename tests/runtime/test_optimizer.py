@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from checkpoint.legs import adamw as torch_adamw
 from checkpoint.legs import close, lowered_for, train
-from models import tiny
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -20,10 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import shardcomp
-from shardcomp.ranks import run_ranks
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.whole import whole
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.thread_ranks import run_ranks
+from support.models import tiny
 
 SHAPES = [(5, 7), (1,), (0, 3), (131,), ()]
 OPTIONS: dict[str, Any] = {"lr": 0.03, "betas": (0.9, 0.97), "weight_decay": 0.1}

@@ -10,25 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_config
-from models import tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 import shardcomp
 from shardcomp import Policy, presets
+from shardcomp.ir.mesh import Mesh
 from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream
 from shardcomp.lowering import Lowered
-from shardcomp.mesh import Mesh
-from shardcomp.patterns import Entry, parse
-from shardcomp.ranks import run_ranks
-from shardcomp.reference import batches
+from shardcomp.materialize import allocate, weights_of
+from shardcomp.policy.patterns import Entry, parse
 from shardcomp.runtime.blueprint import Blueprint
-from shardcomp.runtime.initialisation import initialize
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.random import Streams
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.dense_model import batches
+from shardcomp.verification.thread_ranks import run_ranks
+from shardcomp.weights.initialization import initialize
+from support.families import tiny_config
+from support.models import tiny
 
 CPU = torch.device("cpu")
 NAMES = (SHARED, OWN, PIECE)

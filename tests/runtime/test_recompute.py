@@ -13,23 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
-from storages import Made
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.nn.functional import linear, silu
 
 import shardcomp
 from shardcomp.errors import InternalError
+from shardcomp.ir.mesh import Mesh
 from shardcomp.kernels import dropout
 from shardcomp.lowering import Lowered
-from shardcomp.mesh import Mesh
-from shardcomp.ranks import run_ranks
-from shardcomp.reference import batches
+from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime import keep, once
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import Frame, frames, recompute, split_backward
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.dense_model import batches
+from shardcomp.verification.thread_ranks import run_ranks
+from support.models import tiny
+from support.storages import Made
 
 WIDTH = 6
 

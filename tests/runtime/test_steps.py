@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import shardcomp
 from shardcomp import presets
 from shardcomp.lowering import Lowered
-from shardcomp.ranks import run_ranks
-from shardcomp.reference import batches, dense
+from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.fsdp import hand_on
+from shardcomp.runtime.gathering import whole
 from shardcomp.runtime.gradients import local
-from shardcomp.runtime.initialisation import initialize
+from shardcomp.runtime.loss_scale import LossScale
 from shardcomp.runtime.model import ShardedModel
-from shardcomp.runtime.scaling import LossScale
-from shardcomp.runtime.whole import whole
-from shardcomp.sharding import allocate, weights_of
+from shardcomp.verification.dense_model import batches, dense
+from shardcomp.verification.thread_ranks import run_ranks
+from shardcomp.weights.initialization import initialize
+from support.models import tiny
 
 Batch = dict[str, Tensor]
 

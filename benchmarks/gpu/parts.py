@@ -1,0 +1,240 @@
+"""What the commands of this folder share: packages that have to be there, parts that run in processes of their own within a
+budget of time, and the file of results. Imports nothing but Python's own library until the packages are known to be there."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PATHS = [ROOT, ROOT / "benchmarks" / "gpu", ROOT / "benchmarks" / "kernels"]
+"""What a process of these commands imports from: a checkout is enough, nothing has to be installed."""
+TAIL = 2000
+"""Characters of what a part that failed has printed that are kept."""
+
+
+class Refused(Exception):
+    """These commands cannot run here; its text says why and what would do."""
+
+
+def prepare() -> None:
+    """Let this process import from the checkout. Raises Refused, with everything that is missing in one message."""
+    sys.path[:0] = [str(path) for path in PATHS if str(path) not in sys.path]
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    absent = [each for each in needed if not _is_there(re.split(r"[^\w.-]", each)[0])]
+    if absent:
+        raise Refused(
+            f"{sys.executable} lacks {', '.join(absent)}: install them there, or name another Python, make PYTHON=python3"
+        )
+
+
+def _is_there(package: str) -> bool:
+    """Whether a package can be imported; of ninja, the program is enough."""
+    return importlib.util.find_spec(package) is not None or package == "ninja" and shutil.which("ninja") is not None
+
+
+def need_gpu(dry_run: bool) -> None:
+    """Raises Refused where torch finds no GPU and this is no dry run."""
+    if dry_run:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda} and" if torch.version.cuda else "is built without CUDA and"
+        raise Refused(
+            f"a GPU is needed: torch {torch.__version__} {built} finds none. With --dry-run this prints what would run, and "
+            "measures nothing"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that runs in a process of its own. name: for people. command: its words after `python`. seconds: the most that
+    it may take. out: where it writes what it found, whole JSON values, one a line, as soon as it has them. program: what runs
+    it, where that is not Python."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    out: Path
+    program: tuple[str, ...] = ()
+
+
+@dataclass
+class Ended:
+    """How a part ended. state: done, failed (why: the end of what it printed), cut off (the time was up while it ran) or not
+    begun. found: what it wrote."""
+
+    part: Part
+    state: str
+    seconds: float
+    why: str
+    found: list[Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"part": self.part.name, "state": self.state, "seconds": round(self.seconds, 1), "why": self.why}
+
+
+@dataclass
+class Budget:
+    """Seconds that all parts together may take, from when this is made."""
+
+    seconds: float
+    least: float = 5.0
+    """What must be left for a part to begin."""
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.began)
+
+    def run(self, parts: Sequence[Part], after: Callable[[Ended], None]) -> list[Ended]:
+        """Run parts one after the other, each within its own time and what is left of all; `after` is called behind each."""
+        ended = []
+        for part in parts:
+            limit = min(part.seconds, self.left)
+            if limit < min(part.seconds, self.least):
+                ended.append(Ended(part, "not begun", 0.0, f"the {self.seconds:.0f} s of all parts were used up", []))
+            else:
+                ended.append(run(part, limit))
+            after(ended[-1])
+        return ended
+
+
+def run(part: Part, limit: float) -> Ended:
+    """Run one part for at most `limit` seconds. What it started ends with it."""
+    part.out.unlink(missing_ok=True)
+    log = part.out.with_suffix(".log")
+    began = time.monotonic()
+    paths = [*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with log.open("w") as printed:
+        process = subprocess.Popen(
+            [*part.program, sys.executable, *part.command],
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+        )
+        try:
+            state = "failed" if process.wait(timeout=limit) else "done"
+        except subprocess.TimeoutExpired:
+            state = "cut off"
+        finally:
+            _end(process)
+    why = ""
+    if state == "cut off":
+        why = f"it was not done after {limit:.0f} s"
+    elif state == "failed":
+        why = log.read_text(errors="replace").strip()[-TAIL:] or f"exit status {process.returncode}"
+    return Ended(part, state, time.monotonic() - began, why, read(part.out))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def write(out: Path, found: Any) -> None:
+    """Add one value to what a part has found."""
+    with out.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+
+
+def read(out: Path) -> list[Any]:
+    """What a part has written; a last line that is cut off does not count."""
+    text = out.read_text() if out.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def about() -> dict[str, Any]:
+    """What a reader needs to judge numbers by: device, driver, versions, date, commit."""
+    import torch
+
+    from shardcomp.inspect.environment import versions
+
+    found: dict[str, Any] = {
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "commit": commit(),
+        "versions": {**versions(), "triton": _version("triton"), "liger_kernel": _version("liger_kernel")},
+    }
+    if not torch.cuda.is_available():
+        return {**found, "device": "none", "driver": None, "memory": None, "devices": 0}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **found,
+        "device": properties.name,
+        "driver": driver(),
+        "memory": properties.total_memory,
+        "devices": torch.cuda.device_count(),
+        "processors": properties.multi_processor_count,
+        "cache": properties.L2_cache_size,
+    }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver, None where nvidia-smi does not say."""
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
+def commit() -> str:
+    """What $COMMIT says, for a copy of a checkout; else the commit of this one, with a + where files differ from it, or
+    `unknown` outside git."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    found = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return found + "+" * bool(changed) if found else "unknown"
+
+
+def _said(*command: str) -> str:
+    """What a program prints; nothing where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def result_file(folder: Path, what: str, about: dict[str, Any]) -> Path:
+    """Where results go: named by date and device, and numbered where there are some of that day already."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    stem = f"{about['date'][:10]}-{device}-{what}"
+    numbered = (folder / f"{stem}{f'-{n}' if n > 1 else ''}.json" for n in range(1, 1000))
+    return next(path for path in numbered if not path.exists())
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    """Write a file of results, which is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    scratch.replace(path)

@@ -1,0 +1,522 @@
+"""How fast the fused operators are, beside others that compute the same: forward and backward, in one run.
+
+    python benchmarks/kernels/benchmark.py [--device cpu] [--dtype bf16] [--shapes 7b 65b llama3] [--operators rms_norm ...]
+                                         [--rows 2048] [--json FILE] [--chart FILE] [--seconds 0.5]
+
+For every operator, shape and implementation: the median time and its spread, the fewest bytes that have to be moved (each
+operand and result once, in its dtype), and what share that is of what a plain copy moves in the same time, measured here as
+well. Products of matrices have no such share. `peak` is the most memory that a forward and a backward hold at a time beside
+their operands, results and gradients included.
+
+On a GPU a time is the device's own, from events: the device is kept waiting until the host has handed it the whole call, so
+that launching does not count, and what its cache holds is replaced before each call.
+
+An implementation that is not installed or does not run here is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+import shardcomp
+from shardcomp import kernels
+from shardcomp.inspect.environment import versions
+from shardcomp.kernels import library
+
+EPS = 1e-5
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model: features, those of its MLP, heads of queries and of keys, their features, words."""
+
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    head: int
+    words: int
+
+
+SHAPES = {
+    "7b": Shape(4096, 11008, 32, 32, 128, 32000),
+    "65b": Shape(8192, 22016, 64, 64, 128, 32000),
+    "llama3": Shape(4096, 14336, 32, 8, 128, 128256),
+}
+
+Operands = list[Tensor]
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at one shape. make: its operands. least: bytes forward and backward, None where products decide. calls: what
+    computes it, by name, or why that does not run."""
+
+    operator: str
+    shape: str
+    make: Callable[[], Operands]
+    least: tuple[int, int] | None
+    calls: dict[str, Call | str]
+    backward: bool = True
+
+
+@dataclass
+class Row:
+    """What one implementation took. forward, backward: medians in seconds; spreads: between their quartiles. shares: of the
+    bandwidth of a copy that the fewest bytes in this time are. peak: bytes, see above. failed: why there is none of these."""
+
+    operator: str
+    shape: str
+    dtype: str
+    implementation: str
+    forward: float | None = None
+    forward_spread: float | None = None
+    forward_share: float | None = None
+    backward: float | None = None
+    backward_spread: float | None = None
+    backward_share: float | None = None
+    peak: int | None = None
+    failed: str = ""
+
+
+@dataclass
+class Setting:
+    """Where and how long it is measured."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    seconds: float
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def draw(setting: Setting, *shape: int, graded: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    made = torch.randn(shape, device=setting.device, dtype=dtype or setting.dtype)
+    return made.requires_grad_(graded)
+
+
+def hf_norm(x: Tensor, weight: Tensor) -> Tensor:
+    norm = LlamaRMSNorm(x.shape[-1], EPS)
+    del norm.weight
+    norm.weight = weight  # type: ignore[assignment]
+    return norm(x)
+
+
+def added_norm(norm: Call, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return norm(total, weight), total
+
+
+def hf_head(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(functional.linear(x, weight).float(), labels)
+
+
+def hf_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels)
+
+
+def hf_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+def f_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def liger(name: str, device: torch.device) -> Call | str:
+    """An operator of Liger-Kernel, or why there is none."""
+    if device.type == "cpu":
+        return "Liger-Kernel needs a GPU"
+    try:
+        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError as error:
+        return f"Liger-Kernel is not installed ({error})"
+    calls: dict[str, Call] = {
+        "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
+        "layer_norm": lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, EPS),
+        "rotary": lambda q, k, cos, sin: LigerRopeFunction.apply(q, k, cos, sin),
+        "swiglu": LigerSiLUMulFunction.apply,
+        "cross_entropy": lambda logits, labels: LigerCrossEntropyFunction.apply(logits, labels, None)[0],
+        "linear_cross_entropy": lambda x, w, labels: LigerFusedLinearCrossEntropyFunction.apply(x, w, labels)[0],
+    }
+    if name == "add_rms_norm":
+        try:
+            from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        except ImportError as error:
+            return f"this Liger-Kernel has none ({error})"
+        return lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)
+    return calls.get(name, "Liger-Kernel has no such operator")
+
+
+def compiled(call: Call) -> Call:
+    return torch.compile(call, dynamic=False)
+
+
+def cases(name: str, setting: Setting, wanted: set[str], shape: Shape | None = None) -> Iterator[Case]:
+    """The operators at one shape, those that are asked for. shape: one that SHAPES has not, of this name."""
+    shape, device, rows = shape or SHAPES[name], setting.device, setting.rows
+    size = torch.empty((), dtype=setting.dtype).itemsize
+    h, f, v, d = shape.hidden, shape.inner, shape.words, shape.head
+    make = partial(draw, setting)
+
+    def labels() -> Tensor:
+        return torch.randint(0, v, (rows,), device=device)
+
+    def case(operator: str, operands: Callable[[], Operands], least: tuple[int, int] | None, ours: Call, **others: Any) -> Case:
+        calls: dict[str, Call | str] = {"shardcomp": ours, "HuggingFace": others.pop("HuggingFace")}
+        calls["torch.compile"] = compiled(calls["HuggingFace"])  # type: ignore[arg-type]
+        calls |= {key.replace("_", " "): call for key, call in others.items()}
+        return Case(operator, name, operands, least, {**calls, "Liger": liger(operator, device)})
+
+    if "rms_norm" in wanted:
+        yield case(
+            "rms_norm", lambda: [make(rows, h), make(h)], (2 * rows * h * size, 3 * rows * h * size),
+            lambda x, w: kernels.rms_norm(x, w, eps=EPS, round_first=True),
+            HuggingFace=hf_norm, F_rms_norm=f_norm,
+        )  # fmt: skip
+    if "add_rms_norm" in wanted:
+        yield case(
+            "add_rms_norm", lambda: [make(rows, h), make(rows, h), make(h)], (4 * rows * h * size, 4 * rows * h * size),
+            lambda x, r, w: kernels.add_rms_norm(x, r, w, eps=EPS, round_first=True),
+            HuggingFace=partial(added_norm, hf_norm), F_rms_norm=partial(added_norm, f_norm),
+        )  # fmt: skip
+    if "layer_norm" in wanted:
+        yield case(
+            "layer_norm", lambda: [make(rows, h), make(h), make(h)], (2 * rows * h * size, 3 * rows * h * size),
+            lambda x, w, b: kernels.layer_norm(x, w, b, eps=EPS),
+            HuggingFace=lambda x, w, b: functional.layer_norm(x, (h,), w, b, EPS),
+        )  # fmt: skip
+    if "rotary" in wanted:
+        moved = rows * d * (shape.heads + shape.key_heads) * size
+
+        def turned() -> Operands:
+            q, k = (make(1, rows, n, d).transpose(1, 2) for n in (shape.heads, shape.key_heads))
+            angles = torch.rand(1, rows, d // 2, device=device).mul_(6.28).repeat(1, 1, 2)
+            return [q, k, angles.cos().to(setting.dtype), angles.sin().to(setting.dtype)]
+
+        yield case(
+            "rotary", turned, (2 * moved, 2 * moved),
+            lambda q, k, cos, sin: kernels.rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1), round_each=True),
+            HuggingFace=apply_rotary_pos_emb,
+        )  # fmt: skip
+    if "swiglu" in wanted:
+        yield case(
+            "swiglu", lambda: [make(rows, f), make(rows, f)], (3 * rows * f * size, 5 * rows * f * size),
+            partial(kernels.swiglu, round_first=True), HuggingFace=hf_gate,
+        )  # fmt: skip
+    if "cross_entropy" in wanted:
+        yield case(
+            "cross_entropy", lambda: [make(rows, v), labels()], (rows * v * size, 2 * rows * v * size),
+            lambda logits, labels: kernels.cross_entropy(logits, labels, -100).sum() / labels.numel(), HuggingFace=hf_loss,
+            F_cross_entropy=functional.cross_entropy,
+        )  # fmt: skip
+    if "linear_cross_entropy" in wanted:
+        chunks = math.ceil(v / (2 * h))
+        yield case(
+            "linear_cross_entropy", lambda: [make(rows, h), (make(v, h, graded=False) / h**0.5).requires_grad_(), labels()],
+            None,
+            lambda x, w, labels: kernels.linear_cross_entropy(
+                x, w, labels, labels.numel(), ignore_index=-100, chunks=chunks, early=setting.dtype != torch.float16
+            ),
+            HuggingFace=hf_head,
+            F_linear_cross_entropy=getattr(functional, "linear_cross_entropy", f"torch {torch.__version__} has none"),
+        )  # fmt: skip
+    if "adamw" in wanted:
+        yield adamw(name, setting, 4 * h * h)
+
+
+def adamw(name: str, setting: Setting, numbers: int) -> Case:
+    """A step of the optimizer on a layer's attention weights, in float32 whatever the dtype of the others."""
+
+    def step(kind: Any, **options: Any) -> Call:
+        weights = [nn.Parameter(torch.randn(numbers // 4, device=setting.device)) for _ in range(4)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer = kind(weights, lr=1e-4, weight_decay=0.1, **options)
+        return lambda: optimizer.step()
+
+    calls: dict[str, Call | str] = {
+        "shardcomp": step(shardcomp.AdamW),
+        "torch foreach": step(torch.optim.AdamW, foreach=True),
+        "torch fused": step(torch.optim.AdamW, fused=True),
+    }
+    return Case("adamw", name, list, (28 * numbers, 0), calls, backward=False)
+
+
+def several(case: Case, setting: Setting) -> list[Operands]:
+    """So many sets of operands that none is still in a cache when its turn comes again; on the CPU they are large enough."""
+    first = case.make()
+    if setting.device.type == "cpu" or not first:
+        return [first]
+    cache = torch.cuda.get_device_properties(setting.device).L2_cache_size
+    copies = min(8, math.ceil(3 * cache / sum(t.nbytes for t in first)))
+    return [first, *(case.make() for _ in range(copies - 1))]
+
+
+LEAST, MOST, AT_ONCE = 10, 200, 5
+"""Of a call on a GPU: how often it is timed, and how many are handed to the device at a time."""
+
+
+def timed_on_gpu(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
+    """As `timed`, by events on the device. What the cache holds is replaced by reading, so that nothing waits to be written."""
+    size = max(4 * torch.cuda.get_device_properties(setting.device).L2_cache_size, 2**28)
+    other, read = torch.ones(size // 4, device=setting.device), torch.empty((), device=setting.device)
+    for _ in range(2):
+        torch.cuda.synchronize(setting.device)
+        began = time.perf_counter()
+        call()
+        launching = time.perf_counter() - began
+    wait = int((3 * launching + 1e-4) * 2e9)  # in cycles, of which there are no more than so many a second
+    took: list[float] = []
+    end = time.perf_counter() + setting.seconds
+    while len(took) < LEAST or (len(took) < MOST and time.perf_counter() < end):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(AT_ONCE)]
+        for first, last in events:
+            torch.sum(other, dim=0, out=read)
+            torch.cuda._sleep(wait)
+            first.record()
+            call()
+            last.record()
+        torch.cuda.synchronize(setting.device)
+        took += [first.elapsed_time(last) / 1e3 for first, last in events]
+    low, median, high = statistics.quantiles(took, n=4)
+    return median, high - low
+
+
+def timed(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
+    """The median of a call in seconds, and the spread between quartiles."""
+    if setting.device.type == "cuda":
+        return timed_on_gpu(call, setting)
+    call()
+    timer = Timer("call()", globals={"call": call}, num_threads=setting.threads)
+    found = timer.blocked_autorange(min_run_time=setting.seconds)
+    return found.median, found.iqr
+
+
+def results(made: Any) -> list[Tensor]:
+    every = made if isinstance(made, (tuple, list)) else (made,)
+    return [each for each in every if isinstance(each, Tensor) and each.requires_grad]
+
+
+def seed(made: Tensor) -> Tensor:
+    """A gradient for a result: that of a loss is 1."""
+    return torch.randn_like(made) if made.dim() else torch.ones_like(made)
+
+
+def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: float) -> Row:
+    """One implementation of a case; whatever it cannot do is told of in the row."""
+    row = Row(case.operator, case.shape, str(setting.dtype).removeprefix("torch."), name)
+    sets = several(case, setting)
+    try:
+        turn = itertools.cycle(sets)
+        row.forward, row.forward_spread = timed(lambda: call(*next(turn)), setting)
+        if case.backward:
+            graphs = []
+            for operands in sets:
+                made = results(call(*operands))
+                graded = [held for held in operands if held.requires_grad]
+                graphs.append((made, graded, [seed(each) for each in made]))
+            turned = itertools.cycle(graphs)
+            row.backward, row.backward_spread = timed(lambda: torch.autograd.grad(*next(turned), retain_graph=True), setting)
+            del graphs, made, turned
+            row.peak = peak(call, sets[0], setting.device)
+        if case.least is not None:
+            row.forward_share = case.least[0] / row.forward / bandwidth
+            row.backward_share = case.least[1] / row.backward / bandwidth if row.backward else None
+    except Exception as error:
+        row.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return row
+
+
+def peak(call: Call, operands: Operands, device: torch.device) -> int:
+    """The most that a forward and a backward hold at a time beside their operands, results and gradients included."""
+    graded = [held for held in operands if held.requires_grad]
+
+    def run() -> None:
+        made = results(call(*operands))
+        torch.autograd.grad(made, graded, [seed(each) for each in made])
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    # What the table of events attributes to operators is here in the order of time: bytes, negative where they are freed.
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
+
+
+def rows(
+    every: list[Case], setting: Setting, bandwidth: float, show: Callable[[str], None] = lambda text: None
+) -> Iterator[Row]:
+    """All implementations of all cases, one after the other. `show` is told which is next."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    for case in every:
+        for name, call in case.calls.items():
+            show(f"{case.operator} {case.shape} {name}")
+            if isinstance(call, str):
+                yield Row(case.operator, case.shape, dtype, name, failed=call)
+            else:
+                yield measure(case, name, call, setting, bandwidth)
+
+
+def copied(setting: Setting) -> float:
+    """The bytes per second that a copy of a large tensor reads and writes."""
+    size = 2**28 if setting.device.type == "cpu" else 2**30
+    source = torch.ones(size, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return 2 * size / timed(lambda: target.copy_(source), setting)[0]
+
+
+OPERATORS = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "cross_entropy", "linear_cross_entropy", "adamw")
+
+
+def table(rows: list[Row], title: str) -> Table:
+    found = Table(title=title, title_justify="left")
+    found.add_column("operator")
+    found.add_column("shape")
+    found.add_column("implementation")
+    for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "peak MB"):
+        found.add_column(column, justify="right")
+    before = None
+    for row in (row for row in rows if not row.failed):
+        if before not in (None, (row.operator, row.shape)):
+            found.add_section()
+        before = row.operator, row.shape
+        numbers = [
+            _number(row.forward, 1e3, 3), _number(row.forward_spread, 1e3, 3), _number(row.forward_share, 100, 0, "%"),
+            _number(row.backward, 1e3, 3), _number(row.backward_spread, 1e3, 3), _number(row.backward_share, 100, 0, "%"),
+            _number(row.peak, 1e-6, 0),
+        ]  # fmt: skip
+        found.add_row(row.operator, row.shape, row.implementation, *numbers)
+    return found
+
+
+def _number(value: float | None, times: float, digits: int, unit: str = "") -> str:
+    return "" if value is None else f"{value * times:.{digits}f}{unit}"
+
+
+def chart(rows: list[Row], path: str, title: str) -> None:
+    """Bars: forward and backward of every implementation, relative to HuggingFace's, a panel for each operator and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if not row.failed:
+            groups.setdefault((row.operator, row.shape), []).append(row)
+    columns = min(4, len(groups))
+    figure, axes = pyplot.subplots(
+        math.ceil(len(groups) / columns),
+        columns,
+        figsize=(4.2 * columns, 2.6 * math.ceil(len(groups) / columns)),
+        squeeze=False,
+    )
+    for panel in axes.flat[len(groups) :]:
+        panel.axis("off")
+    for panel, ((operator, shape), some) in zip(axes.flat, groups.items(), strict=False):
+        names = [row.implementation for row in some]
+        forward = [(row.forward or 0) * 1e3 for row in some]
+        panel.barh(names, forward, label="forward")
+        panel.barh(names, [(row.backward or 0) * 1e3 for row in some], left=forward, label="backward")
+        panel.invert_yaxis()
+        panel.set_title(f"{operator}, {shape}", fontsize=9)
+        panel.set_xlabel("ms", fontsize=8)
+        panel.tick_params(labelsize=8)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def described(setting: Setting, bandwidth: float) -> dict[str, Any]:
+    """What a reader needs to judge the numbers by."""
+    name = (
+        torch.cuda.get_device_name(setting.device)
+        if setting.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "date": f"{datetime.now():%Y-%m-%d}", "device": name, "threads": setting.threads, "rows": setting.rows,
+        "dtype": str(setting.dtype).removeprefix("torch."), "copy_bytes_per_second": bandwidth, "seconds": setting.seconds,
+        "kernels": library.load().kind, "versions": versions(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7b"])
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--rows", type=int, default=2048, help="tokens (default 2048)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="how long each call is repeated (default 0.5)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows and what they were measured on")
+    parser.add_argument("--chart", metavar="FILE", help="write a PNG with bars (needs matplotlib)")
+    asked = parser.parse_args()
+    if asked.chart and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--chart needs matplotlib: pip install matplotlib")
+    console, written = Console(), []
+    if not console.is_terminal:
+        console = Console(width=140)
+    for dtype in asked.dtype:
+        setting = Setting(torch.device(asked.device), DTYPES[dtype], asked.rows, asked.seconds)
+        bandwidth = copied(setting)
+        every = [case for name in asked.shapes for case in cases(name, setting, set(asked.operators))]
+        found = []
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=sum(len(case.calls) for case in every))
+            for row in rows(every, setting, bandwidth, lambda text: progress.update(task, description=text)):  # noqa: B023
+                found.append(row)
+                progress.advance(task)
+        about = described(setting, bandwidth)
+        where = f"{about['device']}, {about['threads']} threads, {dtype}, {asked.rows} rows"
+        title = f"{where}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
+        console.print(table(found, title))
+        for row in (row for row in found if row.failed):
+            console.print(f"{row.operator}, {row.shape}, {row.implementation}: {row.failed}", highlight=False)
+        written.append({**about, "rows_measured": [asdict(row) for row in found]})
+        if asked.chart:
+            stem, dot, suffix = asked.chart.rpartition(".")
+            chart(found, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The program in hand between passes: graph, layouts, mesh, collectives, and how a program is run and printed."""

@@ -1,0 +1,69 @@
+"""Runs a Program of one unit on plain tensors: what its graph computes, without any of the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from shardcomp.ir.program import B, Program, S
+
+
+def evaluate(program: Program, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a Program that has not been cut into units, by the caller's names.
+
+    inputs: every input of the Program, [b, s] int64 and the like. parameters: by name, in the Program's dtypes.
+    """
+    [unit] = program.units
+    given = {**parameters, **inputs}
+    given |= {name: held.value for name, held in program.buffers.items()}
+    sizes: dict[sympy.Symbol, int] = {}
+    for name, known in program.inputs.items():
+        sizes |= {symbol: inputs[name].shape[dim] for dim, symbol in enumerate(known.shape) if symbol in (B, S)}
+    env = compute(unit.body.results, given, sizes)
+    return {key: env[node] for key, node in zip(program.outputs, unit.body.results, strict=True)}
+
+
+def compute(wanted: Sequence[fx.Node], given: Mapping[str, Tensor], sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any]:
+    """The values of some nodes of a graph, and of what they are made of. given: the values of placeholders, by path."""
+    env: dict[fx.Node, Any] = {}
+    needed = ancestors(wanted)
+    for node in wanted[0].graph.nodes if wanted else ():
+        if node in needed:
+            env[node] = given[node.meta["path"]] if node.op == "placeholder" else call(node, env, sizes)
+    return env
+
+
+def ancestors(wanted: Sequence[fx.Node]) -> set[fx.Node]:
+    """Some nodes and all that they are made of."""
+    found: set[fx.Node] = set()
+    pending = list(wanted)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def call(node: fx.Node, env: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol, int], dtype: torch.dtype | None = None) -> Any:
+    """The result of one call, given those of the nodes it reads. dtype: what stands in for every floating dtype it names."""
+
+    def concrete(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return env[argument]
+        if dtype is not None and isinstance(argument, torch.dtype) and argument.is_floating_point:
+            return dtype
+        if isinstance(argument, sympy.Basic):
+            number = argument.subs(sizes)
+            return bool(number) if number.is_Boolean else int(number) if number.is_integer else float(number)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(concrete(entry) for entry in argument)
+        return argument
+
+    args, kwargs = concrete(tuple(node.args)), {key: concrete(argument) for key, argument in node.kwargs.items()}
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get("no_grad", False)):
+        return node.target(*args, **kwargs)

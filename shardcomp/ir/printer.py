@@ -1,0 +1,421 @@
+"""A Program as Python that people read and that runs: one line per value, alike units written once.
+
+The annotation of a line is the local shape, written as global size / axis; Python never evaluates annotations inside a
+function. What is executed holds plain integers and the names b and s, which each unit takes from its own inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from shardcomp.errors import InternalError
+from shardcomp.ir.collectives import EXCHANGES
+from shardcomp.ir.layout import Size, divides
+from shardcomp.ir.program import INPUT, MARK, PRELUDE, Body, Program, Unit, Value, stage_program, tensor_arguments
+
+aten = torch.ops.aten
+INDENT = "        "
+_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "bool",
+}
+_INFIX = {aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/"}
+_FUNCTIONAL = {aten.linear: "linear", aten.silu: "silu", aten.gelu: "gelu", aten.relu: "relu"}
+_METHODS = {"transpose", "permute", "unsqueeze", "squeeze", "pow", "mean", "sum", "rsqrt", "sqrt", "cos", "sin", "tanh", "exp"}
+_METHODS |= {"sigmoid", "cumsum", "ne", "eq", "lt", "le", "gt", "ge", "log", "diff", "detach", "clone"}
+_SUFFIXES = {"all_gather": "gathered", "reduce_scatter": "scattered", "all_reduce": "summed", "all_to_all": "moved"}
+RESERVED = frozenset({"self", "w", "b", "s", "torch", "aten", "unit", *keyword.kwlist, *_FUNCTIONAL.values()})
+
+
+def source(program: Program) -> str:
+    """The whole Program as one Python file that imports `shardcomp.runtime` alone."""
+    used: set[str] = set()
+    classes = [_unit_class(body, program, used) for body in program.bodies()]
+    top = _top_class(program, used)
+    imports = _imports(used | {"Stage", "Unit", "local"})
+    stage = f", stage {program.stage.index} of 0 … {program.stage.count - 1}" if program.stage else ""
+    header = f'"""{program.name} {program.signature}{stage}, for {_mesh_text(program)}. Written by shardcomp."""'
+    return "\n".join([header, "", *imports, "", "", "\n\n\n".join([*classes, top])]) + "\n"
+
+
+def sources(program: Program) -> list[str]:
+    """The Python of each stage, a whole file each."""
+    if program.stages == 1:
+        return [source(program)]
+    return [source(stage_program(program, stage)) for stage in range(program.stages)]
+
+
+def unit_source(body: Body, program: Program) -> str:
+    """The class of one body as a Python file of its own."""
+    used: set[str] = set()
+    text = _unit_class(body, program, used)
+    return "\n".join([*_imports(used | {"Unit", "local"}), "", "", text]) + "\n"
+
+
+def _imports(used: set[str]) -> list[str]:
+    lines = ["import torch"]
+    functional = sorted(used & set(_FUNCTIONAL.values()) - {"linear"})  # the runtime has one of its own
+    if functional:
+        lines.append(f"from torch.nn.functional import {', '.join(functional)}")
+    runtime = sorted(used - set(functional) - {"aten"}, key=lambda n: (n.lower(), n))
+    lines += ["", *_import_lines("shardcomp.runtime", runtime)]
+    return [*lines, "", "aten = torch.ops.aten"] if "aten" in used else lines
+
+
+def _import_lines(module: str, names: list[str]) -> list[str]:
+    line = f"from {module} import {', '.join(names)}"
+    return [line] if len(line) <= 128 else [f"from {module} import (", *(f"    {name}," for name in names), ")"]
+
+
+def _mesh_text(program: Program) -> str:
+    return " · ".join(f"{axis} {size}" for axis, size in program.mesh.as_dict().items())
+
+
+def _unit_class(body: Body, program: Program, used: set[str]) -> str:
+    users = [unit for unit in program.units if unit.body is body]
+    lines = [f"class {body.name}(Unit):  # {unit_paths(users)}"]
+    writer = Writer(body, users[0], program, used)
+    lines += ["    def forward(" + ", ".join(["self", *writer.input_names()]) + "):", *writer.lines()]
+    return "\n".join(lines)
+
+
+def unit_paths(units: list[Unit]) -> str:
+    """The paths of alike units, from the first to the last: `model.layers.0 … 31, alike`."""
+    if len(units) == 1:
+        return units[0].path
+    first, last = units[0].path, units[-1].path
+    tail = next((b for a, b in zip(first.split("."), last.split("."), strict=False) if a != b), last)
+    return f"{first} … {tail}, alike"
+
+
+class Writer:
+    """Writes the body of one unit class, line by line."""
+
+    def __init__(self, body: Body, unit: Unit, program: Program, used: set[str]) -> None:
+        self.body, self.unit, self.program, self.used = body, unit, program, used
+        self.sizes = program.mesh.as_dict()
+        self.names: dict[fx.Node, str] = {}
+        self.taken: set[str] = {
+            *RESERVED,
+            *(n.target.__name__ for n in body.calls() if not hasattr(n.target, "overloadpacket")),
+            *(n.meta[MARK] for n in body.calls() if MARK in n.meta),
+        }
+        for node, name in zip(body.placeholders(INPUT), unit.inputs, strict=True):
+            self.names[node] = self._unique(re.sub(r"_\d+$", "", name))
+        for node in body.graph.nodes:
+            if node.op == "placeholder" and node.meta["role"] != INPUT:
+                self.names[node] = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"w.{node.meta['path']}")
+
+    def input_names(self) -> list[str]:
+        return [self.names[node] for node in self.body.placeholders(INPUT)]
+
+    def lines(self) -> Iterator[str]:
+        if any(node.op == "placeholder" and node.meta["role"] != INPUT for node in self.body.graph.nodes):
+            yield f"{INDENT}w = local(self)"
+        statements = [(node, *self._statement(node)) for node in self.body.calls()]
+        yield from self._size_lines([symbols for *_, symbols in statements])
+        for node in self.body.placeholders(INPUT):
+            yield from self._fan_out(node)
+        for node, text, _ in statements:
+            yield text
+            yield from self._fan_out(node)
+        results = ", ".join(self.names[node] for node in self.body.results)
+        yield f"{INDENT}return {results}"
+
+    def _fan_out(self, node: fx.Node) -> Iterator[str]:
+        """What several matrices are multiplied with is said to be so, for the sake of its gradient."""
+        readers = [u for u in node.users if getattr(u.target, "overloadpacket", None) is aten.linear and u.args[0] is node]
+        if len(readers) > 1 and node.meta["value"].requires_grad:
+            yield f"{INDENT}{self.names[node]} = self.fan_out({self.names[node]})"
+
+    def _size_lines(self, used: list[set[sympy.Symbol]]) -> Iterator[str]:
+        """b and s, where an executed expression needs them, from the first input that has such a dimension."""
+        for symbol in sorted(set().union(*used), key=str):
+            yield f"{INDENT}{symbol} = {self._size_from_inputs(symbol)}"
+
+    def _size_from_inputs(self, symbol: sympy.Symbol) -> str:
+        for node in self.body.placeholders(INPUT):
+            held = node.meta["value"]
+            for dim, size in enumerate(held.shape):
+                if size == symbol:
+                    times = "".join(f" * {self.sizes[axis]}" for axis in held.layout.split_axes(dim) if self.sizes[axis] > 1)
+                    return f"{self.names[node]}.size({dim}){times}"
+        raise InternalError(f"listing: {self.unit.path} uses {symbol}, which none of its inputs has as a dimension")
+
+    def _statement(self, node: fx.Node) -> tuple[str, set[sympy.Symbol]]:
+        symbols: set[sympy.Symbol] = set()
+        expression = self._expression(node, symbols)
+        if MARK in node.meta:
+            function, _, arguments = expression.partition("(")
+            expression = f"{node.meta[MARK]}({function}, {arguments}"
+            self.used.add(node.meta[MARK])
+        self.names[node] = name = self._unique(self._base_name(node))
+        held = node.meta["value"]
+        note = f": {annotation(held, self.sizes)}" if isinstance(held, Value) else ""
+        return f"{INDENT}{name}{note} = {expression}", symbols
+
+    def _base_name(self, node: fx.Node) -> str:
+        path = node.meta["path"]
+        if node.target in EXCHANGES:
+            exchange = EXCHANGES[node.target]
+            base = self.names[node.args[0]].rpartition(".")[2]  # type: ignore[index]
+            return f"{base}_{_SUFFIXES[exchange.forward] if exchange.forward else 'cut' if node.args[1:-1] else 'shared'}"
+        leaves = bool(path) and all(not (u.meta.get("path", "") + ".").startswith(path + ".") for u in node.users)
+        if leaves and (path != self.unit.path or self.unit.kind == PRELUDE):
+            return re.sub(r"\W", "_", path.rpartition(".")[2])
+        packet = getattr(node.target, "overloadpacket", node.target)
+        return f"{packet.__name__.lstrip('_')}_1"
+
+    def _unique(self, base: str) -> str:
+        stem = re.sub(r"_\d+$", "", base)
+        name, count = base, 1
+        if name[0].isdigit():
+            name = stem = f"_{base}"
+        while name in self.taken:
+            count += 1
+            name = f"{stem}_{count}"
+        self.taken.add(name)
+        return name
+
+    def _expression(self, node: fx.Node, symbols: set[sympy.Symbol]) -> str:
+        target, args = node.target, node.args
+        packet = getattr(target, "overloadpacket", None)
+
+        def text(argument: Any) -> str:
+            return self._text(argument, symbols)
+
+        if target in _INFIX and not node.kwargs and len(args) == 2:
+            return f"{text(args[0])} {_INFIX[target]} {text(args[1])}"
+        if packet is aten.neg:
+            return f"-{text(args[0])}"
+        if packet in (aten.reshape, aten.expand):
+            sizes = ", ".join(local_sizes(node.meta["value"], self.sizes, symbols))
+            return f"{text(args[0])}.{packet.__name__}({sizes})"
+        if getattr(target, "__name__", "") == "getitem":
+            return f"{text(args[0])}[{text(args[1])}]"
+        if packet is None:
+            self.used.add(target.__name__)  # type: ignore[union-attr]
+            return f"{target.__name__}({', '.join(self._named_arguments(node, text))})"  # type: ignore[union-attr]
+        given = [text(a) for a in args] + [f"{key}={text(a)}" for key, a in node.kwargs.items()]
+        if packet in _FUNCTIONAL:
+            self.used.add(_FUNCTIONAL[packet])
+            return f"{_FUNCTIONAL[packet]}({', '.join(given)})"
+        if packet is aten.to:
+            return f"{given[0]}.to({', '.join(given[1:])})"
+        if packet.__name__ in _METHODS and args and isinstance(args[0], fx.Node):
+            return f"{given[0]}.{packet.__name__}({', '.join(given[1:])})"
+        if not tensor_arguments(node) and any(a.name == "device" for a in target._schema.arguments):  # type: ignore[union-attr]
+            given.append("device=self.device")
+        self.used.add("aten")
+        return f"aten.{packet.__name__}({', '.join(given)})"
+
+    def _named_arguments(self, node: fx.Node, text: Any) -> list[str]:
+        """Arguments of our own operators: tensors by position, the rest by name, an axis as the unit's own."""
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        given: list[str] = []
+        for name, argument in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
+            if name == "axis":
+                given.append(f"axis=self.{argument}")
+            elif name == "random":
+                given.append(f"random=self.random.{argument}")
+            elif name in node.kwargs or not isinstance(argument, fx.Node):
+                given.append(f"{name}={text(argument)}")
+            else:
+                given.append(text(argument))
+        return given
+
+    def _text(self, argument: Any, symbols: set[sympy.Symbol]) -> str:
+        if isinstance(argument, fx.Node):
+            return self.names[argument]
+        if isinstance(argument, sympy.Expr):
+            return _size(argument, symbols)
+        if isinstance(argument, (list, tuple)):
+            return f"[{', '.join(self._text(a, symbols) for a in argument)}]"
+        if isinstance(argument, float) and argument in (float("inf"), float("-inf")):
+            return f'float("{argument}")'
+        return repr(argument)
+
+
+def local_sizes(held: Value, sizes: dict[str, int], symbols: set[sympy.Symbol]) -> Iterator[str]:
+    """What a rank holds of each dimension, as an expression in b and s, which `symbols` then has; -1 where it is uneven."""
+    for dim, size in enumerate(held.shape):
+        parts = 1
+        for axis in held.layout.split_axes(dim):
+            parts *= sizes[axis] // held.layout.on(axis).copies
+        if parts > 1 and not divides(size, parts):
+            yield "-1"
+        else:
+            yield _size(sympy.sympify(size) / parts, symbols)
+
+
+def _size(size: Size, symbols: set[sympy.Symbol]) -> str:
+    expr = sympy.sympify(size)
+    symbols |= expr.free_symbols
+    numerator, denominator = sympy.fraction(sympy.together(expr))
+    return (
+        str(numerator)
+        if denominator == 1
+        else f"({numerator}) // {denominator}"
+        if numerator.args
+        else f"{numerator} // {denominator}"
+    )
+
+
+def annotation(held: Value, sizes: dict[str, int]) -> str:
+    """`bf16[b, s/tp, 4096]`, with `@ partial("tp")` for a result that is still to be summed."""
+    dims = []
+    for dim, size in enumerate(held.shape):
+        axes = [axis for axis in held.layout.split_axes(dim) if sizes[axis] > 1]
+        cut = [axis if held.layout.on(axis).copies == 1 else f"{axis}_kv" for axis in axes]
+        text = str(size)
+        dims.append("/".join([f"({text})" if cut and re.search(r"[ +-]", text) else text, *cut]))
+    base = (
+        f"{_DTYPES.get(held.dtype, str(held.dtype).removeprefix('torch.'))}[{', '.join(dims)}]"
+        if dims
+        else (f"{_DTYPES.get(held.dtype, str(held.dtype).removeprefix('torch.'))}[()]")
+    )
+    partial = held.layout.partial_axes()
+    return f"{base} @ partial({', '.join(repr(axis).replace(chr(39), chr(34)) for axis in partial)})" if partial else base
+
+
+def _top_class(program: Program, used: set[str]) -> str:
+    """The stage: its units, and a forward that calls them in order."""
+    lines = ["class Model(Stage):", "    units = ("]
+    several = program.stage is None and program.stages > 1
+    stage = None
+    for run in _runs(program.units):
+        if several and run[0].plan.stage != stage:
+            stage = run[0].plan.stage
+            lines.append(f"        # stage {stage}")
+        first, body = run[0].path, run[0].body.name
+        numbered = _numbered(run)
+        if len(run) > 1 and numbered:
+            head, start, stop, tail = numbered
+            lines.append(f'        *((f"{head}{{i}}{tail}", {body}) for i in range({start}, {stop})),')
+        else:
+            lines += (
+                [f'        ("{unit.path}", {unit.body.name}),' for unit in run]
+                if len(run) > 1
+                else [f'        ("{first}", {body}),']
+            )
+    received = program.stage.received if program.stage else ()
+    inputs = [_final(name) if name in received else name for name in program.inputs]
+    lines += ["    )", "", "    def forward(" + ", ".join(["self", *inputs]) + "):"]
+    lines += [INDENT + line for line in _calls(program)]
+    if program.stage:
+        lines += _border_lines("received", program.stage.received, program)
+        lines += _border_lines("sent", program.stage.sent, program)
+    if program.tokens is not None:
+        writer = Writer(program.tokens.body, program.tokens, program, used)
+        lines += ["", "    def tokens(" + ", ".join(["self", *writer.input_names()]) + "):", *writer.lines()]
+    return "\n".join(lines)
+
+
+def _border_lines(name: str, crossing: tuple[str, ...], program: Program) -> Iterator[str]:
+    """A method that tells the shape, the dtype and whether a gradient flows of the values that cross a border."""
+    sizes = program.mesh.as_dict()
+    yield from ("", f"    def {name}(self, b, s):")
+    if not crossing:
+        yield f"{INDENT}return []"
+        return
+    yield f"{INDENT}return ["
+    for each in crossing:
+        held = program.values[each]
+        shape = list(local_sizes(held, sizes, set()))
+        if "-1" in shape:
+            raise InternalError(f"listing: {each} is split unevenly where one stage sends it to the next")
+        text = f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+        yield f"{INDENT}    ({text}, {held.dtype}, {held.requires_grad}),  # {each}"
+    yield f"{INDENT}]"
+
+
+def _runs(units: list[Unit]) -> list[list[Unit]]:
+    """Consecutive units of one stage that share a body."""
+    runs: list[list[Unit]] = []
+    for unit in units:
+        if runs and runs[-1][0].body is unit.body and runs[-1][0].plan.stage == unit.plan.stage:
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return runs
+
+
+def _numbered(run: list[Unit]) -> tuple[str, int, int, str] | None:
+    """(head, start, stop, tail) where the paths of a run are head + number + tail, counting up."""
+    match = re.fullmatch(r"(.*?)(\d+)(\D*)", run[0].path)
+    if match is None:
+        return None
+    head, start, tail = match[1], int(match[2]), match[3]
+    expected = [f"{head}{start + i}{tail}" for i in range(len(run))]
+    return (head, start, start + len(run), tail) if [unit.path for unit in run] == expected else None
+
+
+def _calls(program: Program) -> Iterator[str]:
+    """The stage's forward: one call per unit, chains of alike units as a loop. Results keep the name that a loop carries."""
+    renamed: dict[str, str] = {}
+
+    def names(values: tuple[str, ...]) -> list[str]:
+        return [_final(renamed.get(value, value)) for value in values]
+
+    index = 0
+    for run in _runs(program.units):
+        if len(run) > 2 and _chained(run, program):
+            inputs = names(run[0].inputs)
+            carried = [inputs[position] for position in _carried(run)]
+            yield f"for unit in self.each[{index}:{index + len(run)}]:"
+            yield f"    {', '.join(carried)} = unit({', '.join(inputs)})"
+            renamed.update(zip(run[-1].outputs, carried, strict=True))
+        else:
+            for offset, unit in enumerate(run):
+                call = f"self.each[{index + offset}]({', '.join(names(unit.inputs))})"
+                yield f"{', '.join(names(unit.outputs))} = {call}"
+        index += len(run)
+    if program.stage and not program.stage.is_last:
+        given = names(program.stage.sent)
+        yield f"return ({', '.join(given)}{',' if len(given) == 1 else ''})"
+        return
+    pairs = ", ".join(f'"{key}": {names((name,))[0]}' for key, name in program.outputs.items())
+    yield f"return {{{pairs}}}"
+
+
+def _carried(run: list[Unit]) -> list[int]:
+    """For each result of a unit in a chained run, the position of the next unit's input that it becomes."""
+    return [run[1].inputs.index(name) for name in run[0].outputs]
+
+
+def _chained(run: list[Unit], program: Program) -> bool:
+    """Whether each unit of a run differs from the one before only in reading that one's results, which nothing else reads."""
+    if any(name not in run[1].inputs for name in run[0].outputs):
+        return False
+    positions = _carried(run)
+    readers: dict[str, int] = {}
+    for unit in program.units:
+        for name in unit.inputs:
+            readers[name] = readers.get(name, 0) + 1
+    for before, after in zip(run, run[1:], strict=False):
+        wanted = list(before.inputs)
+        for result, position in zip(before.outputs, positions, strict=True):
+            wanted[position] = result
+            if readers.get(result, 0) != 1 or result in program.outputs.values():
+                return False
+        if list(after.inputs) != wanted:
+            return False
+    first_inputs = [run[0].inputs[p] for p in positions]
+    return all(readers.get(name, 0) == 1 and name not in program.outputs.values() for name in first_inputs)
+
+
+def _final(name: str) -> str:
+    return f"{name}_" if name in RESERVED else name

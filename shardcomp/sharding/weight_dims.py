@@ -1,0 +1,148 @@
+"""What a policy's words mean for a weight: which of its dimensions is cut, found from the operator that uses it and its rule.
+
+`colwise` cuts the factor that the product makes (its output features), `rowwise` the one that it contracts, `vocab` the one
+that an embedding looks up or a head makes. So a weight may be stored in any orientation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from shardcomp.ir.layout import Layout, divides, split
+from shardcomp.ir.program import PARAMETER, Body, Program, Unit, stored, tensor_arguments, value
+from shardcomp.policy import Policy
+from shardcomp.sharding.rules import factoring
+
+UNEVEN = ("vocab",)
+"""Words whose weights may be cut unevenly, as `torch.chunk` does."""
+
+
+def weight_layouts(program: Program, policy: Policy, axis: str, size: int) -> tuple[dict[str, Layout], dict[str, str]]:
+    """The layout on `axis` of every parameter that the policy cuts, and a message for each that cannot be cut so.
+
+    Returns (parameter name -> layout, parameter name -> violation).
+    """
+    entries = policy.weight_entries(program.parameters, program.canonical_names())
+    layouts: dict[str, Layout] = {}
+    violations: dict[str, str] = {}
+    if size == 1:
+        return layouts, violations
+    seen: dict[tuple[int, int], int | None] = {}
+    for unit in program.units:
+        placeholders = unit.body.placeholders(PARAMETER)
+        for index, (node, name) in enumerate(zip(placeholders, unit.parameters, strict=True)):
+            word = entries.get(name, "whole")
+            if word == "whole" or name in layouts:
+                continue
+            key = (id(unit.body), index)
+            known = key in seen
+            if not known:
+                seen[key] = next(dimensions(node, word, tuple(range(len(value(node).shape)))), None)
+            dim = seen[key]
+            if dim is None:
+                if len(value(node).shape) > 1 and not known:
+                    violations[name] = f"{name}: {word} does not fit, because no operator that uses it has such a dimension"
+                continue
+            rows = int(value(node).shape[dim])
+            layouts[name] = Layout().put(axis, split(dim))
+            if not known and (problem := _indivisible(rows, size, word)):
+                violations[name] = f"{name}: {rows} {problem}"
+    return layouts, violations
+
+
+def _indivisible(rows: int, size: int, word: str) -> str | None:
+    if word in UNEVEN:
+        if -(-rows // size) * (size - 1) >= rows:
+            return f"rows leave a rank of tensor = {size} without any: use a smaller degree"
+        return None
+    if divides(rows, size):
+        return None
+    legal = ", ".join(str(n) for n in range(1, min(rows, 1024) + 1) if rows % n == 0)
+    return f"cannot be split over tensor = {size}: use {legal}"
+
+
+def dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Iterator[int]:
+    """The dimensions of a weight that `word` may mean, followed through operators that only rearrange it.
+
+    dims: for each dimension of `node`, the dimension of the weight that it is.
+    """
+    for user in node.users:
+        if user.op != "call_function" or (rule := factoring(user)) is None:
+            continue
+        operands = tensor_arguments(user)
+        names = rule.operands[operands.index(node)]
+        if len(operands) == 1:
+            through = tuple(dims[names.index(f)] if f in names else None for f in rule.results[0] if f is not None)
+            if len(through) == len(rule.results[0]):
+                yield from dimensions(user, word, through)
+            continue
+        beside = ((o, fs) for o, fs in zip(operands, rule.operands, strict=True) if o is not node and not _is_parameter(o))
+        others = {f for _, fs in beside for f in fs}
+        made = {f for fs in rule.results for f in fs}
+        for i, factor in enumerate(names):
+            if factor is None or dims[i] is None:
+                continue
+            # A vector has but one dimension: of a norm over features that are cut, it is cut as they are.
+            output, contracted = factor in made and (factor not in others or len(names) == 1), factor not in made
+            headed = output and not rule.forms
+            looked_up = contracted and factor in rule.forms
+            if {"colwise": output, "rowwise": contracted, "vocab": looked_up or headed}[word]:
+                yield dims[i]  # type: ignore[misc]
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta["role"] == PARAMETER
+
+
+def module_of(unit: Unit, node: fx.Node) -> str:
+    """The full module path of a node in a unit's body."""
+    return ".".join(part for part in (unit.path, node.meta["path"]) if part)
+
+
+def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
+    """For every weight that makes keys or values, biases and norms over all of them too: (attention, weight, heads)."""
+    for call in body.calls():
+        rule = factoring(call)
+        operands = tensor_arguments(call)
+        for i in rule.coarse if rule else ():
+            features = int(value(operands[i]).shape[-1])
+            products, others = _made_with(operands[i])
+            widths = {int(value(product).shape[-1]) for product in products}
+            for product in products:
+                heads, rest = divmod(int(value(product).shape[-1]), features)
+                for weight in map(stored, product.args[1:]) if not rest else ():
+                    if weight is not None:
+                        yield call, weight, heads
+            for weight in others:
+                if value(weight).shape[-1:] and (width := int(value(weight).shape[-1])) in widths and width % features == 0:
+                    yield call, weight, width // features
+
+
+def _made_with(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The products with weights that a value is made of, and the parameters that are met on the way back to them."""
+    seen, pending = {node}, [node]
+    products, parameters = [], []
+    while pending:
+        each = pending.pop()
+        if _is_parameter(each):
+            parameters.append(each)
+        elif each.target is torch.ops.aten.linear.default:
+            products.append(each)
+        else:
+            new = [operand for operand in _operands(each) if operand not in seen]
+            seen.update(new)
+            pending += new
+    return products, parameters
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """What a value is made of: where it is one of several results, the operand that this one alone is made of."""
+    call = node.args[0] if node.target is operator.getitem else None
+    rule = factoring(call) if isinstance(call, fx.Node) else None
+    if rule is None or not isinstance(call, fx.Node) or node.args[1] not in rule.alike:
+        return tensor_arguments(node)
+    return [tensor_arguments(call)[rule.alike[node.args[1]]]]  # type: ignore[index]
