@@ -6,6 +6,7 @@
 #                 or MODELS="llama gpt2" only these, with TORCH="2.11.0" under that as well, with JSON=file written there too
 # make gpu        on a machine with a GPU: is everything right there, and how fast are the kernels? Ends within 8 minutes
 # make gpu-train  training steps of LLaMA shapes on one GPU beside HuggingFace, torch.compile and FSDP2. Ends within 9 minutes
+# make docs       build these pages as a site in build/site; make docs-serve shows them and follows what is edited
 # make format     rewrite the sources as `make test` wants them
 #
 # Each does its own set-up, once: a virtual environment in .venv with the versions that constraints.txt pins. The two for GPUs
@@ -18,6 +19,7 @@ TRAIN ?= --config tiny --max-length 256 --batch-size 8 --steps 300 --warmup 20 -
 
 BIN := .venv/bin
 READY := .venv/installed
+DOCS := .venv/docs-installed
 
 # Where the checkpoints of a run in progress are.
 NOTHING :=
@@ -35,7 +37,7 @@ MATRIX = $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(MODELS),--models $(MODE
 NAMED := $(filter command environment,$(word 1,$(origin PYTHON)))
 GPU_PYTHON = $(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 
-.PHONY: pretrain test long matrix gpu gpu-train format clean
+.PHONY: pretrain test long matrix gpu gpu-train docs docs-serve format clean
 
 pretrain: $(READY)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN) \
@@ -60,6 +62,12 @@ gpu:
 gpu-train:
 	$(GPU_PYTHON) benchmarks/gpu/train_benchmark.py $(GPU)
 
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(DOCS)
+	$(BIN)/mkdocs serve
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -73,4 +81,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# What builds the pages takes 20 s to install, and nothing else needs it.
+$(DOCS): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

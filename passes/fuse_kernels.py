@@ -21,8 +21,8 @@ from torch import fx
 
 from shardcomp.errors import PolicyError, raise_all
 from shardcomp.fusion import loss_head, matchers
-from shardcomp.fusion.equivalence import Piece, Proposal, Verdict, prove
-from shardcomp.fusion.matchers import Candidate, Place
+from shardcomp.fusion.equivalence import MatchResult, Replacement, Subgraph, check_equivalent
+from shardcomp.fusion.matchers import Match, MatchSite
 from shardcomp.ir.program import Body, Context, Contract, Missed, Program, Unit, stored, tensor_arguments, value
 from shardcomp.kernels.counts import kernel_counts, place_of
 from shardcomp.kernels.rotary import rotary
@@ -76,8 +76,8 @@ class _Rewriting:
         _share_tables(self.body)
         if self.places("rotary"):
             self._rotate()
-        self._each(matchers.gates(self.body), ("swiglu", "geglu"), self._put)
-        self._each(matchers.norms(self.body), ("rms_norm", "layer_norm", "add_rms_norm"), self._norm)
+        self._each(matchers.match_gated_mlp(self.body), ("swiglu", "geglu"), self._put)
+        self._each(matchers.match_norms(self.body), ("rms_norm", "layer_norm", "add_rms_norm"), self._norm)
         if self.places("linear_cross_entropy"):
             # With all forwards before all backwards, the gradients of each would stand until then; and in float16 they would be
             # too small before the loss is scaled.
@@ -86,13 +86,13 @@ class _Rewriting:
 
     def _losses(self, early: bool) -> None:
         """The loss and the product that makes its logits as one."""
-        for head in list(loss_head.heads(self.body)):
+        for head in list(loss_head.find_loss_heads(self.body)):
             if head.product is None:
                 self.missed.append((head.losses, f"it is no linear_cross_entropy: {head.obstacle}"))
                 continue
-            head = loss_head.moved(self.body, head)
-            piece, proposal = loss_head.proposed(head, early)
-            verdict = prove(piece, [proposal], bits=False)  # one number, whose last bit is the order of a sum
+            head = loss_head.move_views_before_projection(self.body, head)
+            piece, proposal = loss_head.propose_kernel(head, early)
+            verdict = check_equivalent(piece, [proposal], bits=False)  # one number, whose last bit is the order of a sum
             if verdict.chosen is None:
                 self.missed.append((head.losses, verdict.reason))
             else:
@@ -101,7 +101,9 @@ class _Rewriting:
                 if rows is not None and not rows.users and rows.op == "call_function":
                     self.body.graph.erase_node(rows)
 
-    def _each(self, found: Iterable[Place], names: tuple[str, ...], put: Callable[[Piece, Proposal], str | None]) -> None:
+    def _each(
+        self, found: Iterable[MatchSite], names: tuple[str, ...], put: Callable[[Subgraph, Replacement], str | None]
+    ) -> None:
         """Put a kernel at each place where one passes the proof; where none does, say what comes nearest to it."""
         if not any(self.places(name) for name in names):
             return
@@ -120,35 +122,35 @@ class _Rewriting:
     def _alive(self) -> set[fx.Node]:
         return set(self.body.graph.nodes)
 
-    def _best(self, place: Place) -> tuple[Piece | None, Proposal | None, str]:
+    def _best(self, place: MatchSite) -> tuple[Subgraph | None, Replacement | None, str]:
         """The first piece and the first proposal for it that pass; else why the nearest does not."""
-        nearest = Verdict(None, place.hint, -1)
+        nearest = MatchResult(None, place.hint, -1)
         for candidate in place.candidates:
             verdict = self._prove(candidate)
             if verdict.chosen is not None:
                 piece, proposal = candidate.piece, candidate.proposals[verdict.chosen]
                 if not (escaped := piece.escapes()):
                     return piece, proposal, ""
-                verdict = Verdict(
+                verdict = MatchResult(
                     None, f"it is {proposal.name}, but {matchers.shown(escaped[0])} inside it is used elsewhere", 5
                 )
             nearest = max(nearest, verdict, key=lambda each: each.progress)
         return None, None, nearest.reason
 
-    def _prove(self, candidate: Candidate) -> Verdict:
+    def _prove(self, candidate: Match) -> MatchResult:
         proposals = candidate.proposals
         if not self.bits:
             once = [p for p in proposals if not (p.kwargs.get("round_first") or p.kwargs.get("round_each"))]
-            verdict = prove(candidate.piece, once, bits=False)
+            verdict = check_equivalent(candidate.piece, once, bits=False)
             return verdict if verdict.chosen is None else replace(verdict, chosen=proposals.index(once[verdict.chosen]))
-        return prove(candidate.piece, proposals)
+        return check_equivalent(candidate.piece, proposals)
 
-    def _put(self, piece: Piece, proposal: Proposal) -> str | None:
+    def _put(self, piece: Subgraph, proposal: Replacement) -> str | None:
         if self.places(proposal.name):
             _replace(self.body, piece, proposal)
         return None
 
-    def _norm(self, piece: Piece, proposal: Proposal) -> str | None:
+    def _norm(self, piece: Subgraph, proposal: Replacement) -> str | None:
         """A norm, with the addition that makes its operand where there is one."""
         x = proposal.args[0]
         assert x is not None
@@ -161,8 +163,8 @@ class _Rewriting:
                 return None
         return self._put(piece, proposal)
 
-    def _prove_sum(self, joined: Candidate) -> bool:
-        return not joined.piece.escapes() and prove(joined.piece, joined.proposals, self.bits).chosen is not None
+    def _prove_sum(self, joined: Match) -> bool:
+        return not joined.piece.escapes() and check_equivalent(joined.piece, joined.proposals, self.bits).chosen is not None
 
     def _is_cut(self, x: fx.Node) -> bool:
         """Whether the policy cuts the features of a value: it is the product of a weight that is cut by its outputs."""
@@ -174,8 +176,8 @@ class _Rewriting:
 
     def _rotate(self) -> None:
         """Rotations by the same tables, two by two: queries and keys."""
-        singles: dict[Hashable, list[tuple[fx.Node, Piece, Proposal]]] = {}
-        for place in list(matchers.rotations(self.body)):
+        singles: dict[Hashable, list[tuple[fx.Node, Subgraph, Replacement]]] = {}
+        for place in list(matchers.match_rotary(self.body)):
             piece, proposal, why = self._best(place)
             if piece is None or proposal is None:
                 self.missed.append((place.anchor, why))
@@ -191,10 +193,10 @@ class _Rewriting:
             self.missed.append((anchor, "it is rotary, but nothing else is turned by the same tables"))
 
 
-_Single = tuple[fx.Node, Piece, Proposal]
+_Single = tuple[fx.Node, Subgraph, Replacement]
 
 
-def _together(one: _Single, other: _Single) -> tuple[Piece, Proposal] | None:
+def _together(one: _Single, other: _Single) -> tuple[Subgraph, Replacement] | None:
     """Two rotations as one; None where the one is made of the other, or their shapes do not go together."""
     pieces = [one[1], other[1]]
     x, y = one[2].args[0], other[2].args[0]
@@ -210,8 +212,8 @@ def _together(one: _Single, other: _Single) -> tuple[Piece, Proposal] | None:
     nodes = tuple(node for node in x.graph.nodes if node in pieces[0].nodes or node in pieces[1].nodes)
     cos, sin = one[2].args[2:]
     outputs = tuple(pieces[i].outputs[0] for i in order)
-    piece = Piece(nodes, (q, k, cos, sin), outputs)  # type: ignore[arg-type]
-    return piece, Proposal(rotary, (q, k, cos, sin), one[2].kwargs, (0, 1))
+    piece = Subgraph(nodes, (q, k, cos, sin), outputs)  # type: ignore[arg-type]
+    return piece, Replacement(rotary, (q, k, cos, sin), one[2].kwargs, (0, 1))
 
 
 def _share_tables(body: Body) -> None:
@@ -238,7 +240,7 @@ class _Name:
         return f"%{self.name}"
 
 
-def _replace(body: Body, piece: Piece, proposal: Proposal) -> None:
+def _replace(body: Body, piece: Subgraph, proposal: Replacement) -> None:
     """Call the kernel where the last of its operands is there, and drop the piece."""
     graph = body.graph
     place = {node: i for i, node in enumerate(graph.nodes)}

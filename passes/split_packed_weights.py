@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from shardcomp.ir.interpreter import call
-from shardcomp.ir.packed import Part
+from shardcomp.ir.packed import PackedSlice
 from shardcomp.ir.program import (
     BUFFER,
     PARAMETER,
@@ -101,7 +101,7 @@ def _pieces(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> lis
     width = int(value(product).shape[-1])
     if sorted(row for each in rows for row in each) != list(range(width)):
         return []
-    groups = [Part.of_rows("", (width,), 0, each) for each in rows]
+    groups = [PackedSlice.of_rows("", (width,), 0, each) for each in rows]
     if any(part is None for part in groups):
         return []
     counts = {part.count for part in groups if part is not None}
@@ -223,7 +223,7 @@ def _replace(
 def _part(body: Body, weight: fx.Node, dim: int, piece: _Piece, parameters: dict[str, Parameter]) -> fx.Node:
     """A placeholder for the rows of `weight` that a piece is made of."""
     packed = parameters[weight.meta["path"]]
-    part = Part.of_rows(packed.name, packed.shape, dim, piece.rows)
+    part = PackedSlice.of_rows(packed.name, packed.shape, dim, piece.rows)
     assert part is not None
     shape = (*packed.shape[:dim], len(piece.rows), *packed.shape[dim + 1 :])
     name = f"{packed.name}.{piece.name}"

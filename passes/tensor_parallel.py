@@ -41,8 +41,8 @@ from shardcomp.ir.program import (
 )
 from shardcomp.kernels.dropout import stream_for
 from shardcomp.kernels.embedding import scales_by_frequency
-from shardcomp.sharding.propagation import Cutting, Propagation, border, improve, propagate
-from shardcomp.sharding.reshard import path
+from shardcomp.sharding.propagation import AxisSplit, Propagation, boundary_placement, propagate, refine
+from shardcomp.sharding.reshard import reshard_steps
 from shardcomp.sharding.rules import factoring, unfuse
 from shardcomp.sharding.weight_dims import UNEVEN, key_value_weights, module_of, weight_layouts
 
@@ -141,7 +141,7 @@ class _Rewrite:
     def __init__(self, program: Program, context: Context, layouts: dict[str, Layout], shared: set[str]) -> None:
         self.program, self.size = program, context.mesh.size(AXIS)
         length = program.static_shape[1] if program.static_shape else S
-        self.cutting = Cutting(self.size, length if context.policy.options.sequence_parallel else None)
+        self.cutting = AxisSplit(self.size, length if context.policy.options.sequence_parallel else None)
         self.layouts, self.shared = dict(layouts), shared
         self.words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.indivisible: dict[str, set[int]] = {}
@@ -204,7 +204,7 @@ class _Rewrite:
             self.stuck += [f"{module_of(unit, node)}: {_name(node)}" for node in done.stuck]
             return first
         given.update(tried)
-        return improve(body, self.cutting, given, _finals(unit, self.program))
+        return refine(body, self.cutting, given, _finals(unit, self.program))
 
     def _separate_additions(self, body: Body, given: dict[fx.Node, Placement]) -> None:
         """Take the bias out of a product whose weight is cut along what it contracts: it is added once, after the reduction."""
@@ -259,7 +259,7 @@ class _Rewrite:
                 finals = _finals(unit, self.program)
                 results = []
                 for result, final in zip(body.results, finals, strict=True):
-                    target = border(value(result), done.placements[result][0], final, self.cutting)
+                    target = boundary_placement(value(result), done.placements[result][0], final, self.cutting)
                     results.append(self._bring(body, result, done, _Use(target, False), node, cache, mixed))
                 node.args = (tuple(results),)
                 continue
@@ -318,7 +318,7 @@ class _Rewrite:
         key = (operand, use.placement, partial)
         if key not in cache:
             made = operand
-            for target, arguments, placement in path(now, use.placement, partial, held.requires_grad, self.size):
+            for target, arguments, placement in reshard_steps(now, use.placement, partial, held.requires_grad, self.size):
                 with body.graph.inserting_before(user):
                     node = body.graph.call_function(target, (made, *arguments, AXIS))
                 node.meta = {"path": user.meta.get("path", ""), "value": _at(held, placement)}
@@ -341,7 +341,7 @@ class _Rewrite:
             if (weight := stored(operand)) is not None and not now.is_whole:
                 what = f"{where}: the weight {weight.meta['path']} is gathered for {_name(node)}"
                 self.degraded.append(Degraded(what, "no rule lets the operator work on the weight as the policy cuts it"))
-            elif not choice.ruled:
+            elif not choice.has_rule:
                 self.degraded.append(Degraded(f"{where}: {_name(node)} runs whole", "the operator has no rule"))
 
     def record_parameters(self, unit: Unit, body: Body) -> None:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from shardcomp.ir.layout import Size, same
 from shardcomp.ir.program import Context, Contract, Program, Value, value
-from shardcomp.sharding.leading_dims import Lead, lift, packet_of, rows
+from shardcomp.sharding.leading_dims import LeadingSizes, packet_of, row_operands, unmerge
 
 CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"unmerged"}))
 
@@ -44,9 +44,9 @@ class _Unflattening:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.leads: dict[fx.Node, Lead] = {}
+        self.leads: dict[fx.Node, LeadingSizes] = {}
         self.twins: dict[fx.Node, fx.Node] = {}
-        self.apart: dict[tuple[fx.Node, Lead], fx.Node] = {}
+        self.apart: dict[tuple[fx.Node, LeadingSizes], fx.Node] = {}
         calls = [node for node in graph.nodes if node.op == "call_function"]
         for node in calls:
             if (lead := self._lead(node)) is not None:
@@ -64,14 +64,14 @@ class _Unflattening:
             if not node.users:
                 graph.erase_node(node)
 
-    def _lead(self, node: fx.Node) -> Lead | None:
+    def _lead(self, node: fx.Node) -> LeadingSizes | None:
         """What dimension 0 of a call's result was merged from, if it was."""
         packet = packet_of(node)
         if packet is aten.reshape:
             return _merged(self._shape(node.args[0]), value(node).shape)
         if packet is aten.repeat:
             return _repeated(node)
-        found = [self.leads[row] for row in rows(node) if row in self.leads]
+        found = [self.leads[row] for row in row_operands(node) if row in self.leads]
         return found[0] if found and all(_alike(found[0], other) for other in found) else None
 
     def _shape(self, node: Any) -> tuple[Size, ...]:
@@ -97,7 +97,7 @@ class _Unflattening:
             node = pending.pop()
             if isinstance(node, fx.Node) and node in self.leads and node not in found:
                 found.add(node)
-                pending += [node.args[0]] if packet_of(node) is aten.reshape else rows(node)
+                pending += [node.args[0]] if packet_of(node) is aten.reshape else row_operands(node)
         return found
 
     def _twin(self, node: fx.Node) -> fx.Node:
@@ -109,13 +109,13 @@ class _Unflattening:
             return self._reshaped(self.twins.get(source, source), self._shape(node), node)
         if packet is aten.repeat:
             return self._call(aten.expand.default, (source, list(self._shape(node))), {}, node)
-        lifted = lift(node, lead)
+        lifted = unmerge(node, lead)
         assert lifted is not None
         given = {row: self._row(row, lead) for row in lifted.rows}
         args, kwargs = fx.map_arg((lifted.args, dict(node.kwargs)), lambda n: given.get(n, n))
         return self._call(lifted.target, args, kwargs, node)
 
-    def _row(self, node: fx.Node, lead: Lead) -> fx.Node:
+    def _row(self, node: fx.Node, lead: LeadingSizes) -> fx.Node:
         """An operand's twin; one that no merge made is taken apart."""
         if node in self.leads:
             return self.twins[node]
@@ -153,7 +153,7 @@ def _alike(left: Iterable[Size], right: Iterable[Size]) -> bool:
     return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _merged(source: tuple[Size, ...], target: tuple[Size, ...]) -> Lead | None:
+def _merged(source: tuple[Size, ...], target: tuple[Size, ...]) -> LeadingSizes | None:
     """The leading sizes of `source`, two or more, whose product is the first of `target`."""
     product: Size = 1
     lead: list[Size] = []
@@ -165,7 +165,7 @@ def _merged(source: tuple[Size, ...], target: tuple[Size, ...]) -> Lead | None:
     return tuple(lead) if len(lead) > 1 and same(product, target[0]) else None
 
 
-def _repeated(node: fx.Node) -> Lead | None:
+def _repeated(node: fx.Node) -> LeadingSizes | None:
     """What a repetition along dimension 0 alone makes: all of the operand again and again."""
     source, (times, *others) = value(node.args[0]).shape, node.args[1]  # type: ignore[arg-type,misc]
     if len(source) != len(others) + 1 or not all(same(other, 1) for other in others):

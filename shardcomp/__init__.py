@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from shardcomp.policy import Policy
     from shardcomp.runtime.optimizer import AdamW
     from shardcomp.runtime.outputs import token_log_probs
-    from shardcomp.training.sample_stream import Stream
+    from shardcomp.training.sample_stream import SampleStream
+    from shardcomp.training.sample_stream import SampleStream as Stream
     from shardcomp.verification.verifier import verify
     from shardcomp.weights.initialization import initialize
 
@@ -37,8 +38,8 @@ _HOMES = {
     "PlanError": "errors",
     "Policy": "policy",
     "PolicyError": "errors",
+    "SampleStream": "training.sample_stream",
     "ShardError": "errors",
-    "Stream": "training.sample_stream",
     "VerifyError": "errors",
     "initialize": "weights.initialization",
     "lower": "lowering",
@@ -46,6 +47,8 @@ _HOMES = {
     "token_log_probs": "runtime.outputs",
     "verify": "verification.verifier",
 }
+_FORMER_NAMES = {"Stream": "SampleStream"}
+"""Names of earlier releases, still taken."""
 __all__ = [
     "AdamW",
     "BatchError",
@@ -55,6 +58,7 @@ __all__ = [
     "PlanError",
     "Policy",
     "PolicyError",
+    "SampleStream",
     "ShardError",
     "Stream",
     "VerifyError",
@@ -71,6 +75,12 @@ def __getattr__(name: str) -> Any:
     """Import on first use: emitted source needs the runtime only, and `shardcomp --help` needs neither."""
     if name == "checkpoint":
         return importlib.import_module("shardcomp.checkpoint")
+    name = _FORMER_NAMES.get(name, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'shardcomp' has no attribute {name!r}")
     return getattr(importlib.import_module(f"shardcomp.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, those that are not imported yet included."""
+    return sorted({*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"})

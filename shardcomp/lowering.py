@@ -37,7 +37,7 @@ from shardcomp.passes import (
 from shardcomp.policy import Policy
 from shardcomp.policy.auto import derive
 from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
-from shardcomp.runtime.call_cache import Call, Trained
+from shardcomp.runtime.call_cache import CallSignature, Trained
 
 PASSES = [
     canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
@@ -150,7 +150,7 @@ class Lowered:
             compare_ranks=self.policy.options.compare_ranks,
         )
 
-    def for_call(self, call: Call, shape: tuple[int, int], trained: Trained = None) -> Blueprint:
+    def for_call(self, call: CallSignature, shape: tuple[int, int], trained: Trained = None) -> Blueprint:
         """The blueprint of the same model and plan for another call, of (batch, length) = `shape`; lowered once, whoever
         asks.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardcomp.errors import CaptureError, PlanError
-from shardcomp.ir.packed import packed
+from shardcomp.ir.packed import group_by_packed
 from shardcomp.ir.program import Signature, value
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.attention_providers import probe
@@ -181,7 +181,7 @@ def weights_of(lowered: Lowered, checkpoint: str | Path | None = None) -> Weight
     Buffers that belong to the model's state come from the checkpoint or from the model.
     """
     parts = {name: p.part for name, p in lowered.program.parameters.items()}
-    read = _files(lowered, checkpoint) if checkpoint is not None else _of_the_model(lowered, list(packed(parts)))
+    read = _files(lowered, checkpoint) if checkpoint is not None else _of_the_model(lowered, list(group_by_packed(parts)))
 
     def weights(name: str, index: tuple[slice, ...]) -> Tensor:
         part = parts.get(name)

@@ -60,7 +60,7 @@ def test_the_local_rows_of_a_vocabulary_that_does_not_divide_follow_torch_chunk(
     assert run_ranks(4, work) == [len(piece) for piece in torch.arange(11).chunk(4)]
 
 
-def test_the_forward_returns_the_models_own_output_type_and_its_backward_gives_every_gradient() -> None:
+def test_the_forward_returns_the_models_output_type_and_backward_every_gradient() -> None:
     model = initialize(presets.build(tiny()), 0)
     batch = batches(97, 4, 8, 0)["causal"]
     expected = dense(model, "fp64", {"causal": batch}, [])

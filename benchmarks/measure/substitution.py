@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import shardcomp
-from shardcomp.fusion.equivalence import Piece, Proposal, _Trials, equal_bits
+from shardcomp.fusion.equivalence import Replacement, Subgraph, _Trials, equal_bits
 from shardcomp.kernels import linear_cross_entropy
 from shardcomp.passes import fuse_kernels
 from support.families import GATE, families, tiny_config
@@ -39,7 +39,7 @@ def compared(kind: str, precision: str) -> dict[str, tuple[int, float, int]]:
     found: dict[str, tuple[int, float, int]] = {}
     true = fuse_kernels._replace
 
-    def replace(body: Any, piece: Piece, proposal: Proposal) -> None:
+    def replace(body: Any, piece: Subgraph, proposal: Replacement) -> None:
         if proposal.function is not linear_cross_entropy:
             given, expected = _Trials(piece).own()
             made = proposal.run(given)

@@ -1,4 +1,4 @@
-"""Text for pretraining: documents to bytes to packed sequences. Which of them belong to which step, `shardcomp.Stream` says.
+"""Text for pretraining: documents to bytes to packed sequences. `shardcomp.SampleStream` says which of them belong to which step.
 
 A token is a byte (0 … 255), so no tokenizer is needed and any vocabulary of 256 or more will do. Everything is a function of
 the text, the length and the seed: no topology, no process and no run changes a sample or its place.

@@ -100,7 +100,7 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate(step, args.steps, args.warmup)
         )
-        self.stream = shardcomp.Stream(corpus.train, seed, axis.get_local_rank(), axis.size(), corpus.fingerprint)
+        self.stream = shardcomp.SampleStream(corpus.train, seed, axis.get_local_rank(), axis.size(), corpus.fingerprint)
         others = [name for name in sharded.mesh.mesh_dim_names if name != "dp"]
         self.speaks_for_batch = all(sharded.mesh[name].get_local_rank() == 0 for name in others)
         first = dist.get_rank() == 0

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from shardcomp.checkpoint import directory
-from shardcomp.checkpoint.run_state import Captured, capture, restore, unplain
+from shardcomp.checkpoint.run_state import Captured, restore, snapshot, unplain
 from shardcomp.checkpoint.storage import SavePlanner, Writer
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
@@ -58,7 +58,7 @@ def save(
     it cannot be written.
     """
     place = Path(path).expanduser().absolute()
-    write(place, agreed(lambda: capture(sharded, optimizer, step, scheduler, extra)), config_text(sharded))
+    write(place, agreed(lambda: snapshot(sharded, optimizer, step, scheduler, extra)), config_text(sharded))
     return place
 
 

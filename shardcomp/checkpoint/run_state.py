@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from shardcomp.checkpoint.storage import DTYPES, NAMED, LoadPlanner, Piece, Reader
 from shardcomp.errors import CheckpointError, raise_all
-from shardcomp.ir.packed import Part, join, packed
-from shardcomp.runtime.allocation import Held
+from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
+from shardcomp.runtime.allocation import LocalShard
 from shardcomp.runtime.blueprint import ParameterPlan
 from shardcomp.runtime.model import ShardedModel
 
@@ -48,7 +48,7 @@ class Captured:
         return {**self.common, "groups": groups, "values": values}
 
 
-def capture(
+def snapshot(
     sharded: ShardedModel,
     optimizer: torch.optim.Optimizer | None,
     step: int,
@@ -150,10 +150,10 @@ class Stored:
         self.manifest = manifest
         self.reader = Reader(path, manifest)
         self.parts = {
-            name: Part(**{**part, "shape": tuple(part["shape"])}) if (part := manifest["parts"].get(name)) else None
+            name: PackedSlice(**{**part, "shape": tuple(part["shape"])}) if (part := manifest["parts"].get(name)) else None
             for name in manifest["parameters"]
         }
-        self.packed = packed(self.parts)
+        self.packed = group_by_packed(self.parts)
         self.precision = self.policy_option("precision")
 
     def policy_option(self, name: str) -> Any:
@@ -199,7 +199,7 @@ class Stored:
     def original(self, name: str, key: str = "model/{}") -> Tensor:
         """A tensor as HuggingFace has it, a packed one joined; or a state of its optimizer, of which `key` is the pattern."""
         tensors = {each: self.whole(key.format(each)) for each in self.packed[name]}
-        return join(name, self.parts, tensors) if any(self.parts[each] for each in tensors) else tensors[name]
+        return assemble(name, self.parts, tensors) if any(self.parts[each] for each in tensors) else tensors[name]
 
     def group_of(self, name: str) -> dict[str, Any]:
         """The group of the optimizer that a tensor of the model was in; empty where it was in none."""
@@ -218,7 +218,7 @@ class _Wanted:
 
 def _prepare(
     stored: Stored,
-    held: Mapping[str, Held],
+    held: Mapping[str, LocalShard],
     optimizer: torch.optim.Optimizer,
     plans: Mapping[str, ParameterPlan],
 ) -> list[_Wanted]:
@@ -241,7 +241,9 @@ def _prepare(
     return list(wanted.values())
 
 
-def _new_state(stored: Stored, key: str, parameter: nn.Parameter, held: Held, group: Mapping[str, Any]) -> tuple[Tensor, Piece]:
+def _new_state(
+    stored: Stored, key: str, parameter: nn.Parameter, held: LocalShard, group: Mapping[str, Any]
+) -> tuple[Tensor, Piece]:
     """Memory for a tensor of the optimizer that was saved as `key`: in the dtype that it has beside its parameter."""
     if not stored.shape(key) and held.shape:
         apart = not (group.get("capturable") or group.get("fused"))  # torch keeps the number of steps on the host otherwise
@@ -274,7 +276,7 @@ def _read(stored: Stored, plans: Mapping[str, ParameterPlan], wanted: Iterable[_
             copy.local.copy_(each.pieces[0].local)
 
 
-def _part_of(whole: Tensor, part: Part | None, index: tuple[slice, ...]) -> Tensor:
+def _part_of(whole: Tensor, part: PackedSlice | None, index: tuple[slice, ...]) -> Tensor:
     return part.read(lambda _, at: whole[at], index) if part else whole[index]
 
 
@@ -284,12 +286,12 @@ def original(name: str, plans: Mapping[str, ParameterPlan]) -> str:
     return part.of if part else name
 
 
-def _piece(parameter: Tensor, held: Held) -> Piece:
+def _piece(parameter: Tensor, held: LocalShard) -> Piece:
     local = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
     return Piece(local, tuple(each.start for each in held.index), held.shape)
 
 
-def _state_piece(state: Tensor, parameter: nn.Parameter, held: Held) -> Piece | None:
+def _state_piece(state: Tensor, parameter: nn.Parameter, held: LocalShard) -> Piece | None:
     """A tensor of the optimizer: a number, or one that lies as its parameter does; None for anything else."""
     if state.shape == parameter.shape:
         return _piece(state, held)
@@ -299,7 +301,7 @@ def _state_piece(state: Tensor, parameter: nn.Parameter, held: Held) -> Piece | 
 def _misfits(stored: Stored, sharded: ShardedModel, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> Iterator[str]:
     """Why a checkpoint cannot be loaded into this run."""
     plans = sharded.blueprint.parameters
-    mine = packed({name: plan.part for name, plan in plans.items()})
+    mine = group_by_packed({name: plan.part for name, plan in plans.items()})
     for what, names in (("missing in it", mine.keys() - stored.packed), ("not in the model", stored.packed.keys() - mine)):
         if names:
             yield f"{len(names)} tensors are {what}: {_some(sorted(names))}"

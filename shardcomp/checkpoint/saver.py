@@ -14,7 +14,7 @@ import torch.distributed as dist
 from shardcomp.checkpoint import directory as directory_
 from shardcomp.checkpoint.api import Restored, agreed, broadcast, config_text, load, write
 from shardcomp.checkpoint.convert import convert
-from shardcomp.checkpoint.run_state import Captured, capture
+from shardcomp.checkpoint.run_state import Captured, snapshot
 from shardcomp.checkpoint.storage import Piece
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
@@ -103,7 +103,7 @@ class Saver:
         """
         self.wait()
         path = self.directory / directory_.name_of(step)
-        captured = agreed(lambda: capture(sharded, optimizer, step, scheduler, extra))
+        captured = agreed(lambda: snapshot(sharded, optimizer, step, scheduler, extra))
         files = config_text(sharded)
         if not self.asynchronous:
             self._write(path, captured, files)

@@ -25,8 +25,8 @@ from shardcomp.ir.mesh import AXES, FACTORS
 from shardcomp.ir.printer import unit_source
 from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit, value
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.recompute import Frame, frames
-from shardcomp.runtime.unit import Home
+from shardcomp.runtime.recompute import SavedCall, saved_calls
+from shardcomp.runtime.unit import UnitParameters
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -118,7 +118,9 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
         stored = [node for role in (PARAMETER, BUFFER) for node in body.placeholders(role)]
         weights = {node.meta["path"]: _module_of(empty(node)) for node in stored}
         modules: Any = {name: (module, "held") for name, module in weights.items()}
-        call = namespace[body.name](Home(modules, [], path=unit.path, recompute=unit.plan.recompute), axes, CPU, streams)
+        call = namespace[body.name](
+            UnitParameters(modules, [], path=unit.path, recompute=unit.plan.recompute), axes, CPU, streams
+        )
         inputs = [empty(node) for node in body.placeholders(INPUT)]
         # A saved tensor lives as long as what autograd was given in its place.
         holders: list[weakref.ref[_Holder]] = []
@@ -128,7 +130,7 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
             holders.append(weakref.ref(holder))
             return holder
 
-        with frames() as made, saved_tensors_hooks(pack, _Holder.get):
+        with saved_calls() as made, saved_tensors_hooks(pack, _Holder.get):
             results = call(*inputs)
         results = results if isinstance(results, tuple) else (results,)
         tensors = [holder.tensor for ref in holders if (holder := ref()) is not None]
@@ -163,7 +165,7 @@ class _Products(TorchDispatchMode):
         return result
 
 
-def _again(frame: Frame) -> None:
+def _again(frame: SavedCall) -> None:
     if any(slot.tensor is None for _, slot in frame.live()):
         frame.again()
 

@@ -32,7 +32,7 @@ _ROWS = 2
 
 
 @dataclass(frozen=True)
-class Piece:
+class Subgraph:
     """Some calls of a graph, in order: what they read from outside, and those of their results that are meant."""
 
     nodes: tuple[fx.Node, ...]
@@ -78,7 +78,7 @@ class _Number:
         return f"%{self.index}"
 
 
-def between(outputs: Sequence[fx.Node], inputs: Iterable[fx.Node], inner: Callable[[fx.Node], bool]) -> Piece:
+def subgraph_between(outputs: Sequence[fx.Node], inputs: Iterable[fx.Node], inner: Callable[[fx.Node], bool]) -> Subgraph:
     """The calls that make `outputs` of `inputs`. A value that is neither among these nor made by an `inner` call is a further
     input, behind them."""
     given = list(inputs)
@@ -97,11 +97,11 @@ def between(outputs: Sequence[fx.Node], inputs: Iterable[fx.Node], inner: Callab
     order = [node for node in outputs[0].graph.nodes if node in found or node in further]
     nodes = tuple(node for node in order if node in found)
     read = {operand for node in nodes for operand in tensor_arguments(node)}
-    return Piece(nodes, (*(n for n in given if n in read), *(n for n in order if n in further)), tuple(outputs))
+    return Subgraph(nodes, (*(n for n in given if n in read), *(n for n in order if n in further)), tuple(outputs))
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Replacement:
     """A kernel's call in the place of a piece: `function(*args, **kwargs)`, the nodes among `args` being inputs of the piece.
 
     used: the results that are the piece's outputs, in their order; None where there is but one result.
@@ -120,13 +120,13 @@ class Proposal:
         made = self.function(*(None if a is None else env[a] for a in self.args), **self.kwargs)
         return [made] if self.used is None else [made[i] for i in self.used]
 
-    def key(self, piece: Piece) -> Hashable:
+    def key(self, piece: Subgraph) -> Hashable:
         places = tuple(None if a is None else piece.inputs.index(a) for a in self.args)
         return self.name, places, tuple(self.kwargs.items()), self.used
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MatchResult:
     """Which of the proposals computes what the piece computes; if none does, why not the nearest: the further a proposal got,
     the higher its `progress`."""
 
@@ -135,30 +135,30 @@ class Verdict:
     progress: int = 0
 
 
-_verdicts: dict[Hashable, Verdict] = {}
+_verdicts: dict[Hashable, MatchResult] = {}
 
 
-def prove(piece: Piece, proposals: Sequence[Proposal], bits: bool = True) -> Verdict:
+def check_equivalent(piece: Subgraph, proposals: Sequence[Replacement], bits: bool = True) -> MatchResult:
     """The first of the proposals that passes the proof. bits: whether the outputs must have the same bits as well."""
     key = (piece.key(), tuple(proposal.key(piece) for proposal in proposals), bits)
     if key not in _verdicts:
         with torch.enable_grad():
-            _verdicts[key] = _prove(piece, proposals, bits)
+            _verdicts[key] = _check_equivalent(piece, proposals, bits)
     return _verdicts[key]
 
 
-def _prove(piece: Piece, proposals: Sequence[Proposal], bits: bool) -> Verdict:
+def _check_equivalent(piece: Subgraph, proposals: Sequence[Replacement], bits: bool) -> MatchResult:
     trials = _Trials(piece)
-    best = Verdict(None, "nothing was proposed", -1)
+    best = MatchResult(None, "nothing was proposed", -1)
     for i, proposal in enumerate(proposals):
         verdict = _tried(proposal, trials, bits)
         if verdict is None:
-            return Verdict(i)
+            return MatchResult(i)
         best = max(best, verdict, key=lambda each: each.progress)
     return best
 
 
-def _tried(proposal: Proposal, trials: _Trials, bits: bool) -> Verdict | None:
+def _tried(proposal: Replacement, trials: _Trials, bits: bool) -> MatchResult | None:
     """What speaks against a proposal; None if nothing does."""
     name = proposal.name
     for magnitude in _MAGNITUDES:
@@ -166,23 +166,25 @@ def _tried(proposal: Proposal, trials: _Trials, bits: bool) -> Verdict | None:
         env = {node: held.detach().requires_grad_(held.requires_grad) for node, held in given.items()}
         made = proposal.run(env)
         if [m.shape for m in made] != [e.shape for e in expected]:
-            return Verdict(None, f"it is no {name}: its results have other shapes", 0)
+            return MatchResult(None, f"it is no {name}: its results have other shapes", 0)
         apart = max(_deviation(a, b) for a, b in zip(made, expected, strict=True))
         if not apart <= AGREEMENT:
-            return Verdict(None, f"it is no {name}: in float64 they are {apart:.0e} apart", 1)
+            return MatchResult(None, f"it is no {name}: in float64 they are {apart:.0e} apart", 1)
         graded = [held for held in env.values() if held.requires_grad]
         found = torch.autograd.grad(made, graded, seeds, allow_unused=True) if graded else ()
         apart = max((_deviation(a, b) for a, b in zip(found, gradients, strict=True)), default=0.0)
         if not apart <= AGREEMENT:
-            return Verdict(None, f"it is no {name}: in float64 their gradients are {apart:.0e} apart", 2)
+            return MatchResult(None, f"it is no {name}: in float64 their gradients are {apart:.0e} apart", 2)
     given, expected = trials.own()
     made = proposal.run(given)
     if [m.dtype for m in made] != [e.dtype for e in expected]:
-        return Verdict(None, f"it is {name}, but its result is {_name(expected[0])}, and that of {name} {_name(made[0])}", 3)
+        return MatchResult(
+            None, f"it is {name}, but its result is {_name(expected[0])}, and that of {name} {_name(made[0])}", 3
+        )
     share = min(equal_bits(a, b) for a, b in zip(made, expected, strict=True))
     if bits and share < EQUAL_BITS:
         what = f"{share:.1%} of its {_name(expected[0])} results have the bits of {name}"
-        return Verdict(None, f"it is {name}, but rounds elsewhere: {what}; numerics = fp32 would take it", 4)
+        return MatchResult(None, f"it is {name}, but rounds elsewhere: {what}; numerics = fp32 would take it", 4)
     return None
 
 
@@ -208,7 +210,7 @@ def _deviation(made: Tensor | None, expected: Tensor | None) -> float:
 class _Trials:
     """What a piece computes of random numbers, each computed when first asked for."""
 
-    def __init__(self, piece: Piece) -> None:
+    def __init__(self, piece: Subgraph) -> None:
         self.piece = piece
         self.sizes = _sizes(piece)
         self.known: dict[float, Any] = {}
@@ -249,7 +251,7 @@ class _Trials:
         return found
 
 
-def _sizes(piece: Piece) -> dict[sympy.Symbol, int]:
+def _sizes(piece: Subgraph) -> dict[sympy.Symbol, int]:
     """The (b, s) to run a piece at."""
     shape = value(piece.outputs[0]).shape
     one = int(sympy.sympify(sympy.prod(shape)).subs({B: _ROWS, S: 1}))

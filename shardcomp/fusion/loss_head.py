@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.fusion.equivalence import Piece, Proposal, between
+from shardcomp.fusion.equivalence import Replacement, Subgraph, subgraph_between
 from shardcomp.ir.program import Body, value
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.linear_cross_entropy import Step, linear_cross_entropy
@@ -27,7 +27,7 @@ _SIZES = {"t": 5, "h": 3, "v": 7}
 
 
 @dataclass(frozen=True)
-class Head:
+class LossHead:
     """A mean loss [], the product that makes its logits, and what lies between, in order; `product` is None where that is
     something else, and `obstacle` says what."""
 
@@ -38,7 +38,7 @@ class Head:
     obstacle: str = ""
 
 
-def heads(body: Body) -> Iterator[Head]:
+def find_loss_heads(body: Body) -> Iterator[LossHead]:
     """Every sum of losses that is divided by a count."""
     for losses in body.calls():
         if losses.target is not cross_entropy:
@@ -46,7 +46,7 @@ def heads(body: Body) -> Iterator[Head]:
         total = _only(losses)
         mean = None if total is None or total.target is not aten.sum.default else _only(total)
         if mean is not None and mean.target is aten.div.Tensor and mean.args[0] is total and isinstance(mean.args[1], fx.Node):
-            yield _head(mean, losses)
+            yield _loss_head(mean, losses)
 
 
 def _only(node: fx.Node) -> fx.Node | None:
@@ -55,17 +55,17 @@ def _only(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 and users[0].op == "call_function" else None
 
 
-def _head(mean: fx.Node, losses: fx.Node) -> Head:
+def _loss_head(mean: fx.Node, losses: fx.Node) -> LossHead:
     between: list[fx.Node] = []
     at: Any = losses.args[0]
     while True:
         if _only(at) is None:
-            return Head(mean, losses, obstacle="its logits are used elsewhere")
+            return LossHead(mean, losses, obstacle="its logits are used elsewhere")
         if at.target is aten.linear.default:
-            return Head(mean, losses, at, tuple(reversed(between)))
+            return LossHead(mean, losses, at, tuple(reversed(between)))
         if not (_is_move(at) or _step(at)):
             what = at.name if at.op == "placeholder" else str(getattr(at.target, "overloadpacket", at.target))
-            return Head(mean, losses, obstacle=f"its logits are made by {what.removeprefix('aten.')}, not by a product")
+            return LossHead(mean, losses, obstacle=f"its logits are made by {what.removeprefix('aten.')}, not by a product")
         between.append(at)
         at = at.args[0]
 
@@ -95,7 +95,7 @@ def _step(node: fx.Node) -> Step | None:
     return None
 
 
-def moved(body: Body, head: Head) -> Head:
+def move_views_before_projection(body: Body, head: LossHead) -> LossHead:
     """The head with its moves made before the product."""
     assert head.product is not None
     graph = body.graph
@@ -127,10 +127,10 @@ def moved(body: Body, head: Head) -> Head:
     head.losses.replace_input_with(head.losses.args[0], at)  # type: ignore[arg-type]
     for node in (*reversed(head.between), head.product):
         graph.erase_node(node)
-    return Head(head.mean, head.losses, product, tuple(between))
+    return LossHead(head.mean, head.losses, product, tuple(between))
 
 
-def proposed(head: Head, early: bool) -> tuple[Piece, Proposal]:
+def propose_kernel(head: LossHead, early: bool) -> tuple[Subgraph, Replacement]:
     """The piece that a head without moves is, and the kernel for it."""
     assert head.product is not None
     x, weight, *bias = head.product.args
@@ -160,11 +160,11 @@ def proposed(head: Head, early: bool) -> tuple[Piece, Proposal]:
         shape = {x: "th", weight: "vh"}.get(node, "v")
         return torch.randn([_SIZES[size] for size in shape], generator=generator, dtype=torch.float64)
 
-    piece = between([head.mean], given, lambda node: node not in given)
-    return replace(piece, draw=draw), Proposal(linear_cross_entropy, tuple(given), kwargs)
+    piece = subgraph_between([head.mean], given, lambda node: node not in given)
+    return replace(piece, draw=draw), Replacement(linear_cross_entropy, tuple(given), kwargs)
 
 
-def rows_apart(proposal: Proposal) -> Proposal:
+def rows_apart(proposal: Replacement) -> Replacement:
     """The kernel's call without a reshape that only lays all rows in order: it does that itself."""
     x, *others = proposal.args
     if x is None or x.target is not aten.reshape.default or len(value(x).shape) != 2:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardcomp.fusion.equivalence import Piece, Proposal, between
+from shardcomp.fusion.equivalence import Replacement, Subgraph, subgraph_between
 from shardcomp.ir.interpreter import ancestors
 from shardcomp.ir.layout import same
 from shardcomp.ir.program import Body, Value, tensor_arguments, value
@@ -37,24 +37,24 @@ _ACTIVATES = {aten.silu, aten.gelu, aten.sigmoid, aten.tanh, aten.relu, aten.erf
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Match:
     """A piece and the kernel calls proposed for it, none of them where nothing fits it at all."""
 
-    piece: Piece
-    proposals: tuple[Proposal, ...]
+    piece: Subgraph
+    proposals: tuple[Replacement, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class MatchSite:
     """Where a kernel was looked for: the call that was noticed, and the candidates around it, the largest first."""
 
     anchor: fx.Node
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Match, ...]
     hint: str = ""
     """Why there is no candidate, where there is none."""
 
 
-def norms(body: Body) -> Iterator[Place]:
+def match_norms(body: Body) -> Iterator[MatchSite]:
     """RMS norms and layer norms, around each root of a moment over features, and each norm of torch's own."""
     for anchor in body.calls():
         packet = _packet(anchor)
@@ -65,14 +65,14 @@ def norms(body: Body) -> Iterator[Place]:
             continue
         hint = "" if packet in _NORMS or _over_last(anchor) else "it is not taken over the last dimension alone"
         sources = list(_above([anchor.args[0]], _is_elementwise))  # type: ignore[list-item]
-        found = [] if hint else [c for out in reversed(below) for x in reversed(sources) for c in _norm(out, x)]
+        found = [] if hint else [c for out in reversed(below) for x in reversed(sources) for c in _norm_candidates(out, x)]
         end = below[-1]
         if not hint and len(end.users) > 1:
             hint = f"{shown(end)}, on the way to what it scales, is used elsewhere"
-        yield Place(anchor, tuple(found), hint or "what it scales does not begin and end in one value of one shape")
+        yield MatchSite(anchor, tuple(found), hint or "what it scales does not begin and end in one value of one shape")
 
 
-def _norm(out: fx.Node, x: fx.Node) -> Iterator[Candidate]:
+def _norm_candidates(out: fx.Node, x: fx.Node) -> Iterator[Match]:
     """A norm from x to `out`, where what else it reads is vectors of its features: parameters, or what is made of them."""
     shape = value(x).shape
     if x is out or value(out).shape != shape or not isinstance(shape[-1], int):
@@ -81,16 +81,16 @@ def _norm(out: fx.Node, x: fx.Node) -> Iterator[Candidate]:
     def is_vector(node: fx.Node) -> bool:
         return _single(node) and value(node).shape == shape[-1:]
 
-    pieces: list[Piece] = []
+    pieces: list[Subgraph] = []
     for inner in (_is_elementwise, lambda node: _is_elementwise(node) and not is_vector(node)):
-        piece = between([out], [x], inner)
+        piece = subgraph_between([out], [x], inner)
         others = [node for node in piece.inputs if node is not x]
         if x in piece.inputs and len(others) <= 2 and all(is_vector(node) for node in others) and piece not in pieces:
             pieces.append(piece)
-            yield Candidate(piece, tuple(_norm_proposals(piece, x, others)))
+            yield Match(piece, tuple(_norm_proposals(piece, x, others)))
 
 
-def _norm_proposals(piece: Piece, x: fx.Node, others: list[fx.Node]) -> Iterator[Proposal]:
+def _norm_proposals(piece: Subgraph, x: fx.Node, others: list[fx.Node]) -> Iterator[Replacement]:
     constants = piece.constants()
     small = [c for c in constants if 0 < c < 0.1] or [0.0]
     offsets = (0.0, 1.0) if others and 1.0 in constants else (0.0,)
@@ -99,10 +99,10 @@ def _norm_proposals(piece: Piece, x: fx.Node, others: list[fx.Node]) -> Iterator
             for offset in offsets:
                 for first in (False, True) if others else (False,):
                     kwargs = {"eps": eps, "offset": offset, "round_first": first}
-                    yield Proposal(rms_norm, (x, *others), {k: v for k, v in kwargs.items() if v or k == "eps"})
+                    yield Replacement(rms_norm, (x, *others), {k: v for k, v in kwargs.items() if v or k == "eps"})
         for vectors in _assignments(others):
-            yield Proposal(layer_norm, (x, *vectors), {"eps": eps})
-            yield Proposal(layer_norm, (x, *vectors), {"eps": eps, "stepwise": True})
+            yield Replacement(layer_norm, (x, *vectors), {"eps": eps})
+            yield Replacement(layer_norm, (x, *vectors), {"eps": eps, "stepwise": True})
 
 
 def _assignments(others: list[fx.Node]) -> list[tuple[fx.Node | None, ...]]:
@@ -114,7 +114,7 @@ def _assignments(others: list[fx.Node]) -> list[tuple[fx.Node | None, ...]]:
     return [(others[0], others[1]), (others[1], others[0])]
 
 
-def with_sum(proposal: Proposal, inner: Piece) -> Candidate | None:
+def with_sum(proposal: Replacement, inner: Subgraph) -> Match | None:
     """The norm of a sum with the addition in it. A sum of more than two terms is left alone: where some of them are still to be
     reduced over ranks, these are added up first."""
     total = proposal.args[0]
@@ -129,11 +129,11 @@ def with_sum(proposal: Proposal, inner: Piece) -> Candidate | None:
             return None
     nodes = (total, *inner.nodes)
     read = dict.fromkeys((*terms, *(node for node in inner.inputs if node is not total)))
-    piece = Piece(nodes, tuple(read), (*inner.outputs, total))
-    return Candidate(piece, (Proposal(add_rms_norm, (*terms, *proposal.args[1:]), proposal.kwargs, (0, 1)),))
+    piece = Subgraph(nodes, tuple(read), (*inner.outputs, total))
+    return Match(piece, (Replacement(add_rms_norm, (*terms, *proposal.args[1:]), proposal.kwargs, (0, 1)),))
 
 
-def rotations(body: Body) -> Iterator[Place]:
+def match_rotary(body: Body) -> Iterator[MatchSite]:
     """Rotary positions of one value, around each sum of two products with tables, one of them of something turned.
 
     The kernel takes queries and keys together: the proposals here turn one value twice and use the first result.
@@ -149,22 +149,22 @@ def rotations(body: Body) -> Iterator[Place]:
         (straight, cos), (around, sin) = (sides[turned.index(flag)] for flag in (False, True))  # type: ignore[misc]
         sources = [x for x in _above([straight, around], _is_move) if _single(x)]
         outs = [anchor, *_below(anchor)]
-        found = [c for out in reversed(outs) for x in reversed(sources) for c in _rotation(out, x, cos, sin)]
-        yield Place(anchor, tuple(found))
+        found = [c for out in reversed(outs) for x in reversed(sources) for c in _rotary_candidates(out, x, cos, sin)]
+        yield MatchSite(anchor, tuple(found))
 
 
-def _rotation(out: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> Iterator[Candidate]:
+def _rotary_candidates(out: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> Iterator[Match]:
     if not _single(out) or value(out).shape != value(x).shape:
         return
-    piece = between([out], [x, cos, sin], lambda node: _is_move(node) or _is_elementwise(node))
+    piece = subgraph_between([out], [x, cos, sin], lambda node: _is_move(node) or _is_elementwise(node))
     if set(piece.inputs) != {x, cos, sin}:
         return
     proposals = []
     for interleaved in (False, True):
         for each in (False, True):
             kwargs = {name: True for name, on in (("interleaved", interleaved), ("round_each", each)) if on}
-            proposals.append(Proposal(rotary, (x, x, cos, sin), kwargs, (0,)))
-    yield Candidate(piece, tuple(proposals))
+            proposals.append(Replacement(rotary, (x, x, cos, sin), kwargs, (0,)))
+    yield Match(piece, tuple(proposals))
 
 
 def _table(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -188,28 +188,28 @@ def _is_turned(node: fx.Node) -> bool:
     return _packet(node) in (aten.cat, aten.stack)
 
 
-def gates(body: Body) -> Iterator[Place]:
+def match_gated_mlp(body: Body) -> Iterator[MatchSite]:
     """Products of an activated value with another one of its shape."""
     for anchor in body.calls():
         if _packet(anchor) is not aten.mul or anchor.kwargs or not all(isinstance(a, fx.Node) for a in anchor.args):
             continue
         if any(value(a).shape != value(anchor).shape for a in anchor.args):  # type: ignore[arg-type]
             continue
-        found: list[Candidate] = []
+        found: list[Match] = []
         for activated, other in (anchor.args, anchor.args[::-1]):
             for out in reversed([anchor, *_casts_below(anchor)]):
                 for up in reversed([other, *_casts_above(other)]):  # type: ignore[arg-type]
                     for gate in reversed(list(_above([activated], _is_elementwise))):  # type: ignore[list-item]
-                        found += _gate(out, gate, up, activated)  # type: ignore[arg-type]
+                        found += _gated_candidates(out, gate, up, activated)  # type: ignore[arg-type]
         if found:
-            yield Place(anchor, tuple(found))
+            yield MatchSite(anchor, tuple(found))
 
 
-def _gate(out: fx.Node, gate: fx.Node, up: fx.Node, activated: fx.Node) -> Iterator[Candidate]:
+def _gated_candidates(out: fx.Node, gate: fx.Node, up: fx.Node, activated: fx.Node) -> Iterator[Match]:
     if gate in (activated, up) or value(gate).shape != value(out).shape or value(gate).dtype != value(up).dtype:
         return
-    piece = between([out], [gate, up], _is_elementwise)
-    inside = between([activated], [gate], _is_elementwise)
+    piece = subgraph_between([out], [gate, up], _is_elementwise)
+    inside = subgraph_between([activated], [gate], _is_elementwise)
     if set(piece.inputs) != {gate, up} or set(inside.inputs) != {gate}:
         return
     if _made_of(gate) & _made_of(up):
@@ -219,10 +219,10 @@ def _gate(out: fx.Node, gate: fx.Node, up: fx.Node, activated: fx.Node) -> Itera
     proposals = []
     for first in (False, True):
         kwargs = {"round_first": True} if first else {}
-        proposals.append(Proposal(swiglu, (gate, up), kwargs))
-        proposals.append(Proposal(geglu, (gate, up), kwargs))
-        proposals.append(Proposal(geglu, (gate, up), {"tanh": True, **kwargs}))
-    yield Candidate(piece, tuple(proposals))
+        proposals.append(Replacement(swiglu, (gate, up), kwargs))
+        proposals.append(Replacement(geglu, (gate, up), kwargs))
+        proposals.append(Replacement(geglu, (gate, up), {"tanh": True, **kwargs}))
+    yield Match(piece, tuple(proposals))
 
 
 def _made_of(node: fx.Node) -> set[fx.Node]:

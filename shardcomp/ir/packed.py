@@ -12,7 +12,7 @@ from shardcomp.errors import InternalError
 
 
 @dataclass(frozen=True)
-class Part:
+class PackedSlice:
     """The rows of the packed tensor `of` that one part is: `count` runs of `run` rows each, the first at `start`, each run
     `stride` rows behind the one before. `dim` is the dimension of both tensors that rows are counted along; `shape` is the
     packed tensor's."""
@@ -26,7 +26,7 @@ class Part:
     count: int
 
     @staticmethod
-    def of_rows(of: str, shape: Sequence[int], dim: int, rows: Sequence[int]) -> Part | None:
+    def of_rows(of: str, shape: Sequence[int], dim: int, rows: Sequence[int]) -> PackedSlice | None:
         """The part that is made of these rows in this order; None where they are not runs of one length at one stride."""
         breaks = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
         run = breaks[0] if breaks else len(rows)
@@ -34,7 +34,7 @@ class Part:
             return None
         count = len(rows) // run
         stride = rows[run] - rows[0] if count > 1 else run
-        found = Part(of, tuple(shape), dim, rows[0], run, stride, count)
+        found = PackedSlice(of, tuple(shape), dim, rows[0], run, stride, count)
         return found if found.rows() == list(rows) else None
 
     @property
@@ -63,7 +63,7 @@ class Part:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
 
-def packed(parts: Mapping[str, Part | None]) -> dict[str, list[str]]:
+def group_by_packed(parts: Mapping[str, PackedSlice | None]) -> dict[str, list[str]]:
     """The model's own tensors -> the parameters that hold their rows, both in order: of a packed one its parts, else itself.
 
     parts: parameter -> which part it is.
@@ -74,7 +74,7 @@ def packed(parts: Mapping[str, Part | None]) -> dict[str, list[str]]:
     return found
 
 
-def join(name: str, parts: Mapping[str, Part | None], tensors: Mapping[str, Tensor]) -> Tensor:
+def assemble(name: str, parts: Mapping[str, PackedSlice | None], tensors: Mapping[str, Tensor]) -> Tensor:
     """The packed tensor `name`. parts: parameter -> which part it is, other tensors' not counting; tensors: parameter -> the
     whole part, zeros where there is none. Raises InternalError where the parts are not all of it."""
     mine = {each: part for each, part in parts.items() if part and part.of == name}

@@ -20,7 +20,7 @@ from torch import fx
 
 from shardcomp.ir.layout import Layout, Size
 from shardcomp.ir.mesh import Mesh
-from shardcomp.ir.packed import Part
+from shardcomp.ir.packed import PackedSlice
 
 B, S = sympy.symbols("b s", integer=True, positive=True)
 """The batch size and the sequence length of one call."""
@@ -63,7 +63,7 @@ class Parameter:
     layout: Layout = Layout()
     partial_gradient: tuple[str, ...] = ()
     """Axes on which each rank holds one summand of the gradient; the runtime adds them up once per step."""
-    part: Part | None = None
+    part: PackedSlice | None = None
     """Which rows of a packed weight this is; None for a parameter that the model has itself."""
     idle: bool = False
     """Whether no call uses it: it is held and saved, and never gets a gradient."""

@@ -34,15 +34,15 @@ from shardcomp.runtime.linear import linear
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import keep, once
-from shardcomp.runtime.unit import Home, Stage, Unit, local
+from shardcomp.runtime.unit import Stage, Unit, UnitParameters, local
 
 __all__ = [
     "Blueprint",
-    "Home",
     "ShardedModel",
     "Stage",
     "Streams",
     "Unit",
+    "UnitParameters",
     "add_rms_norm",
     "allgather_reducescatter",
     "allgather_split",

@@ -23,14 +23,14 @@ from shardcomp.ir.mesh import FACTORS, SHARDING, Mesh
 from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint, ParameterPlan, UnitPlan
 from shardcomp.runtime.module_contract import Namespace
-from shardcomp.runtime.unit import Home, Root, Shared
+from shardcomp.runtime.unit import SharedParameters, StageRoot, UnitParameters
 
 Weights = Callable[[str, tuple[slice, ...]], Tensor]
 """(parameter name, which part) -> that part, in any dtype, on any device."""
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StageShard:
     """What a rank holds of one stage: the homes of its units and the module that FSDP takes for their root.
 
     names: a parameter's name in the model -> its name on this rank, which is another one for the second copy of a tied weight.
@@ -40,8 +40,8 @@ class Chunk:
 
     index: int
     units: tuple[UnitPlan, ...]
-    homes: list[Home]
-    root: Root
+    unit_parameters: list[UnitParameters]
+    root: StageRoot
     names: dict[str, str]
     scalar_places: tuple[tuple[nn.Module, str], ...] = ()
 
@@ -53,12 +53,12 @@ class Chunk:
     @property
     def groups(self) -> list[FSDPModule]:
         """The modules whose parameters FSDP gathers together, in the order of the forward, the shared ones last."""
-        return [module for module in (*self.homes, self.root.shared, self.root) if isinstance(module, FSDPModule)]
+        return [module for module in (*self.unit_parameters, self.root.shared, self.root) if isinstance(module, FSDPModule)]
 
     def users(self, module: nn.Module) -> list[UnitPlan]:
         """The units that use the parameters of a group."""
         module = self.root.shared if module is self.root and self.root.shared else module
-        return [unit for unit, home in zip(self.units, self.homes, strict=True) if module in (home, home.shared)]
+        return [unit for unit, home in zip(self.units, self.unit_parameters, strict=True) if module in (home, home.shared)]
 
     def reshards(self, module: nn.Module) -> bool:
         """Whether a group's parameters are put back in pieces between its forward and its backward."""
@@ -75,7 +75,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """What this rank holds of a parameter of the shape `shape`: the piece that `index` says, in `parameters`, of which there
     are two where it has both stages that use a tied weight."""
 
@@ -105,13 +105,13 @@ def allocate(
     factored: DeviceMesh,
     coordinates: Mapping[str, int],
     device: torch.device,
-) -> tuple[nn.Module, list[Chunk]]:
-    """The tree of modules that has this rank's parameters and buffers under their names, and its chunks.
+) -> tuple[nn.Module, list[StageShard]]:
+    """The tree of modules that has this rank's parameters and buffers under their names, and its stage_shards.
 
     mesh, factored: the meshes of parameters, the second for units that hold some in copies.
     """
     tree = nn.Module()
-    chunks: list[Chunk] = []
+    stage_shards: list[StageShard] = []
     homes_of: dict[str, str] = {}  # a parameter on this rank -> its name in the model
     taken: set[str] = set()
     for stage in stages_of(blueprint, coordinates["pp"]):
@@ -136,17 +136,17 @@ def allocate(
             for name, held in names.items()
             if not blueprint.parameters[name].shape
         )
-        chunks.append(Chunk(stage, units, homes, Root(homes, shared), names, scalars))
-    for chunk in chunks:
-        _share(blueprint, chunk, mesh, factored, device)
+        stage_shards.append(StageShard(stage, units, homes, StageRoot(homes, shared), names, scalars))
+    for stage_shard in stage_shards:
+        _share(blueprint, stage_shard, mesh, factored, device)
     _fill(blueprint, weights, tree, homes_of, coordinates)
     used = {name for unit in blueprint.units for name in unit.buffers.values()}
-    mine = {name for chunk in chunks for unit in chunk.units for name in unit.buffers.values()}
+    mine = {name for stage_shard in stage_shards for unit in stage_shard.units for name in unit.buffers.values()}
     for name, buffer in blueprint.buffers.items():
         if name in mine or name not in used:
             path, _, leaf = name.rpartition(".")
             _descend(tree, path).register_buffer(leaf, buffer.to(device), persistent=name in blueprint.persistent_buffers)
-    return tree, chunks
+    return tree, stage_shards
 
 
 def _free_name(name: str, plan: ParameterPlan, taken: set[str]) -> str:
@@ -208,19 +208,23 @@ def _descend(tree: nn.Module, path: str) -> nn.Module:
     return tree
 
 
-def _homes(tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str]) -> tuple[list[Home], Shared | None]:
+def _homes(
+    tree: nn.Module, units: tuple[UnitPlan, ...], names: Mapping[str, str]
+) -> tuple[list[UnitParameters], SharedParameters | None]:
     """A home for each unit of a stage, and one for the modules whose parameters several of them use."""
     readers = _readers(units, names)
     common = {path for path, indices in readers.items() if len(indices) > 1}
     apart = all(units[index].reshard for path in common for index in readers[path])
-    shared = Shared([_alone(tree.get_submodule(path)) for path in readers if path in common], apart) if common else None
+    shared = (
+        SharedParameters([_alone(tree.get_submodule(path)) for path in readers if path in common], apart) if common else None
+    )
     homes = []
     for unit in units:
         held = {**{short: names[name] for short, name in unit.parameters.items()}, **unit.buffers}
         places = {short: (_descend(tree, n.rpartition(".")[0]), n.rpartition(".")[2]) for short, n in held.items()}
         owned = dict.fromkeys(names[n].rpartition(".")[0] for n in unit.parameters.values())
         own = [_alone(tree.get_submodule(path)) for path in owned if path not in common]
-        homes.append(Home(places, own, shared if common & owned.keys() else None, unit.path, unit.recompute))
+        homes.append(UnitParameters(places, own, shared if common & owned.keys() else None, unit.path, unit.recompute))
     return homes, shared
 
 
@@ -248,26 +252,28 @@ def _beside_copies(blueprint: Blueprint, units: tuple[UnitPlan, ...]) -> set[str
     return {name for names in own if any(blueprint.parameters[n].copies > 1 for n in names) for name in names}
 
 
-def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: DeviceMesh, device: torch.device) -> None:
+def _share(blueprint: Blueprint, stage_shard: StageShard, mesh: DeviceMesh, factored: DeviceMesh, device: torch.device) -> None:
     """Data parallelism: parameters cut over dp as ZeRO says, or copied; cast to the compute dtype when they are gathered, and
     gradients summed over dp in the masters' dtype. The pieces get memory here."""
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE[blueprint.precision], reduce_dtype=MASTER[blueprint.precision], cast_forward_inputs=False
     )
-    root, shared = chunk.root, chunk.root.shared
-    modules: list[nn.Module] = [home for home, unit in zip(chunk.homes, chunk.units, strict=True) if unit.parameters]
+    root, shared = stage_shard.root, stage_shard.root.shared
+    modules: list[nn.Module] = [
+        home for home, unit in zip(stage_shard.unit_parameters, stage_shard.units, strict=True) if unit.parameters
+    ]
     for module in (*modules, shared, root) if shared and shared.apart else (*modules, root):
         holder = shared if module is root and shared and not shared.apart else module
         own = [] if holder is root else [p for p in holder.parameters() if isinstance(p, DTensor)]
         in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
         data = (factored if in_factors else mesh)[SHARDING if blueprint.mesh.replicas > 1 else ("dp",)]
-        on_host = bool(own) and chunk.offloads(module)
+        on_host = bool(own) and stage_shard.offloads(module)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if on_host else OffloadPolicy()
-        scalars = set(chunk.scalars)
+        scalars = set(stage_shard.scalars)
         if blueprint.zero == 0:
             replicate(module, mesh=data, mp_policy=policy, offload_policy=offload, ignored_params=scalars)
         else:
-            reshard = bool(own) and chunk.reshards(module)
+            reshard = bool(own) and stage_shard.reshards(module)
             fully_shard(
                 module,
                 mesh=data,
@@ -283,28 +289,32 @@ def _share(blueprint: Blueprint, chunk: Chunk, mesh: DeviceMesh, factored: Devic
         if own:
             holder.to_empty(device="cpu" if on_host else device)
     splits = blueprint.mesh.pp > 1 and SCHEDULES[blueprint.schedule].splits_backward
-    for home, unit in zip(chunk.homes, chunk.units, strict=True):
+    for home, unit in zip(stage_shard.unit_parameters, stage_shard.units, strict=True):
         home.copies_vectors, home.splits = unit.reshard and splits, splits
         home.compute_dtype = COMPUTE[blueprint.precision]
-    _prefetch(blueprint, chunk)
+    _prefetch(blueprint, stage_shard)
 
 
-def _prefetch(blueprint: Blueprint, chunk: Chunk) -> None:
+def _prefetch(blueprint: Blueprint, stage_shard: StageShard) -> None:
     """The neighbours of a unit that is put back in pieces: gathered while it computes, in both directions.
 
     Where none is named, FSDP guesses from the order of past forwards, wrongly when several micro-batches are under way: a group
     names itself then.
     """
-    for group in chunk.groups:
+    for group in stage_shard.groups:
         group.set_modules_to_backward_prefetch([group])
-    chain = [(home, unit) for home, unit in zip(chunk.homes, chunk.units, strict=True) if unit.parameters and unit.reshard]
+    chain = [
+        (home, unit)
+        for home, unit in zip(stage_shard.unit_parameters, stage_shard.units, strict=True)
+        if unit.parameters and unit.reshard
+    ]
     for (before, plan), (after, _) in itertools.pairwise(chain):
         before.set_modules_to_forward_prefetch(_groups_of(after))  # type: ignore[operator]
         if _passes_back(blueprint, plan):
             after.set_modules_to_backward_prefetch(_groups_of(before))  # type: ignore[operator]
 
 
-def _groups_of(home: Home) -> list[FSDPModule]:
+def _groups_of(home: UnitParameters) -> list[FSDPModule]:
     """The groups that the parameters of a unit are in."""
     return [module for module in (home, home.shared) if isinstance(module, FSDPModule)]
 

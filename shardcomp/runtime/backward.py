@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from shardcomp.errors import PlanError
-from shardcomp.runtime.allocation import Chunk
+from shardcomp.runtime.allocation import StageShard
 from shardcomp.runtime.call_cache import LoadedCall
-from shardcomp.runtime.fsdp import hand_on, reset, sharded_parameters
+from shardcomp.runtime.fsdp import finish_unreduced_grads, reset, sharded_parameters
 from shardcomp.runtime.gradients import Partial, not_finite, reduce_partial, scale_gradients
 from shardcomp.runtime.hooks import ParameterHooks
 
@@ -33,9 +33,9 @@ class BackwardPasses:
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk], scale: Callable[[], float], hooks: ParameterHooks, device: torch.device
+        self, stage_shards: Sequence[StageShard], scale: Callable[[], float], hooks: ParameterHooks, device: torch.device
     ) -> None:
-        self._chunks, self._scale, self._hooks, self._device = chunks, scale, hooks, device
+        self._chunks, self._scale, self._hooks, self._device = stage_shards, scale, hooks, device
         self._pass: int | None = None
         self._calls: list[LoadedCall] = []
         self._partials: dict[str, Partial] = {}
@@ -72,8 +72,8 @@ class BackwardPasses:
 
     def end(self) -> Tensor:
         """Called when every gradient of the pass is there. Returns whether one on this rank is not finite: 0 or 1, []."""
-        for chunk in self._chunks:
-            hand_on(chunk)
+        for stage_shard in self._chunks:
+            finish_unreduced_grads(stage_shard)
         reduce_partial(self._partials.values(), self._device)
         scale_gradients(self._parameters(), 1 / self._scale())
         self._hooks.show_gradients()
@@ -101,8 +101,8 @@ class BackwardPasses:
             "a backward pass through this model ended in an exception: its gradients, and those before it, are dropped",
             stacklevel=3,
         )
-        for chunk in self._chunks:
-            reset(chunk, self._device)
+        for stage_shard in self._chunks:
+            reset(stage_shard, self._device)
         self.discard()
 
     def _forget(self) -> None:
@@ -110,7 +110,7 @@ class BackwardPasses:
         self._hooks.resume()
 
     def _parameters(self) -> Iterator[nn.Parameter]:
-        return (p for chunk in self._chunks for p in sharded_parameters(chunk))
+        return (p for stage_shard in self._chunks for p in sharded_parameters(stage_shard))
 
 
 def _check_summable(call: LoadedCall, other: LoadedCall) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from shardcomp.errors import PlanError
 from shardcomp.ir.layout import Layout, split
 from shardcomp.ir.mesh import Mesh
-from shardcomp.ir.packed import Part
+from shardcomp.ir.packed import PackedSlice
 from shardcomp.ir.precision import COMPUTE as COMPUTE
 from shardcomp.ir.precision import MASTER as MASTER
 from shardcomp.ir.program import source_files as source_files
@@ -40,7 +40,7 @@ class ParameterPlan:
     split: dict[str, int]
     partial_gradient: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
-    part: Part | None = None
+    part: PackedSlice | None = None
     copies: int = 1
     """How many neighbouring ranks of tp hold each piece."""
     idle: bool = False
@@ -184,7 +184,7 @@ class Blueprint:
                 p["split"],
                 tuple(p["partial_gradient"]),
                 tuple(p["aliases"]),
-                p["part"] and Part(**{**p["part"], "shape": tuple(p["part"]["shape"])}),
+                p["part"] and PackedSlice(**{**p["part"], "shape": tuple(p["part"]["shape"])}),
                 p["copies"],
                 p["idle"],
             )

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from shardcomp.errors import PlanError
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.schedules import SCHEDULES
-from shardcomp.runtime.allocation import Chunk, users
+from shardcomp.runtime.allocation import StageShard, users
 from shardcomp.runtime.blueprint import Blueprint, UnitPlan
-from shardcomp.runtime.fsdp import lay_down
+from shardcomp.runtime.fsdp import reshard
 from shardcomp.runtime.gradients import Partial
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.stage import ModelStage, Pipeline
-from shardcomp.runtime.unit import Home, Stage
+from shardcomp.runtime.unit import Stage, UnitParameters
 
-Call = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool | None]
+CallSignature = tuple[tuple[tuple[str, int], ...], tuple[str, ...], bool | None]
 """A call signature: the inputs given as (name, dimensions), the outputs wanted, and the mode: training or not, or None where
 each module is in a mode of its own."""
 Trained = frozenset[str] | None
 """The names of the parameters that are trained; None for those that were when the model was sharded."""
-Lower = Callable[[Call, tuple[int, int], Trained], Blueprint]
+Lower = Callable[[CallSignature, tuple[int, int], Trained], Blueprint]
 """Lowers a call of a given (batch, length), which matters only for models with static shapes."""
 
 
@@ -38,7 +38,7 @@ class LoadedCall:
     pipeline: Pipeline | None
 
 
-class Calls:
+class CallCache:
     """Every call that was made of a model, lowered when its signature, or for a model with static shapes its shape, is first
     met. All share the parameters that were allocated for the first, of `blueprint`.
 
@@ -51,31 +51,33 @@ class Calls:
         self,
         model: nn.Module,
         blueprint: Blueprint,
-        chunks: list[Chunk],
+        stage_shards: list[StageShard],
         axes: Mapping[str, Axis],
         tied: Mapping[tuple[int, ...], Axis],
         device: torch.device,
         random: Streams,
         lower: Lower | None,
     ) -> None:
-        self.model, self.blueprint, self.chunks, self.tied = model, blueprint, chunks, tied
+        self.model, self.blueprint, self.chunks, self.tied = model, blueprint, stage_shards, tied
         self.axes, self.unit_axes, self.device, self.random, self.lower = axes, dict(axes), device, random, lower
-        self.loaded: dict[tuple[Call, tuple[int, int] | None, Trained], LoadedCall] = {}
+        self.loaded: dict[tuple[CallSignature, tuple[int, int] | None, Trained], LoadedCall] = {}
         self.trained: Trained = None
         """What the calls that are made from now on train."""
         self._users = users(blueprint)
 
     def of(self, batch: Mapping[str, Tensor], outputs: tuple[str, ...], training: bool | None) -> LoadedCall:
         """The code for a call with these inputs. Raises PlanError for one that cannot be made of what was allocated."""
-        call: Call = (tuple(sorted((name, tensor.dim()) for name, tensor in batch.items())), outputs, training)
+        call: CallSignature = (tuple(sorted((name, tensor.dim()) for name, tensor in batch.items())), outputs, training)
         rows, length = next(iter(batch.values())).shape[:2]
         for shape in (None, (rows, length)):
             if (call, shape, self.trained) in self.loaded:
                 return self.loaded[call, shape, self.trained]
         blueprint = self._blueprint_for(call, (rows, length))
         stages = [
-            blueprint.module(chunk.index).Model(self._homes(blueprint, chunk), self.unit_axes, self.device, self.random)
-            for chunk in self.chunks
+            blueprint.module(stage_shard.index).Model(
+                self._homes(blueprint, stage_shard), self.unit_axes, self.device, self.random
+            )
+            for stage_shard in self.chunks
         ]
         if blueprint.compile:
             for unit in (unit for stage in stages for unit in stage.each):
@@ -85,7 +87,7 @@ class Calls:
         self.loaded[call, blueprint.static_shape, self.trained] = loaded
         return loaded
 
-    def _blueprint_for(self, call: Call, shape: tuple[int, int]) -> Blueprint:
+    def _blueprint_for(self, call: CallSignature, shape: tuple[int, int]) -> Blueprint:
         inputs, outputs, training = call
         mine = self.blueprint
         same = (tuple(sorted(mine.inputs)), mine.outputs, mine.training) == (tuple(n for n, _ in inputs), outputs, training)
@@ -106,15 +108,21 @@ class Calls:
             raise PlanError(f"the call ({', '.join(again.inputs)}) -> ({', '.join(outputs)}) {problem} for the call {has}")
         return again
 
-    def _homes(self, blueprint: Blueprint, chunk: Chunk) -> list[Home]:
+    def _homes(self, blueprint: Blueprint, stage_shard: StageShard) -> list[UnitParameters]:
         """The homes of the units that a call has in a stage. Each call has units of its own that use no parameters: what it
         computes again in a stage, such as masks."""
-        kept = {unit.path: home for unit, home in zip(chunk.units, chunk.homes, strict=True) if unit.parameters}
-        units = [unit for unit in blueprint.units if unit.stage == chunk.index]
+        kept = {
+            unit.path: home
+            for unit, home in zip(stage_shard.units, stage_shard.unit_parameters, strict=True)
+            if unit.parameters
+        }
+        units = [unit for unit in blueprint.units if unit.stage == stage_shard.index]
         return [
             kept[unit.path]
             if _used(blueprint, unit)
-            else Home({short: self._buffer(blueprint, name) for short, name in unit.buffers.items()}, [], path=unit.path)
+            else UnitParameters(
+                {short: self._buffer(blueprint, name) for short, name in unit.buffers.items()}, [], path=unit.path
+            )
             for unit in units
         ]
 
@@ -135,16 +143,16 @@ class Calls:
         axis, count, schedule = self.axes["pp"], len(blueprint.sources), SCHEDULES[blueprint.schedule]
         placement = {stage: schedule.rank_of(stage, axis.size) for stage in range(count)}
         made = [
-            ModelStage(chunk, code, count, placement, blueprint.zero, axis.group, self.device)
-            for chunk, code in zip(self.chunks, stages, strict=True)
+            ModelStage(stage_shard, code, count, placement, blueprint.zero, axis.group, self.device)
+            for stage_shard, code in zip(self.chunks, stages, strict=True)
         ]
         return Pipeline(made, schedule.name, axis.size)
 
     def partials(self, blueprint: Blueprint) -> tuple[Partial, ...]:
         """The parameters of this rank whose gradients a call leaves partial. A parameter of no dimension, which FSDP does not
         take, is one of them on dp."""
-        for chunk in self.chunks:
-            lay_down(chunk)
+        for stage_shard in self.chunks:
+            reshard(stage_shard)
         partials = []
         for name, plan in blueprint.parameters.items():
             copies = tuple(self.model.get_parameter(c.names[name]) for c in self.chunks if name in c.names)

@@ -13,7 +13,7 @@ from shardcomp.runtime import world
 from shardcomp.runtime.allocation import Weights, allocate, tied_axes
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
 from shardcomp.runtime.call_cache import Lower
-from shardcomp.runtime.fsdp import gather_apart, widen_gradients
+from shardcomp.runtime.fsdp import accumulate_in_main_grads, use_separate_gather_buffers
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.origin import Origin
@@ -54,13 +54,13 @@ def build(
     everyone = world.everyone()
     if blueprint.compare_ranks and not sync_weights:
         check_same(same, everyone, device)
-    tree, chunks = allocate(blueprint, weights, mesh, factored, coordinates, device)
-    for chunk in chunks:
-        gather_apart(chunk)
+    tree, stage_shards = allocate(blueprint, weights, mesh, factored, coordinates, device)
+    for stage_shard in stage_shards:
+        use_separate_gather_buffers(stage_shard)
         if COMPUTE[blueprint.precision] != MASTER[blueprint.precision]:
-            widen_gradients(chunk)
+            accumulate_in_main_grads(stage_shard)
     origin = origin or Origin(config)
-    model = ShardedModel(blueprint, tree, chunks, public, device, axes, tied_axes(blueprint, public), origin, lower)
+    model = ShardedModel(blueprint, tree, stage_shards, public, device, axes, tied_axes(blueprint, public), origin, lower)
     if sync_weights:
         _take_from_first_rank(model, weights, everyone)
     if blueprint.compare_ranks:

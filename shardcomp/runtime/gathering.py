@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from shardcomp.ir.collectives import Axis
 
 
-def whole(held: Tensor) -> Tensor:
+def full_tensor(held: Tensor) -> Tensor:
     """The whole tensor, on every rank of the mesh that `held` lies on, all of which call this together; `held` itself where it
     is no DTensor."""
     if not isinstance(held, DTensor):

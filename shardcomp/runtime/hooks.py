@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardcomp.errors import PlanError
-from shardcomp.ir.packed import Part, join
-from shardcomp.runtime.gathering import whole
+from shardcomp.ir.packed import PackedSlice, assemble
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.gradients import local
 
 Hooks = Mapping[int, Callable[..., Any]]
@@ -51,7 +51,7 @@ class DenseShard:
 
     name: str
     copies: tuple[nn.Parameter, ...]
-    part: Part | None
+    part: PackedSlice | None
     index: tuple[slice, ...]
 
 
@@ -140,11 +140,11 @@ class ParameterHooks:
         for shard in self._shards[name]:
             tensor = read(shard.copies[0])
             if tensor is not None:
-                tensors[shard.name] = whole(tensor).clone()
+                tensors[shard.name] = full_tensor(tensor).clone()
         if not tensors:
             return None
         parts = {shard.name: shard.part for shard in self._shards[name]}
-        return tensors[name] if name in tensors else join(name, parts, tensors)
+        return tensors[name] if name in tensors else assemble(name, parts, tensors)
 
     def _distribute(self, name: str, tensor: Tensor, write: Callable[[nn.Parameter], Tensor | None]) -> None:
         """Give every shard of this rank its slice of the whole tensor."""

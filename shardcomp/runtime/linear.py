@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from shardcomp.runtime.fsdp import WideGradient
+    from shardcomp.runtime.fsdp import MainGrad
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         leaf: Tensor,
-        wide: WideGradient | None,
+        wide: MainGrad | None,
         joint: _JointGradient | None,
     ) -> Tensor:
         ctx.wide, ctx.joint = wide, joint

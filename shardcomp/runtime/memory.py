@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from shardcomp.runtime.allocation import Chunk
-from shardcomp.runtime.fsdp import tensors
+from shardcomp.runtime.allocation import StageShard
+from shardcomp.runtime.fsdp import iter_tensors
 from shardcomp.runtime.gradients import local
 
 ROLES = ("parameters", "gathered", "unreduced", "gradients", "optimizer")
 PLACES = ("device", "host")
 
 
-def held_bytes(
-    chunks: Iterable[Chunk],
+def memory_by_role(
+    stage_shards: Iterable[StageShard],
     device: torch.device,
     optimizer: torch.optim.Optimizer | None = None,
     set_aside: Iterable[Tensor] = (),
@@ -30,7 +30,7 @@ def held_bytes(
     """
     found = {place: dict.fromkeys(ROLES, 0) for place in PLACES}
     seen: set[int] = set()
-    for role, held, on_host in _all(list(chunks), optimizer, set_aside):
+    for role, held, on_host in _all(list(stage_shards), optimizer, set_aside):
         storage = local(held.detach()).untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
@@ -40,11 +40,11 @@ def held_bytes(
 
 
 def _all(
-    chunks: list[Chunk], optimizer: torch.optim.Optimizer | None, set_aside: Iterable[Tensor]
+    stage_shards: list[StageShard], optimizer: torch.optim.Optimizer | None, set_aside: Iterable[Tensor]
 ) -> Iterator[tuple[str, Tensor, bool]]:
     hosted: dict[int, bool] = {}
-    for chunk in chunks:
-        for role, held, on_host in tensors(chunk):
+    for stage_shard in stage_shards:
+        for role, held, on_host in iter_tensors(stage_shard):
             if role == "parameters":
                 hosted[id(held)] = on_host
             yield role, held, on_host

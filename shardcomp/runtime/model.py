@@ -17,28 +17,28 @@ from torch.distributed.tensor import DTensor
 
 from shardcomp.errors import PlanError, ShardError
 from shardcomp.ir.collectives import Axis, allreduce_identity
-from shardcomp.ir.packed import Part, join, packed
+from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
 from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.runtime import world
 from shardcomp.runtime.agreement import Agreed, Agreement
-from shardcomp.runtime.allocation import Chunk, Held, held_index, users
+from shardcomp.runtime.allocation import LocalShard, StageShard, held_index, users
 from shardcomp.runtime.backward import BackwardPasses, around_backward
 from shardcomp.runtime.blueprint import MASTER, Blueprint
-from shardcomp.runtime.call_cache import Calls, LoadedCall, Lower
+from shardcomp.runtime.call_cache import CallCache, LoadedCall, Lower
 from shardcomp.runtime.contexts import check_contexts, computable, say_where
 from shardcomp.runtime.fsdp import (
     check_not_replaced,
-    lay_down,
     named_parameters,
     prepare,
     reset,
+    reshard,
 )
-from shardcomp.runtime.gathering import whole as together
+from shardcomp.runtime.gathering import full_tensor as together
 from shardcomp.runtime.gradients import coefficient, global_norm, local, scale_gradients
 from shardcomp.runtime.hooks import DenseShard, ParameterHooks
 from shardcomp.runtime.inputs import named_inputs, shapes_of
 from shardcomp.runtime.loss_scale import LossScale
-from shardcomp.runtime.memory import held_bytes
+from shardcomp.runtime.memory import memory_by_role
 from shardcomp.runtime.micro_batches import filled_up, one_sample, split, uncounted
 from shardcomp.runtime.module_contract import Namespace, SealedModule, refuse
 from shardcomp.runtime.optimizer import AdamW
@@ -85,7 +85,7 @@ class ShardedModel(SealedModule):
         self,
         blueprint: Blueprint,
         tree: nn.Module,
-        chunks: list[Chunk],
+        stage_shards: list[StageShard],
         mesh: DeviceMesh,
         device: torch.device,
         axes: dict[str, Axis],
@@ -95,7 +95,7 @@ class ShardedModel(SealedModule):
     ) -> None:
         super().__init__()
         # Not a child: its parameters are those of the tree, under other names.
-        object.__setattr__(self, "_chunks", chunks)
+        object.__setattr__(self, "_chunks", stage_shards)
         for name, child in tree.named_children():
             self.add_module(name, child)
         for name, parameter in tree.named_parameters(recurse=False):
@@ -115,9 +115,9 @@ class ShardedModel(SealedModule):
         self._bad: Tensor | None = None  # the bad gradients since the last optimizer step, counted by rank
         self._blueprint = blueprint
         self._users = users(blueprint)
-        self._calls = Calls(self, blueprint, chunks, axes, tied, device, self.random, lower)
-        self._named = [entry for chunk in chunks for entry in named_parameters(chunk)]
-        self._passes = BackwardPasses(chunks, lambda: self.loss_scale.scale, self._hooks(), device)
+        self._calls = CallCache(self, blueprint, stage_shards, axes, tied, device, self.random, lower)
+        self._named = [entry for stage_shard in stage_shards for entry in named_parameters(stage_shard)]
+        self._passes = BackwardPasses(stage_shards, lambda: self.loss_scale.scale, self._hooks(), device)
         on_cpu = device.type == "cpu"
         host = {} if on_cpu else world.host_axes(mesh, _told_to_hosts(blueprint))
         self._agreement = Agreement(axes, device, blueprint.compare_ranks, at_once=on_cpu, host=host)
@@ -197,10 +197,10 @@ class ShardedModel(SealedModule):
             inputs["num_items_in_batch"] = torch.as_tensor(
                 agreed.tokens if num_items_in_batch is None else num_items_in_batch, device=self.device
             )
-        [chunk] = self._chunks
-        prepare(chunk, reduce=True, last=True)
+        [stage_shard] = self._chunks
+        prepare(stage_shard, reduce=True, last=True)
         with self._restoring():
-            results = chunk.root(code.stages[0].forward, **inputs)
+            results = stage_shard.root(code.stages[0].forward, **inputs)
         if not torch.is_grad_enabled():
             self._lay_down()
         differentiable = [name for name, tensor in results.items() if tensor.requires_grad]
@@ -279,8 +279,8 @@ class ShardedModel(SealedModule):
 
     def _lay_down(self) -> None:
         """Put the parameters themselves back where a forward without a backward left its copies. FSDP takes them up again."""
-        for chunk in self._chunks:
-            lay_down(chunk)
+        for stage_shard in self._chunks:
+            reshard(stage_shard)
 
     @contextmanager
     def _running(self, call: str, batch: Mapping[str, Tensor], training: bool = False) -> Iterator[None]:
@@ -289,8 +289,8 @@ class ShardedModel(SealedModule):
             refuse(f"{call} with forward hooks on the sharded model", f"they are called by {CALL}; remove them")
         check_contexts(call, training)
         self._passes.recover()
-        for chunk in self._chunks:
-            check_not_replaced(chunk)
+        for stage_shard in self._chunks:
+            check_not_replaced(stage_shard)
         with computable(call, self.device, self._blueprint.precision):
             try:
                 yield
@@ -315,8 +315,8 @@ class ShardedModel(SealedModule):
         try:
             yield
         except Exception:
-            for chunk in self._chunks:
-                reset(chunk, self.device)
+            for stage_shard in self._chunks:
+                reset(stage_shard, self.device)
             self.random.load_state_dict(before)
             raise
 
@@ -466,9 +466,9 @@ class ShardedModel(SealedModule):
 
     def _backward(self, code: LoadedCall, micro_batch: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
         """Forward and backward of one micro-batch. Returns its part of the loss."""
-        [chunk] = self._chunks
-        prepare(chunk, reduce=last or self._blueprint.zero >= 2, last=last)
-        loss = chunk.root(code.stages[0].forward, **micro_batch)["loss"]
+        [stage_shard] = self._chunks
+        prepare(stage_shard, reduce=last or self._blueprint.zero >= 2, last=last)
+        loss = stage_shard.root(code.stages[0].forward, **micro_batch)["loss"]
         loss.backward(torch.full_like(loss, scale))
         return loss.detach()
 
@@ -500,10 +500,10 @@ class ShardedModel(SealedModule):
         where a gradient is not. Nothing is waited for."""
         self._lay_down()
         again = [
-            self.get_parameter(chunk.names[name])
-            for chunk in self._chunks
-            for name in chunk.names
-            if self._users[name][0] != chunk.index
+            self.get_parameter(stage_shard.names[name])
+            for stage_shard in self._chunks
+            for name in stage_shard.names
+            if self._users[name][0] != stage_shard.index
         ]
         return global_norm(self.parameters(), self._axes, self.device, MASTER[self._blueprint.precision], again)
 
@@ -518,15 +518,15 @@ class ShardedModel(SealedModule):
         """What this model was lowered to."""
         return self._blueprint
 
-    def held_parameters(self) -> dict[str, Held]:
+    def held_parameters(self) -> dict[str, LocalShard]:
         """The pieces of parameters that this rank holds, by their names in the model."""
         self._lay_down()
         copies: dict[str, list[nn.Parameter]] = {}
-        for chunk in self._chunks:
-            for name, held in chunk.names.items():
+        for stage_shard in self._chunks:
+            for name, held in stage_shard.names.items():
                 copies.setdefault(name, []).append(self.get_parameter(held))
         return {
-            name: Held(
+            name: LocalShard(
                 self._blueprint.parameters[name].shape, held_index(self._blueprint, name, self._coordinates), tuple(held)
             )
             for name, held in copies.items()
@@ -541,7 +541,7 @@ class ShardedModel(SealedModule):
         """What this rank holds now: "device" or "host" -> "parameters", "gathered" (copies in the compute dtype), "unreduced"
         (gradients before their sum over dp), "gradients" or "optimizer" (the states of the one given) -> bytes. Activations are
         not counted."""
-        return held_bytes(self._chunks, self.device, optimizer, self._passes.stashed)
+        return memory_by_role(self._chunks, self.device, optimizer, self._passes.stashed)
 
     def save_pretrained(self, path: str | Path, max_shard_size: int = 5 * 1024**3, strict: bool = True) -> None:
         """Write a HuggingFace directory (config.json, generation_config.json, safetensors) from all ranks together; no rank
@@ -551,7 +551,7 @@ class ShardedModel(SealedModule):
 
         self._lay_down()
         parts = {name: plan.part for name, plan in self._blueprint.parameters.items()}
-        names = {**packed(parts), **{name: [name] for name in self._blueprint.persistent_buffers}}
+        names = {**group_by_packed(parts), **{name: [name] for name in self._blueprint.persistent_buffers}}
         if not getattr(self.config, "tie_word_embeddings", True):
             # Tied by hand: the configuration will not tie them when the files are read.
             names |= {alias: [alias] for plan in self._blueprint.parameters.values() for alias in plan.aliases}
@@ -567,7 +567,7 @@ class ShardedModel(SealedModule):
         save_pretrained(path, entries, self.config, writer, max_shard_size, self.generation_config)
         torch.distributed.barrier()  # the directory is there for whoever goes on
 
-    def _fetcher(self, name: str, parts: Mapping[str, Part | None]) -> Callable[[], Tensor]:
+    def _fetcher(self, name: str, parts: Mapping[str, PackedSlice | None]) -> Callable[[], Tensor]:
         """The collective call that returns a tensor whole, a packed one of its pieces."""
 
         def whole(piece: str) -> Tensor:
@@ -576,12 +576,12 @@ class ShardedModel(SealedModule):
 
         if name in parts:
             return lambda: whole(name)
-        return lambda: join(name, parts, {piece: whole(piece) for piece in parts})
+        return lambda: assemble(name, parts, {piece: whole(piece) for piece in parts})
 
     def _get(self, name: str) -> Tensor | None:
         """A parameter or buffer by its name, or by another name of a tied one; None where only other pipeline ranks have it."""
         first = self._first_name(name)
-        held = next((chunk.names[first] for chunk in self._chunks if first in chunk.names), first)
+        held = next((stage_shard.names[first] for stage_shard in self._chunks if first in stage_shard.names), first)
         path, _, leaf = held.rpartition(".")
         try:
             found: Tensor = getattr(self.get_submodule(path), leaf)

@@ -36,12 +36,12 @@ def recompute(body: Body, inputs: Sequence[Any], path: str, random: Streams | No
     graded = [held for held in inputs if isinstance(held, Tensor) and held.requires_grad]
     if not graded or not torch.is_grad_enabled():
         return body(*inputs)
-    frame = Frame(body, inputs, path, random)
+    frame = SavedCall(body, inputs, path, random)
     if _here.made is not None:
         _here.made.append(frame)
     passed = iter(_Border.apply(weakref.ref(frame), *graded))
     given = [next(passed) if isinstance(held, Tensor) and held.requires_grad else held for held in inputs]
-    first = _First(frame)
+    first = _Record(frame)
     with _as_current(first), saved_tensors_hooks(first.pack, _unpack):
         return body(*given)
 
@@ -60,7 +60,7 @@ def once(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def frames() -> Iterator[list[Frame]]:
+def saved_calls() -> Iterator[list[SavedCall]]:
     """Collects the frames that this thread makes within, such as those of one micro-batch in one stage."""
     before, _here.made = _here.made, []
     try:
@@ -90,8 +90,8 @@ class _Here(threading.local):
     """What is going on in this thread; ranks may be threads of one process."""
 
     def __init__(self) -> None:
-        self.run: _First | _Again | None = None
-        self.made: list[Frame] | None = None
+        self.run: _Record | _Replay | None = None
+        self.made: list[SavedCall] | None = None
         # An object, which frames hold: on a GPU a backward runs in a thread of its own.
         self.switch = _Switch()
 
@@ -100,7 +100,7 @@ _here = _Here()
 
 
 @contextmanager
-def _as_current(run: _First | _Again) -> Iterator[None]:
+def _as_current(run: _Record | _Replay) -> Iterator[None]:
     before, _here.run = _here.run, run
     try:
         yield
@@ -108,12 +108,12 @@ def _as_current(run: _First | _Again) -> Iterator[None]:
         _here.run = before
 
 
-class Slot:
+class SavedSlot:
     """The place of one tensor that autograd saved. `own`: what cannot be had from the unit's inputs, and is kept."""
 
     __slots__ = ("__weakref__", "frame", "own", "tensor")
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: SavedCall) -> None:
         self.frame = frame
         self.own = False
         self.tensor: Tensor | None = None
@@ -133,7 +133,7 @@ class _Kept:
     drawn: Tensor | None = None
 
 
-class Frame:
+class SavedCall:
     """One call of a unit. `inputs` are what it keeps; `runs` counts how often it was computed again."""
 
     def __init__(self, body: Body, inputs: Sequence[Any], path: str, random: Streams | None) -> None:
@@ -142,12 +142,12 @@ class Frame:
         self.graded = tuple(isinstance(held, Tensor) and held.requires_grad for held in inputs)
         self.state = random.state_dict() if random is not None else {}
         self.switch = _here.switch
-        self.slots: list[weakref.ref[Slot]] = []
+        self.slots: list[weakref.ref[SavedSlot]] = []
         self.shapes: list[tuple[torch.Size, torch.dtype]] = []
         self.kept: list[_Kept] = []
         self.runs = 0
 
-    def live(self) -> list[tuple[int, Slot]]:
+    def live(self) -> list[tuple[int, SavedSlot]]:
         """The slots that some backward may still ask for."""
         return [(i, slot) for i, ref in enumerate(self.slots) if (slot := ref()) is not None]
 
@@ -166,7 +166,7 @@ class Frame:
     def again(self) -> None:
         """Compute every tensor that is missing."""
         self.runs += 1
-        run = _Again(self)
+        run = _Replay(self)
         inputs = [
             held.detach().requires_grad_(graded) if isinstance(held, Tensor) else held
             for held, graded in zip(self.inputs, self.graded, strict=True)
@@ -188,21 +188,21 @@ class Frame:
 class _Enough(Exception):
     """All that a backward asks for has been computed."""
 
-    def __init__(self, run: _Again) -> None:
+    def __init__(self, run: _Replay) -> None:
         super().__init__()
         self.run = run
 
 
-class _First:
+class _Record:
     """The forward itself."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: SavedCall) -> None:
         self.frame = frame
         self.current: _Kept | None = None
         self.arguments: list[Tensor] = []
 
-    def pack(self, tensor: Tensor) -> Slot:
-        frame, slot = self.frame, Slot(self.frame)
+    def pack(self, tensor: Tensor) -> SavedSlot:
+        frame, slot = self.frame, SavedSlot(self.frame)
         if self.current is not None:
             alias = _alias(tensor, self.arguments)
             if alias is None:
@@ -232,10 +232,10 @@ class _First:
         return result
 
 
-class _Again:
+class _Replay:
     """The forward run again: fills the slots, in the order in which the first run made them."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: SavedCall) -> None:
         self.frame = frame
         self.missing = {i: slot for i, slot in frame.live() if slot.tensor is None}
         self.last = max(self.missing)
@@ -273,7 +273,7 @@ class _Again:
             raise _Enough(self)
 
 
-def _unpack(slot: Slot) -> Tensor:
+def _unpack(slot: SavedSlot) -> Tensor:
     if slot.tensor is None:
         slot.frame.again()
     if slot.tensor is None:
@@ -298,7 +298,7 @@ class _Border(torch.autograd.Function):
     """The identity in front of a unit. Its backward is the unit's last: what was computed again is not needed any more."""
 
     @staticmethod
-    def forward(ctx: Any, frame: weakref.ref[Frame], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, frame: weakref.ref[SavedCall], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.frame = frame
         ctx.set_materialize_grads(False)
         return tuple(held.view_as(held) for held in inputs)

@@ -20,10 +20,10 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_input
 
 from shardcomp.ir.schedules import SCHEDULES
-from shardcomp.runtime.allocation import Chunk
-from shardcomp.runtime.fsdp import hand_over, prepare
+from shardcomp.runtime.allocation import StageShard
+from shardcomp.runtime.fsdp import prepare, run_post_backward
 from shardcomp.runtime.recompute import split_backward
-from shardcomp.runtime.unit import Apart, Stage
+from shardcomp.runtime.unit import DetachNode, Stage
 
 _CLASSES = {
     "gpipe": schedules.ScheduleGPipe,
@@ -44,10 +44,17 @@ class ModelStage(PipelineStage):
     """
 
     def __init__(
-        self, chunk: Chunk, code: Stage, stages: int, placement: Mapping[int, int], zero: int, group: Any, device: torch.device
+        self,
+        stage_shard: StageShard,
+        code: Stage,
+        stages: int,
+        placement: Mapping[int, int],
+        zero: int,
+        group: Any,
+        device: torch.device,
     ) -> None:
-        super().__init__(nn.Module(), chunk.index, stages, device, group=group)
-        self.chunk, self.code, self.zero = chunk, code, zero
+        super().__init__(nn.Module(), stage_shard.index, stages, device, group=group)
+        self.chunk, self.code, self.zero = stage_shard, code, zero
         self.stage_index_to_group_rank = dict(placement)
         self._reads = tuple(inspect.signature(code.forward).parameters)
         self.begin([], 1.0)
@@ -198,14 +205,14 @@ class ModelStage(PipelineStage):
 
     def _gathered(self) -> list[Tensor]:
         """The parameters as the forward used them: the leaves of its graph."""
-        found = {id(p): p for home in self.chunk.homes for p in home.gathered if p.requires_grad}
+        found = {id(p): p for home in self.chunk.unit_parameters for p in home.gathered if p.requires_grad}
         return list(found.values())
 
     def _reduce(self, reduce: bool) -> None:
         """Hand over to FSDP the gradients of weights that came without a backward of its own: it adds them to those in the
         masters' dtype, and sums these over dp where `reduce`."""
         self._before(reduce)
-        hand_over(self.chunk)
+        run_post_backward(self.chunk)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """The last backward of the step has summed them already."""
@@ -222,7 +229,7 @@ def _nodes_last() -> bool:
     """Whether a backward may begin at a torch.autograd.Function whose results are gone. In torch 2.11 it may not: the graph of
     a micro-batch is kept whole between the two halves of its backward."""
     x = torch.zeros((), requires_grad=True)
-    node = Apart.apply(x).grad_fn
+    node = DetachNode.apply(x).grad_fn
     try:
         _backward([(GradientEdge(node, 0), x.detach())], [_get_grad_fn_or_grad_acc(x)])
     except RuntimeError:

@@ -38,7 +38,7 @@ def current(module: nn.Module, attribute: str) -> Tensor:
     return tensor
 
 
-class Home(nn.Module):
+class UnitParameters(nn.Module):
     """The parameters and buffers of one unit, held by modules of the model's tree; what FSDP gathers and reduces.
 
     places: the name in the emitted code -> (module, attribute).
@@ -52,17 +52,17 @@ class Home(nn.Module):
     compute_dtype: what its code computes in: FSDP casts all parameters to it but those of no dimension, which it does not take.
     """
 
-    shared: Shared | None
+    shared: SharedParameters | None
     compute_dtype: torch.dtype | None = None
     copies_vectors = False
     splits = False
-    wide_gradients: Mapping[str, Any] = {}
+    main_grads: Mapping[str, Any] = {}
 
     def __init__(
         self,
         places: Mapping[str, tuple[nn.Module, str]],
         owned: list[nn.Module],
-        shared: Shared | None = None,
+        shared: SharedParameters | None = None,
         path: str = "",
         recompute: str = "none",
     ) -> None:
@@ -79,14 +79,14 @@ class Home(nn.Module):
         results = body(*inputs)
         if not self.splits:
             return results
-        return tuple(Apart.apply(each) for each in results) if isinstance(results, tuple) else Apart.apply(results)
+        return tuple(DetachNode.apply(each) for each in results) if isinstance(results, tuple) else DetachNode.apply(results)
 
     def run(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
         """`body` with all parameters of the unit gathered."""
         return self(body, *inputs) if self.shared is None or not self.shared.apart else self.shared(self, body, *inputs)
 
 
-class Apart(torch.autograd.Function):
+class DetachNode(torch.autograd.Function):
     """The same numbers as the result of another call."""
 
     @staticmethod
@@ -98,7 +98,7 @@ class Apart(torch.autograd.Function):
         return gradients[0]
 
 
-class Shared(nn.Module):
+class SharedParameters(nn.Module):
     """The modules of a stage whose parameters several units use, such as a tied embedding.
 
     apart: they are put back in pieces between those units: a group of their own, which is gathered around each. Else they
@@ -110,11 +110,11 @@ class Shared(nn.Module):
         self.owned = nn.ModuleList(modules)
         self.apart = apart
 
-    def forward(self, home: Home, body: Callable[..., Any], *inputs: Tensor) -> Any:
+    def forward(self, home: UnitParameters, body: Callable[..., Any], *inputs: Tensor) -> Any:
         return home(body, *inputs)
 
 
-class Local:
+class ParameterNamespace:
     """One level of the names in `w.self_attn.q_proj.weight`: plain attributes that hold local tensors. `w.experts[3]` reads the
     attribute that a numbered module has."""
 
@@ -126,21 +126,21 @@ def local(unit: Unit | Compiled) -> Any:
     """The unit's parameters and buffers as this rank's local tensors, under their names in the model."""
     if isinstance(unit, Compiled):
         return unit.weights
-    top = Local()
-    for name, (module, attribute) in unit.home.places.items():
+    top = ParameterNamespace()
+    for name, (module, attribute) in unit.unit_parameters.places.items():
         *path, leaf = name.split(".")
         at: Any = top
         for part in path:
             if part not in at.__dict__:
-                setattr(at, part, Local())
+                setattr(at, part, ParameterNamespace())
             at = at.__dict__[part]
         held = current(module, attribute)
         if held.dim() == 0 and isinstance(held, nn.Parameter):
-            held = held.to(unit.home.compute_dtype)
+            held = held.to(unit.unit_parameters.compute_dtype)
         held = held.to_local() if isinstance(held, DTensor) else held
-        if name in unit.home.wide_gradients:
-            held.wide_gradient = unit.home.wide_gradients[name]
-        setattr(at, leaf, held.clone() if unit.home.copies_vectors and held.dim() < 2 else held)
+        if name in unit.unit_parameters.main_grads:
+            held.wide_gradient = unit.unit_parameters.main_grads[name]
+        setattr(at, leaf, held.clone() if unit.unit_parameters.copies_vectors and held.dim() < 2 else held)
     return top
 
 
@@ -148,8 +148,8 @@ class Unit:
     """Base of the emitted classes. `self.tp` and the like are the axes of the mesh, `self.device` where tensors are made,
     `self.random` what dropout draws from."""
 
-    def __init__(self, home: Home, axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
-        self.home = home
+    def __init__(self, home: UnitParameters, axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
+        self.unit_parameters = home
         self.device = device
         self.random = random
         for name, axis in axes.items():
@@ -167,16 +167,16 @@ class Unit:
     def fan_out(self, x: Tensor) -> Tensor:
         """`x` for several linear layers to read, see `runtime.linear`. Not under a split backward, whose halves are told apart
         by what autograd gives to whom."""
-        return x if self.home.splits or not (torch.is_grad_enabled() and x.requires_grad) else fan_out(x)
+        return x if self.unit_parameters.splits or not (torch.is_grad_enabled() and x.requires_grad) else fan_out(x)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self.home.run(self._run, *inputs)
+        return self.unit_parameters.run(self._run, *inputs)
 
     def _run(self, *inputs: Tensor) -> Any:
-        if self.home.recompute == "none":
+        if self.unit_parameters.recompute == "none":
             return self.call(*inputs)
         draws = "random" in type(self).forward.__code__.co_names  # it reads self.random
-        return recompute(self.call, inputs, self.home.path, self.random if draws else None)
+        return recompute(self.call, inputs, self.unit_parameters.path, self.random if draws else None)
 
 
 class Compiled:
@@ -243,7 +243,7 @@ class Stage:
 
     units: ClassVar[tuple[tuple[str, type[Unit]], ...]] = ()
 
-    def __init__(self, homes: list[Home], axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
+    def __init__(self, homes: list[UnitParameters], axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
         self.device = device
         self.random = random
         self.each = [code(home, axes, device, random) for (_, code), home in zip(self.units, homes, strict=True)]
@@ -266,12 +266,12 @@ class Stage:
         raise TypeError("this program was captured without labels")
 
 
-class Root(nn.Module):
+class StageRoot(nn.Module):
     """The module that FSDP takes for the root of all units. Its own parameters are gathered from the first unit to the last."""
 
-    def __init__(self, homes: list[Home], shared: Shared | None) -> None:
+    def __init__(self, homes: list[UnitParameters], shared: SharedParameters | None) -> None:
         super().__init__()
-        self.homes = nn.ModuleList(homes)
+        self.unit_parameters = nn.ModuleList(homes)
         self.shared = shared
 
     def forward(self, body: Callable[..., Any], *received: Tensor, **inputs: Tensor) -> Any:

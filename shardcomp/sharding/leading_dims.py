@@ -19,12 +19,12 @@ from shardcomp.ir.program import Value, tensor_arguments, value
 from shardcomp.kernels.dropout import dropout
 
 aten = torch.ops.aten
-Lead = tuple[Size, ...]
+LeadingSizes = tuple[Size, ...]
 """The sizes that dimension 0 of a value is the product of."""
 
 
 @dataclass(frozen=True)
-class Lift:
+class UnmergedCall:
     """The call on twins: what is called with what, and which operands' dimension 0 is the result's. Those give way to their
     twins."""
 
@@ -38,7 +38,7 @@ def packet_of(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
-def lift(node: fx.Node, lead: Lead) -> Lift | None:
+def unmerge(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     """The call with dimension 0 in as many as `lead`; None where the call does more than keep its rows apart."""
     rule = _RULES.get(packet_of(node))
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()) and isinstance(node.meta["value"], Value):
@@ -51,39 +51,39 @@ def lift(node: fx.Node, lead: Lead) -> Lift | None:
     return found if all(times[row] == count for row, count in Counter(found.rows).items()) else None
 
 
-def rows(node: fx.Node) -> tuple[fx.Node, ...]:
+def row_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """The operands of a call whose dimension 0 is its result's, one by one."""
-    found = lift(node, ())
+    found = unmerge(node, ())
     return found.rows if found else ()
 
 
-def _pointwise(node: fx.Node, lead: Lead) -> Lift | None:
+def _pointwise(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     """Other operands are broadcast from the right, and so they are onto the twins."""
     out = value(node).shape
     operands = [(argument, value(argument).shape) for argument in tensor_arguments(node)]
     rows = tuple(argument for argument, shape in operands if out and len(shape) == len(out) and same(shape[0], out[0]))
-    return Lift(rows, node.target, node.args)
+    return UnmergedCall(rows, node.target, node.args)
 
 
-def _by_row(node: fx.Node, lead: Lead) -> Lift | None:
+def _by_row(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     """The first operand's last dimensions are worked on, and nothing is said by number."""
     source: Any = node.args[0]
-    return Lift((source,), node.target, node.args)
+    return UnmergedCall((source,), node.target, node.args)
 
 
-def _linear(node: fx.Node, lead: Lead) -> Lift | None:
+def _linear(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     return _by_row(node, lead) if len(value(node).shape) > 1 else None
 
 
-def _normalization(node: fx.Node, lead: Lead) -> Lift | None:
+def _normalization(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     return _by_row(node, lead) if len(node.args[1]) < len(value(node).shape) else None  # type: ignore[arg-type]
 
 
-def _padding(node: fx.Node, lead: Lead) -> Lift | None:
+def _padding(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     return _by_row(node, lead) if len(node.args[1]) // 2 < len(value(node).shape) else None  # type: ignore[arg-type]
 
 
-def _product(node: fx.Node, lead: Lead) -> Lift | None:
+def _product(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     """Matrices by matrices, one for each row, or rows by one matrix."""
     out = value(node).shape
     shapes = [value(argument).shape for argument in tensor_arguments(node)]
@@ -92,13 +92,13 @@ def _product(node: fx.Node, lead: Lead) -> Lift | None:
     pairs = zip(tensor_arguments(node), shapes, strict=True)
     batched = tuple(n for n, shape in pairs if len(shape) == len(out) and same(shape[0], out[0]))
     rows = batched if len(out) > 2 else tuple(tensor_arguments(node)[:1])
-    return Lift(rows, aten.matmul.default, node.args)
+    return UnmergedCall(rows, aten.matmul.default, node.args)
 
 
-def _along(position: int, *, new: bool = False) -> Callable[[fx.Node, Lead], Lift | None]:
+def _along(position: int, *, new: bool = False) -> Callable[[fx.Node, LeadingSizes], UnmergedCall | None]:
     """An operator that works along the dimensions, or the one, that its argument at `position` says. new: it makes it."""
 
-    def rule(node: fx.Node, lead: Lead) -> Lift | None:
+    def rule(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
         rows = tuple(tensor_arguments(node))
         given = node.args[position] if len(node.args) > position else None
         several = isinstance(given, (list, tuple))
@@ -106,12 +106,12 @@ def _along(position: int, *, new: bool = False) -> Callable[[fx.Node, Lead], Lif
         if not dims or 0 in dims:
             return None
         moved = dims if several else dims[0]
-        return Lift(rows, node.target, (*node.args[:position], moved, *node.args[position + 1 :]))
+        return UnmergedCall(rows, node.target, (*node.args[:position], moved, *node.args[position + 1 :]))
 
     return rule
 
 
-def _moved(dims: Iterable[Any], rank: int, lead: Lead) -> list[int]:
+def _moved(dims: Iterable[Any], rank: int, lead: LeadingSizes) -> list[int]:
     """Where dimensions are among those of the twin, counted from the left; empty where one is not given."""
     dims = list(dims)
     if any(d is None for d in dims):
@@ -119,27 +119,27 @@ def _moved(dims: Iterable[Any], rank: int, lead: Lead) -> list[int]:
     return [d % rank + (max(len(lead) - 1, 0) if d % rank else 0) for d in dims]
 
 
-def _transpose(node: fx.Node, lead: Lead) -> Lift | None:
+def _transpose(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     source: Any = node.args[0]
     dims = _moved(node.args[1:3], len(value(source).shape), lead)
-    return None if 0 in dims else Lift((source,), node.target, (source, *dims))
+    return None if 0 in dims else UnmergedCall((source,), node.target, (source, *dims))
 
 
-def _permute(node: fx.Node, lead: Lead) -> Lift | None:
+def _permute(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     source: Any = node.args[0]
     first, *others = _moved(node.args[1], len(value(source).shape), lead)  # type: ignore[arg-type]
-    return None if first else Lift((source,), node.target, (source, [*range(len(lead)), *others]))
+    return None if first else UnmergedCall((source,), node.target, (source, [*range(len(lead)), *others]))
 
 
-def _expand(node: fx.Node, lead: Lead) -> Lift | None:
+def _expand(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     source: Any = node.args[0]
     before, after = value(source).shape, value(node).shape
     if len(before) != len(after) or not same(before[0], after[0]):
         return None
-    return Lift((source,), node.target, (source, [*lead, *after[1:]]))
+    return UnmergedCall((source,), node.target, (source, [*lead, *after[1:]]))
 
 
-_RULES: dict[Any, Callable[[fx.Node, Lead], Lift | None]] = {
+_RULES: dict[Any, Callable[[fx.Node, LeadingSizes], UnmergedCall | None]] = {
     **dict.fromkeys((dropout, aten.to, aten.detach, aten.where, aten.masked_fill), _pointwise),
     **dict.fromkeys((aten.layer_norm, aten.rms_norm), _normalization),
     **dict.fromkeys((aten.pad, aten.constant_pad_nd), _padding),

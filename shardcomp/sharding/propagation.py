@@ -18,7 +18,7 @@ from torch import fx
 
 from shardcomp.ir.layout import PARTIAL, WHOLE, Placement, Size, copied, divides, split
 from shardcomp.ir.program import PARAMETER, B, Body, Value, stored, tensor_arguments, values
-from shardcomp.sharding.reshard import bytes_of, traffic
+from shardcomp.sharding.reshard import bytes_of, reshard_bytes
 from shardcomp.sharding.rules import HEADS, Factoring, Form, factoring
 
 _FORBIDDEN = float("inf")
@@ -35,7 +35,7 @@ class Choice:
     results: tuple[Placement, ...]
     partial_gradient: tuple[bool, ...]
     form: Form | None = None
-    ruled: bool = True
+    has_rule: bool = True
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Propagation:
     passed_back: calls whose result has a partial gradient that is reduced at their operand instead.
     origins: for every value that is cut, the parameters whose cut it has. brought: every value that is brought to another
     placement, which is done once for all calls that need it there. alternatives: what else could be done at the calls for which
-    something is sent. traffic: what all of it sends, see `conversion.traffic`.
+    something is sent. traffic: what all of it sends, see `conversion.reshard_bytes`.
     """
 
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Propagation:
     origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     brought: set[tuple[fx.Node, Placement, bool]] = field(default_factory=set)
     alternatives: dict[fx.Node, list[Choice]] = field(default_factory=dict)
-    traffic: float = 0.0
+    reshard_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Indivisible:
 
 
 @dataclass(frozen=True)
-class Cutting:
+class AxisSplit:
     """What one axis cuts: into how many pieces, and the length of the sequence where the residual stream is cut along it."""
 
     parts: int
@@ -79,7 +79,7 @@ class Cutting:
 
 def propagate(
     body: Body,
-    cutting: Cutting,
+    cutting: AxisSplit,
     given: Mapping[fx.Node, Placement],
     finals: tuple[bool, ...] = (),
     forced: Mapping[fx.Node, Choice] = MappingProxyType({}),
@@ -118,23 +118,23 @@ def propagate(
     _cut_earlier(body, done, cutting)
     _push_back(body, done)
     if not done.stuck:
-        done.traffic = _traffic(body, done, cutting, finals)
+        done.reshard_bytes = _total_reshard_bytes(body, done, cutting, finals)
     return done
 
 
-def improve(body: Body, cutting: Cutting, given: Mapping[fx.Node, Placement], finals: tuple[bool, ...]) -> Propagation:
+def refine(body: Body, cutting: AxisSplit, given: Mapping[fx.Node, Placement], finals: tuple[bool, ...]) -> Propagation:
     """`propagate`, and then other choices, one call at a time, wherever that lessens what the whole body sends."""
     best = propagate(body, cutting, given, finals)
     forced: dict[fx.Node, Choice] = {}
     for node in body.calls():  # the choices before it are settled, those after it follow
         for option in best.alternatives.get(node, ()):
             tried = propagate(body, cutting, given, finals, {**forced, node: option})
-            if tried.traffic < best.traffic and not tried.stuck and not tried.indivisible:
+            if tried.reshard_bytes < best.reshard_bytes and not tried.stuck and not tried.indivisible:
                 best, forced = tried, {**forced, node: option}
     return best
 
 
-def border(held: Value, now: Placement, final: bool, cutting: Cutting) -> Placement:
+def boundary_placement(held: Value, now: Placement, final: bool, cutting: AxisSplit) -> Placement:
     """Where a result lies when it leaves its unit: the sequence is cut where it carries a gradient, all else is whole.
 
     A result of the program stays cut where it is cut, but for the sequence: it has the caller's length.
@@ -148,7 +148,7 @@ def border(held: Value, now: Placement, final: bool, cutting: Cutting) -> Placem
     return WHOLE
 
 
-def _traffic(body: Body, done: Propagation, cutting: Cutting, finals: tuple[bool, ...]) -> float:
+def _total_reshard_bytes(body: Body, done: Propagation, cutting: AxisSplit, finals: tuple[bool, ...]) -> float:
     """What the conversions send that the choices ask for."""
     asked: dict[tuple[fx.Node, Placement, bool], Placement] = {}
     for node, choice in done.choices.items():
@@ -161,13 +161,13 @@ def _traffic(body: Body, done: Propagation, cutting: Cutting, finals: tuple[bool
                 asked[operand, needed, summed] = now
     for result, final in zip(body.results, finals or (False,) * len(body.results), strict=True):
         now = done.placements[result][0]
-        if now != (target := border(values(result)[0], now, final, cutting)):
+        if now != (target := boundary_placement(values(result)[0], now, final, cutting)):
             asked[result, target, False] = now
     total = 0.0
     for (operand, needed, summed), now in asked.items():
         held = values(operand)[0]
         if stored(operand) is None or now.is_whole and needed.copies > 1:
-            total += traffic(held, now, needed, summed, cutting.parts)
+            total += reshard_bytes(held, now, needed, summed, cutting.parts)
         elif now != needed:
             total += _WEIGHT * bytes_of(held)
     return total
@@ -190,11 +190,11 @@ def _placement(done: Propagation, operand: fx.Node, user: fx.Node) -> Placement:
 
 
 def _options(
-    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, cutting: Cutting
+    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, cutting: AxisSplit
 ) -> list[Choice]:
     """Everything that can be done at a call, running it whole first."""
     results = len(values(node))
-    whole = Choice((WHOLE,) * len(operands), (WHOLE,) * results, (False,) * len(operands), ruled=rule is not None)
+    whole = Choice((WHOLE,) * len(operands), (WHOLE,) * results, (False,) * len(operands), has_rule=rule is not None)
     if any(placement.is_copied for placement in current):
         # Each rank has a summand of the result's gradient, and so of every operand's.
         whole = replace(whole, results=(copied(cutting.parts),) * results, partial_gradient=(True,) * len(operands))
@@ -309,7 +309,7 @@ def _cost(
     choice: Choice,
     operands: list[fx.Node],
     current: tuple[Placement, ...],
-    cutting: Cutting,
+    cutting: AxisSplit,
     brought: Container[tuple[fx.Node, Placement, bool]],
 ) -> float:
     """Bytes that bringing the operands to what a choice needs moves; nothing for what is brought there already."""
@@ -320,7 +320,7 @@ def _cost(
     return total
 
 
-def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial_gradient: bool, cutting: Cutting) -> float:
+def conversion_cost(operand: fx.Node, now: Placement, needed: Placement, partial_gradient: bool, cutting: AxisSplit) -> float:
     """Bytes for one operand. An all-reduce counts twice; a whole weight's partial gradient is added up once per step.
 
     A sum is scattered only to where the residual stream lies: scattered elsewhere it would have to be gathered again.
@@ -386,7 +386,7 @@ def _lost_cuts(
             yield Indivisible(node, min(int(size) for size in bad), done.origins[operand])
 
 
-def _cut_earlier(body: Body, done: Propagation, cutting: Cutting) -> None:
+def _cut_earlier(body: Body, done: Propagation, cutting: AxisSplit) -> None:
     """Cut a call whose whole result is wanted cut by all who read it, where its operands cost less than its result would: a
     table of positions is looked up for a rank's own tokens alone."""
     for node in reversed(body.graph.nodes):

@@ -34,7 +34,7 @@ _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often the whole tensor passes a rank."""
 
 
-def path(now: Placement, needed: Placement, partial_gradient: bool, requires_grad: bool, parts: int) -> list[Step]:
+def reshard_steps(now: Placement, needed: Placement, partial_gradient: bool, requires_grad: bool, parts: int) -> list[Step]:
     """The collectives from one placement to another over `parts` ranks, given how the gradient comes back. Empty where nothing
     is to be done."""
     if now == needed:
@@ -60,10 +60,10 @@ def path(now: Placement, needed: Placement, partial_gradient: bool, requires_gra
     raise InternalError(f"no collective from {now} to {needed}")
 
 
-def traffic(held: Value, now: Placement, needed: Placement, partial_gradient: bool, parts: int) -> float:
+def reshard_bytes(held: Value, now: Placement, needed: Placement, partial_gradient: bool, parts: int) -> float:
     """What the collectives on the way move, forward and backward, in bytes; a message counts as `MESSAGE` more."""
     total = 0.0
-    for target, _, _ in path(now, needed, partial_gradient, held.requires_grad, parts):
+    for target, _, _ in reshard_steps(now, needed, partial_gradient, held.requires_grad, parts):
         exchange = EXCHANGES[target]
         for op in (exchange.forward, exchange.backward if held.requires_grad else None):
             if op is not None:

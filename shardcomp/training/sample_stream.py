@@ -19,7 +19,7 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
-class Stream:
+class SampleStream:
     """Samples in a random order, a new one in every epoch, without an end.
 
     samples: tokens, `[n, length]` of any integer dtype; rank, ranks: this one's place among the data-parallel ranks,

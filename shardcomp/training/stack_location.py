@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from shardcomp.ir.collectives import Axis
-from shardcomp.runtime.unit import Home, Unit
+from shardcomp.runtime.unit import Unit, UnitParameters
 
 _TORCH = str(Path(torch.__file__).parent)
 _SHARDCOMP = str(Path(__file__).parents[1])
@@ -278,9 +278,9 @@ def _unit(stack: Sequence[_Call]) -> str:
         if isinstance(held, Axis) and held.unit:
             return held.unit
         if isinstance(held, Unit):
-            return held.home.path
+            return held.unit_parameters.path
         modules = held.modules if _of_fsdp(held) else (held,)
-        if paths := [module.path for module in modules if isinstance(module, Home)]:
+        if paths := [module.path for module in modules if isinstance(module, UnitParameters)]:
             return ", ".join(paths)
     return ""
 

@@ -15,7 +15,7 @@ from shardcomp.ir.collectives import EXCHANGES, Axis
 from shardcomp.ir.mesh import SHARDING
 from shardcomp.ir.printer import sources
 from shardcomp.ir.program import PARAMETER, Program, Unit
-from shardcomp.runtime.allocation import Chunk, users
+from shardcomp.runtime.allocation import StageShard, users
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.gradients import Partial
 from shardcomp.runtime.model import ShardedModel
@@ -259,30 +259,30 @@ def _data_parallel(program: Program, blueprint: Blueprint) -> Iterator[Mutant]:
     for unit in {id(u.body): u for u in trained}.values():
         for change in plants:
 
-            def plant(sharded: ShardedModel, unit: Unit = unit, change: Callable[[Chunk, Any], None] = change) -> None:
-                for chunk in sharded._chunks:
-                    for plan, home in zip(chunk.units, chunk.homes, strict=True):
+            def plant(sharded: ShardedModel, unit: Unit = unit, change: Callable[[StageShard, Any], None] = change) -> None:
+                for stage_shard in sharded._chunks:
+                    for plan, home in zip(stage_shard.units, stage_shard.unit_parameters, strict=True):
                         if (plan.stage, plan.path) == (unit.plan.stage, unit.path):
-                            change(chunk, _group(chunk, home))
+                            change(stage_shard, _group(stage_shard, home))
 
             over = "dp" if len(plants) == 1 else SHARDING[1 - plants.index(change)]
             yield Mutant(f"{unit.path}: gradients not summed over {over}", blueprint, plant)
     yield Mutant("the loss and the count of labels are not summed over dp", blueprint, _plant_silence("dp"))
 
 
-def _group(chunk: Chunk, home: Any) -> Any:
+def _group(stage_shard: StageShard, home: Any) -> Any:
     """The module that gathers the parameters of a unit."""
     if any(True for _ in home.parameters()):
         return home
-    return home.shared if home.shared.apart else chunk.root
+    return home.shared if home.shared.apart else stage_shard.root
 
 
-def _unscattered(chunk: Chunk, module: Any) -> None:
+def _unscattered(stage_shard: StageShard, module: Any) -> None:
     """Have each rank of a group keep its own gradients of its piece."""
     module.set_custom_reduce_scatter(_Unreduced())
 
 
-def _unreduced(chunk: Chunk, module: Any) -> None:
+def _unreduced(stage_shard: StageShard, module: Any) -> None:
     """Have the gradients of a group not summed over its copies."""
     kept = _Kept()
     module.set_custom_reduce_scatter(kept)

@@ -30,7 +30,7 @@ from shardcomp.materialize import shard
 from shardcomp.policy import Policy
 from shardcomp.policy.options import flags
 from shardcomp.runtime.optimizer import AdamW
-from shardcomp.training.sample_stream import Stream, digest_text
+from shardcomp.training.sample_stream import SampleStream, digest_text
 from shardcomp.verification.verifier import FLOOR, TOLERANCE, small_config
 
 SAMPLES, LENGTH = 64, 24
@@ -264,7 +264,7 @@ def _train(job: _Job, rank: int) -> None:
     axis = sharded.mesh["dp"]
     vocabulary = int(sharded.config.get_text_config().vocab_size)
     samples = torch.randint(0, vocabulary, (SAMPLES, job.length), generator=torch.Generator().manual_seed(1))
-    stream = Stream(samples, job.policy.options.seed, axis.get_local_rank(), axis.size())
+    stream = SampleStream(samples, job.policy.options.seed, axis.get_local_rank(), axis.size())
     saver = Saver(Path(job.folder) / "checkpoints")
     found = saver.resume(sharded, optimizer, scheduler=scheduler, path=job.start)
     if found is not None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from shardcomp import presets
 from shardcomp.capture.copying import copy_model
 from shardcomp.errors import VerifyError
-from shardcomp.ir.packed import Part, join, packed
+from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
 from shardcomp.ir.precision import COMPUTE
 from shardcomp.lowering import Lowered, lower
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy import Policy
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.sharding.weight_dims import module_of
@@ -256,7 +256,7 @@ def _run(
     sharded: ShardedModel,
     given: dict[str, Batch],
     updates: list[Batch],
-    parts: Mapping[str, Part | None],
+    parts: Mapping[str, PackedSlice | None],
     with_logits: bool,
 ) -> Outcome:
     rank, size = sharded.mesh.get_local_rank("dp"), sharded.mesh["dp"].size()
@@ -307,16 +307,16 @@ def _held(sharded: ShardedModel, of: Callable[[nn.Parameter], Tensor | None]) ->
         given = of(mine[held])
         if given is None:
             continue
-        full = whole(given.detach()).clone()
+        full = full_tensor(given.detach()).clone()
         if not torch.equal(found.setdefault(name, full), full):
             raise _Disagreement(f"two stages of one rank disagree about {name}: their copies differ")
     return found
 
 
-def _joined(held: dict[str, Tensor], parts: Mapping[str, Part | None]) -> dict[str, Tensor]:
+def _joined(held: dict[str, Tensor], parts: Mapping[str, PackedSlice | None]) -> dict[str, Tensor]:
     """The same by the names of the dense model: parts of a packed weight are joined."""
-    names = [name for name, pieces in packed(parts).items() if any(piece in held for piece in pieces)]
-    return {name: held[name] if name in held else join(name, parts, held) for name in names}
+    names = [name for name, pieces in group_by_packed(parts).items() if any(piece in held for piece in pieces)]
+    return {name: held[name] if name in held else assemble(name, parts, held) for name in names}
 
 
 @dataclass

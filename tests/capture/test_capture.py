@@ -350,7 +350,7 @@ class Constants(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_tensors_outside_of_buffers_become_buffers_and_changes_in_place_become_values(precision: str) -> None:
+def test_tensors_outside_of_buffers_become_buffers_and_writes_in_place_become_values(precision: str) -> None:
     torch.manual_seed(0)
     model = Constants(tiny())
     program = capture(model, signature("input_ids"), precision=precision)

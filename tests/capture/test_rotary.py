@@ -70,7 +70,7 @@ def test_the_positions_decide_and_not_the_number_of_tokens(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_a_model_was_called_with_before_does_not_count_and_the_model_is_left_as_it_was(kind: str) -> None:
+def test_earlier_calls_of_a_model_do_not_count_and_the_model_is_left_as_it_was(kind: str) -> None:
     model = MODELS[kind]()
     with torch.no_grad():
         model(**batch(40))

@@ -13,7 +13,7 @@ import shardcomp
 from shardcomp import presets
 from shardcomp.lowering import Lowered
 from shardcomp.materialize import allocate, weights_of
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.verification.thread_ranks import run_ranks
 from support.models import tiny
@@ -113,7 +113,7 @@ def gradients(dense: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str
 def assert_gradients(sharded: ShardedModel, expected: Mapping[str, Tensor], tolerance: float = 1e-9) -> None:
     """Every gradient of this rank is the dense model's: ‖g − g₀‖ ≤ tolerance · max(‖g₀‖, 1e-6 · ‖all g₀‖)."""
     total = torch.stack([g.norm() for g in expected.values()]).norm()
-    found = {name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+    found = {name: full_tensor(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
     own = {name for name, _ in sharded.named_parameters() if name in expected}
     assert found.keys() == own, found.keys() ^ own
     for name, gradient in found.items():

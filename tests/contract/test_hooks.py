@@ -25,7 +25,7 @@ from transformers import GPT2Config
 
 import shardcomp
 from shardcomp import presets
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -76,7 +76,7 @@ def test_gradient_hooks_of_a_packed_weight_see_it_packed(plan: str) -> None:
 
     def work(sharded: ShardedModel) -> None:
         sharded.train_step(**mine(sharded, batch))
-        held = {n: whole(p.grad) for n, p in sharded.named_parameters() if n.startswith(name)}
+        held = {n: full_tensor(p.grad) for n, p in sharded.named_parameters() if n.startswith(name)}
         if sharded.mesh.get_local_rank("pp") == 0:
             assert (
                 torch.cat([held[n] for n in sorted(held, key=lambda n: "qkv".find(n[-1]))], 1).sub(expected).abs().max() < 1e-12
@@ -96,7 +96,7 @@ def test_gradient_hooks_on_sharded_parameters_see_the_reduced_one(plan: str) -> 
         calls = []
 
         def double_it(gradient: Tensor) -> Tensor:
-            calls.append(whole(gradient))
+            calls.append(full_tensor(gradient))
             return gradient * 2
 
         for p in sharded.parameters():
@@ -130,7 +130,7 @@ def test_post_accumulate_hooks_are_called_when_gradients_stand(plan: str) -> Non
         sharded.train_step(**mine(sharded, batch))
         for name, p in sharded.named_parameters():
             assert p.grad is None
-            torch.testing.assert_close(whole(p.detach()), expected[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(full_tensor(p.detach()), expected[name], rtol=1e-9, atol=1e-12)
 
     run(low, work)
 
@@ -153,10 +153,10 @@ def test_post_accumulate_hooks_from_before_get_a_whole_parameter(plan: str) -> N
         sharded.train_step(**mine(sharded, batch))
         held = dict(sharded.named_parameters()).get("lm_head.weight")
         if held is not None:
-            torch.testing.assert_close(whole(held.grad), expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(full_tensor(held.grad), expected, rtol=1e-9, atol=1e-12)
             grown = before.clone()
             grown[TRAINED_ROWS:] += 1
-            assert torch.equal(whole(held.detach()), grown)
+            assert torch.equal(full_tensor(held.detach()), grown)
 
     run(lowered(plan, dense, (LOSS,)), work)
 

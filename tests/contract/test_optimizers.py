@@ -28,7 +28,7 @@ from shardcomp import presets
 from shardcomp.ir.precision import Widened
 from shardcomp.lowering import Lowered
 from shardcomp.materialize import allocate, weights_of
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.verification.dense_model import batches, in_dtype
@@ -343,7 +343,7 @@ def local_weights(sharded: ShardedModel) -> list[Tensor]:
 
 
 def deviation(sharded: ShardedModel, exact: dict[str, Tensor], names: dict[str, str]) -> float:
-    found = {name: whole(p.detach()) for name, p in sharded.named_parameters()}
+    found = {name: full_tensor(p.detach()) for name, p in sharded.named_parameters()}
     wanted = {name: exact[names.get(name, name)] for name in found}
     return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in found)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import shardcomp
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 
 each_plan = pytest.mark.parametrize("plan", FLAT)
@@ -109,11 +109,11 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_over(plan: str) -> None:
 
     def work(sharded: ShardedModel) -> None:
         optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-        before = [whole(p.detach()).clone() for p in sharded.parameters()]
+        before = [full_tensor(p.detach()).clone() for p in sharded.parameters()]
         logits = sharded(input_ids=mine(sharded, batch)["input_ids"]).logits.full_tensor()
         (logits.mean() * float("inf")).backward()
         assert not sharded.optimizer_step(optimizer) and sharded.skipped_steps == 1
-        assert all(torch.equal(whole(p.detach()), old) for p, old in zip(sharded.parameters(), before, strict=True))
+        assert all(torch.equal(full_tensor(p.detach()), old) for p, old in zip(sharded.parameters(), before, strict=True))
         optimizer.zero_grad()
         sharded.train_step(**mine(sharded, batch))  # nothing of the backward before is left
         assert_gradients(sharded, expected)
@@ -275,7 +275,7 @@ def test_the_loss_scale_of_fp16_is_on_every_output(plan: str) -> None:
         part = mine(sharded, batch)
         out = sharded(**part, return_logits=True)
         (out.loss + 0.1 * own(out.logits.full_tensor().float(), part["input_ids"])).backward()
-        found = {name: whole(p.grad).double() for name, p in sharded.named_parameters()}
+        found = {name: full_tensor(p.grad).double() for name, p in sharded.named_parameters()}
         flat = torch.cat([found[name].flatten() for name in expected])
         whole_loss, model_loss = (torch.cat([g[name].flatten() for name in expected]) for g in (expected, alone))
         assert (flat - whole_loss).norm() < 0.01 * whole_loss.norm() < 0.1 * (whole_loss - model_loss).norm()

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import shardcomp
 from shardcomp.lowering import Signature
 from shardcomp.materialize import allocate, weights_of
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.verification.thread_ranks import run_alone, run_ranks
 from support.models import tiny
 
@@ -69,7 +69,7 @@ def test_rank_0s_numbers_are_taken_where_asked_for(plan: str) -> None:
     def work(rank: int) -> None:
         dense = models[rank]
         sharded = allocate(low, sources(dense), same=list(dense.named_parameters()), sync_weights=True)
-        assert torch.equal(whole(sharded.lm_head.weight.detach()), models[0].lm_head.weight.double())
+        assert torch.equal(full_tensor(sharded.lm_head.weight.detach()), models[0].lm_head.weight.double())
         sharded.train_step(**mine(sharded, batch))
         assert_gradients(sharded, expected)
 
@@ -192,7 +192,7 @@ def test_adapters_are_not_saved_as_what_nobody_reads(tmp_path: Path) -> None:
         sharded.save_pretrained(tmp_path / "saved", strict=False)
         again = shardcomp.shard(dense, shardcomp.Policy.load("auto", precision="fp32"), checkpoint=tmp_path / "saved")
         for (name, p), (other, q) in zip(sharded.named_parameters(), again.named_parameters(), strict=True):
-            assert name == other and torch.equal(whole(p.detach()), whole(q.detach()))
+            assert name == other and torch.equal(full_tensor(p.detach()), full_tensor(q.detach()))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

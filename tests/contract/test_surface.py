@@ -34,7 +34,7 @@ from transformers import GPT2Config, Trainer, TrainingArguments
 import shardcomp
 from shardcomp import presets
 from shardcomp.lowering import Signature
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -95,11 +95,11 @@ def test_autocast_to_the_plans_own_dtype_changes_no_bit(plan: str) -> None:
     def work(sharded: ShardedModel) -> None:
         part = mine(sharded, BATCH)
         alone = sharded.train_step(**part).loss
-        before = [whole(p.grad).clone() for p in sharded.parameters()]
+        before = [full_tensor(p.grad).clone() for p in sharded.parameters()]
         sharded.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(sharded.train_step(**part).loss, alone)
-        assert all(torch.equal(whole(p.grad), old) for p, old in zip(sharded.parameters(), before, strict=True))
+        assert all(torch.equal(full_tensor(p.grad), old) for p, old in zip(sharded.parameters(), before, strict=True))
 
     run(lowered(plan, model(), (LOSS,), precision="bf16"), work)
 
@@ -236,7 +236,7 @@ def test_parameters_changed_in_place_are_used(plan: str) -> None:
         part = mine(sharded, BATCH)
         sharded.train_step(**part)
         sharded.zero_grad(set_to_none=False)
-        assert all(not bool(whole(p.grad).any()) for p in sharded.parameters())
+        assert all(not bool(full_tensor(p.grad).any()) for p in sharded.parameters())
         with torch.no_grad():
             for p in sharded.parameters():
                 p.mul_(0.5)

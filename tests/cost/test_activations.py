@@ -39,7 +39,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, str], 
     def run(self: Unit, *inputs: Tensor) -> Any:
         with Made() as made:
             results = true(self, *inputs)
-        found.setdefault((torch.distributed.get_rank(), self.home.path), []).append(made.left(tree_leaves(results)))
+        found.setdefault((torch.distributed.get_rank(), self.unit_parameters.path), []).append(made.left(tree_leaves(results)))
         return results
 
     with monkeypatch.context() as patch:
@@ -67,7 +67,7 @@ def forward(lowered: Lowered, vocabulary: int) -> list[tuple[int, int]]:
             found = chunk.root(code.stages[0].forward, **inputs)
         program = lowered.program
         predicted = stage_activations(program, program.units, 1, LENGTH, lowered.mesh.coordinates(rank))
-        copies = [p for home in chunk.homes for p in home.gathered]
+        copies = [p for home in chunk.unit_parameters for p in home.gathered]
         local = [p.to_local() if hasattr(p, "to_local") else p for p in copies]
         return made.left([found["loss"], *local]), predicted - sum(_callers(lowered, rank).values())
 

@@ -19,7 +19,7 @@ from shardcomp.lowering import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy.options import Options
 from shardcomp.runtime.stage import ModelStage
-from shardcomp.runtime.unit import Root
+from shardcomp.runtime.unit import StageRoot
 from shardcomp.verification.dense_model import batches
 from shardcomp.verification.thread_ranks import run_ranks
 from support.models import tiny, with_idle
@@ -46,7 +46,7 @@ class Counted:
         self.found: dict[int, Sent] = {}
         for method, (op, position) in METHODS.items():
             monkeypatch.setattr(ProcessLocalGroup, method, self._collective(getattr(ProcessLocalGroup, method), op, position))
-        monkeypatch.setattr(Root, "__call__", self._during("forward", Root.__call__))
+        monkeypatch.setattr(StageRoot, "__call__", self._during("forward", StageRoot.__call__))
         monkeypatch.setattr(ModelStage, "_reduce", self._during("backward", ModelStage._reduce))
         monkeypatch.setattr(ModelStage, "get_fwd_send_ops", self._sends("forward", ModelStage.get_fwd_send_ops))
         monkeypatch.setattr(ModelStage, "get_bwd_send_ops", self._sends("backward", ModelStage.get_bwd_send_ops))

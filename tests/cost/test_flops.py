@@ -128,7 +128,7 @@ def test_a_rank_has_its_share_of_what_is_split_and_all_of_what_is_whole() -> Non
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_model_costs_six_operations_for_each_weight_of_a_product_and_token_and_attention(ranks: int) -> None:
+def test_a_model_costs_attention_and_six_operations_per_weight_and_token(ranks: int) -> None:
     config = tiny(num_hidden_layers=3, vocab_size=96)
     lowered = shardcomp.lower(config, shardcomp.Policy.load("llama", tensor=ranks), seq=16)
     program = lowered.program

@@ -197,7 +197,7 @@ def test_model_mesh_and_policy_are_what_was_lowered() -> None:
     assert found["replicated"] == [{"what": "layers.*.norm.weight", "parameters": LAYERS * H, "why": why}]
 
 
-def test_memory_counts_this_ranks_share_of_what_is_cut_and_no_gradient_of_what_is_frozen() -> None:
+def test_memory_counts_this_ranks_shards_and_no_gradient_of_frozen_weights() -> None:
     share = H + F // 2 * H
     trained = LAYERS * share - F // 2 * H
     expected = {"parameters": (4 + 2) * LAYERS * share, "gradients": 4 * trained, "optimizer": 8 * trained, "host": 0}

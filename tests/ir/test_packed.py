@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import shardcomp
 from shardcomp import materialize, presets
 from shardcomp.errors import CheckpointError, InternalError
-from shardcomp.ir.packed import Part, join, packed
+from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
 from shardcomp.ir.program import Parameter
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.blueprint import Blueprint
@@ -28,7 +28,7 @@ from support.models import tiny
 
 
 @st.composite
-def packings(draw: st.DrawFn) -> dict[str, Part]:
+def packings(draw: st.DrawFn) -> dict[str, PackedSlice]:
     """A tensor whose rows are `groups` times the same blocks, such as [q; k; v] once, or [q, k, v] for each head. A part is
     one block of each group."""
     groups = draw(st.integers(1, 4))
@@ -38,12 +38,12 @@ def packings(draw: st.DrawFn) -> dict[str, Part]:
     shape[dim] = groups * sum(sizes)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return {
-        f"w.{i}": Part("w", tuple(shape), dim, start, size, sum(sizes), groups)
+        f"w.{i}": PackedSlice("w", tuple(shape), dim, start, size, sum(sizes), groups)
         for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
     }
 
 
-def tensor_of(parts: dict[str, Part]) -> torch.Tensor:
+def tensor_of(parts: dict[str, PackedSlice]) -> torch.Tensor:
     shape = next(iter(parts.values())).shape
     return torch.arange(torch.Size(shape).numel()).reshape(shape)
 
@@ -56,32 +56,32 @@ def reader(whole: torch.Tensor) -> Any:
     return read
 
 
-def everything(part: Part) -> list[slice]:
+def everything(part: PackedSlice) -> list[slice]:
     return [slice(0, part.length if dim == part.dim else size) for dim, size in enumerate(part.shape)]
 
 
 @given(packings())
-def test_rows_make_the_part_again(parts: dict[str, Part]) -> None:
+def test_rows_make_the_part_again(parts: dict[str, PackedSlice]) -> None:
     for part in parts.values():
-        again = Part.of_rows(part.of, part.shape, part.dim, part.rows())
+        again = PackedSlice.of_rows(part.of, part.shape, part.dim, part.rows())
         assert again is not None and again.rows() == part.rows() and again.length == part.length == len(part.rows())
 
 
 @given(st.lists(st.integers(0, 12), max_size=8))
 def test_rows_that_are_no_runs_at_one_stride_are_no_part(rows: list[int]) -> None:
-    found = Part.of_rows("w", (13,), 0, rows)
+    found = PackedSlice.of_rows("w", (13,), 0, rows)
     assert found is None or found.rows() == rows
 
 
 def test_runs_of_unequal_length_or_stride_are_no_part() -> None:
-    assert Part.of_rows("w", (9,), 0, []) is None
-    assert Part.of_rows("w", (9,), 0, [0, 1, 4]) is None
-    assert Part.of_rows("w", (9,), 0, [0, 1, 3, 4, 7, 8]) is None
-    assert Part.of_rows("w", (9,), 0, [0, 1, 3, 4, 6, 7]) == Part("w", (9,), 0, 0, 2, 3, 3)
+    assert PackedSlice.of_rows("w", (9,), 0, []) is None
+    assert PackedSlice.of_rows("w", (9,), 0, [0, 1, 4]) is None
+    assert PackedSlice.of_rows("w", (9,), 0, [0, 1, 3, 4, 7, 8]) is None
+    assert PackedSlice.of_rows("w", (9,), 0, [0, 1, 3, 4, 6, 7]) == PackedSlice("w", (9,), 0, 0, 2, 3, 3)
 
 
 @given(packings(), st.data())
-def test_ranges_are_the_rows_in_order_and_no_more(parts: dict[str, Part], data: st.DataObject) -> None:
+def test_ranges_are_the_rows_in_order_and_no_more(parts: dict[str, PackedSlice], data: st.DataObject) -> None:
     for part in parts.values():
         begin = data.draw(st.integers(0, part.length))
         end = data.draw(st.integers(begin, part.length))
@@ -90,7 +90,7 @@ def test_ranges_are_the_rows_in_order_and_no_more(parts: dict[str, Part], data: 
 
 
 @given(packings(), st.data())
-def test_a_piece_is_read_from_the_packed_tensor(parts: dict[str, Part], data: st.DataObject) -> None:
+def test_a_piece_is_read_from_the_packed_tensor(parts: dict[str, PackedSlice], data: st.DataObject) -> None:
     whole = tensor_of(parts)
     for part in parts.values():
         expected = whole.index_select(part.dim, torch.tensor(part.rows()))
@@ -103,28 +103,32 @@ def test_a_piece_is_read_from_the_packed_tensor(parts: dict[str, Part], data: st
 
 
 @given(packings())
-def test_parts_that_are_read_and_joined_are_the_packed_tensor(parts: dict[str, Part]) -> None:
+def test_parts_that_are_read_and_joined_are_the_packed_tensor(parts: dict[str, PackedSlice]) -> None:
     whole = tensor_of(parts)
     tensors = {name: part.read(reader(whole), tuple(everything(part))) for name, part in parts.items()}
-    assert torch.equal(join("w", {**parts, "other": None}, tensors), whole)
+    assert torch.equal(assemble("w", {**parts, "other": None}, tensors), whole)
 
 
 def test_a_part_that_is_left_out_is_zero_where_another_is_given() -> None:
-    parts = {"w.q": Part("w", (4,), 0, 0, 2, 2, 1), "w.k": Part("w", (4,), 0, 2, 2, 2, 1)}
-    assert join("w", parts, {"w.k": torch.ones(2)}).tolist() == [0, 0, 1, 1]
+    parts = {"w.q": PackedSlice("w", (4,), 0, 0, 2, 2, 1), "w.k": PackedSlice("w", (4,), 0, 2, 2, 2, 1)}
+    assert assemble("w", parts, {"w.k": torch.ones(2)}).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [1, 2]])
 def test_parts_that_are_not_the_whole_tensor_are_our_fault(rows: list[int]) -> None:
-    first, second = Part.of_rows("w", (4,), 0, [2, 3]), Part.of_rows("w", (4,), 0, rows)
+    first, second = PackedSlice.of_rows("w", (4,), 0, [2, 3]), PackedSlice.of_rows("w", (4,), 0, rows)
     parts = {"w.a": first} if rows == [0, 1] else {"w.a": first, "w.b": second}
     with pytest.raises(InternalError, match="w: its parts hold"):
-        join("w", parts, {name: torch.ones(2) for name in parts})
+        assemble("w", parts, {name: torch.ones(2) for name in parts})
 
 
 def test_the_models_own_tensors_in_order() -> None:
-    part = Part("b.w", (4,), 0, 0, 2, 2, 1)
-    assert packed({"a": None, "b.w.q": part, "c": None, "b.w.k": part}) == {"a": ["a"], "b.w": ["b.w.q", "b.w.k"], "c": ["c"]}
+    part = PackedSlice("b.w", (4,), 0, 0, 2, 2, 1)
+    assert group_by_packed({"a": None, "b.w.q": part, "c": None, "b.w.k": part}) == {
+        "a": ["a"],
+        "b.w": ["b.w.q", "b.w.k"],
+        "c": ["c"],
+    }
 
 
 class Packed(torch.nn.Module):
@@ -138,7 +142,7 @@ class Packed(torch.nn.Module):
 def lowered_of(model: torch.nn.Module, of: str = "block.weight") -> Any:
     """What `weights_of` reads of a lowered model whose weight is [q, k, v] for each of two heads, and whose bias is whole."""
     tensors = dict(model.named_parameters())
-    parts = {f"{of}.{x}": Part(of, (12, 5), 0, 2 * i, 2, 6, 2) for i, x in enumerate("qkv")}
+    parts = {f"{of}.{x}": PackedSlice(of, (12, 5), 0, 2 * i, 2, 6, 2) for i, x in enumerate("qkv")}
     parameters = {name: Parameter(name, (4, 5), torch.float32, part=part) for name, part in parts.items()}
     parameters["block.bias"] = Parameter("block.bias", tuple(tensors["block.bias"].shape), torch.float32)
     program = SimpleNamespace(parameters=parameters, buffers={}, canonical_names=lambda: {})
@@ -200,14 +204,14 @@ def test_files_are_compared_with_the_packed_names_and_shapes(tmp_path: Path) -> 
 
 def with_parts(blueprint: Blueprint) -> Blueprint:
     """The same plan, its q, k and v weights being parts of one packed weight, [q; k; v] along the rows."""
-    renamed: dict[str, tuple[str, Part]] = {}
+    renamed: dict[str, tuple[str, PackedSlice]] = {}
     for name in blueprint.parameters:
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
             layer, x = name.rpartition(".self_attn.")[0], name[-len("q_proj.weight")]
             sizes = [blueprint.parameters[f"{layer}.self_attn.{each}_proj.weight"].shape[0] for each in "qkv"]
             start, size = sum(sizes[: "qkv".index(x)]), sizes["qkv".index(x)]
             of = f"{layer}.self_attn.qkv_proj.weight"
-            renamed[name] = f"{of}.{x}", Part(of, (sum(sizes), 32), 0, start, size, size, 1)
+            renamed[name] = f"{of}.{x}", PackedSlice(of, (sum(sizes), 32), 0, start, size, size, 1)
     parameters = {}
     for name, plan in blueprint.parameters.items():
         new, part = renamed.get(name, (name, None))

@@ -31,10 +31,11 @@ from shardcomp.ir.interpreter import evaluate
 from shardcomp.ir.mesh import Mesh
 from shardcomp.ir.precision import Widened
 from shardcomp.ir.program import B, Context, Program, S, Signature, Value, value
+from shardcomp.ir.well_formed import check_program
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
-from shardcomp.pass_runner import verify
 from shardcomp.passes import canonicalize
+from support.listings import before_and_after, lower_gated_model, pinned_torch
 from support.models import tiny
 
 pytestmark = pytest.mark.exports_anew
@@ -235,7 +236,7 @@ def _with_every_result(graph: fx.Graph) -> fx.Graph:
 
 
 def test_the_driver_finds_no_fault(program: Program) -> None:
-    verify(program, {"canonical"}, "canonicalize")
+    check_program(program, {"canonical"}, "canonicalize")
     assert tuple(program.inputs) == program.units[0].inputs == (*(n for n, _ in program.signature.inputs), "num_items_in_batch")
 
 
@@ -302,3 +303,57 @@ def test_the_captured_program_is_not_changed() -> None:
     before = str(program.units[0].body.graph), dict(program.inputs), program.units[0]
     canonicalize.run(program, CONTEXT)
     assert (str(program.units[0].body.graph), dict(program.inputs), program.units[0]) == before
+
+
+BEFORE = """
+class Model(Unit):  #
+    def forward(self, input_ids, labels):
+        w = local(self)
+        b = input_ids.size(0)
+        s = input_ids.size(1)
+        embed: f32[b, s, 8] = aten.embedding(w.embed.weight, input_ids)
+        packed: f32[b, s, 24] = linear(embed, w.layers[0].packed.weight)
+        chunk_1 = aten.chunk(packed, 2, -1)
+        getitem_1: f32[b, s, 12] = chunk_1[0]
+        getitem_2: f32[b, s, 12] = chunk_1[1]
+        silu_1: f32[b, s, 12] = silu(getitem_1)
+        mul_1: f32[b, s, 12] = silu_1 * getitem_2
+        down: f32[b, s, 8] = linear(mul_1, w.layers[0].down.weight)
+        view_1: f32[b, s, 8] = aten.view(down, [b, s, 8])
+        _0: f32[b, s, 8] = embed + view_1
+        head: f32[b, s, 23] = linear(_0, w.head.weight)
+        flatten_1: f32[b*s, 23] = aten.flatten(head, 0, 1)
+        flatten_2: i64[b*s] = aten.flatten(labels)
+        cross_entropy_loss_1: f32[()] = aten.cross_entropy_loss(flatten_1, flatten_2)
+        return cross_entropy_loss_1
+"""
+
+EXPECTED = """
+class Model(Unit):  #
+    def forward(self, input_ids, labels, num_items_in_batch):
+        w = local(self)
+        b = input_ids.size(0)
+        s = input_ids.size(1)
+        embed: f32[b, s, 8] = aten.embedding(w.embed.weight, input_ids)
+        packed: f32[b, s, 24] = linear(embed, w.layers[0].packed.weight)
+        chunk_1 = aten.chunk(packed, 2, -1)
+        getitem_1: f32[b, s, 12] = chunk_1[0]
+        getitem_2: f32[b, s, 12] = chunk_1[1]
+        silu_1: f32[b, s, 12] = silu(getitem_1)
+        mul_1: f32[b, s, 12] = silu_1 * getitem_2
+        down: f32[b, s, 8] = linear(mul_1, w.layers[0].down.weight)
+        _0: f32[b, s, 8] = embed + down
+        head: f32[b, s, 23] = linear(_0, w.head.weight)
+        reshape_1: f32[b*s, 23] = head.reshape(b*s, 23)
+        reshape_2: i64[b*s] = labels.reshape(b*s)
+        cross_entropy_1: f32[b*s] = cross_entropy(reshape_1, reshape_2, ignore_index=-100)
+        sum_1: f32[()] = cross_entropy_1.sum()
+        div_1: f32[()] = sum_1 / num_items_in_batch
+        return div_1
+"""
+
+
+@pinned_torch
+def test_the_loss_of_a_small_model_is_divided_by_a_count_that_is_given() -> None:
+    lowered = lower_gated_model(layers=1)
+    assert before_and_after(lowered, "canonicalize", "Model") == (BEFORE, EXPECTED)

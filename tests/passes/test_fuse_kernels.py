@@ -19,6 +19,7 @@ from shardcomp.lowering import Lowered
 from shardcomp.policy.patterns import Entry, parse
 from shardcomp.verification.verifier import verify
 from support.families import tiny_config
+from support.listings import before_and_after, lower_gated_model, pinned_torch
 from support.models import tiny
 from support.structures import Sizes, Structure, build
 from support.structures import policy as structured_policy
@@ -358,3 +359,37 @@ def test_the_bits_that_are_measured_are_those_of_the_model(precision: str) -> No
     found = compared("gemma", precision)
     assert {"rms_norm", "add_rms_norm", "geglu", "rotary"} == found.keys()
     assert all(share == 1 and apart == 0 for _, share, apart in found.values())
+
+
+BEFORE = """
+class Layer(Unit):  # layers.0 … 1, alike
+    def forward(self, hidden):
+        w = local(self)
+        hidden = self.fan_out(hidden)
+        packed: f32[b, s, 12] = linear(hidden, w.packed.weight.gate)
+        packed_2: f32[b, s, 12] = linear(hidden, w.packed.weight.up)
+        silu_1: f32[b, s, 12] = silu(packed)
+        mul_1: f32[b, s, 12] = silu_1 * packed_2
+        down: f32[b, s, 8] = linear(mul_1, w.down.weight)
+        add_1: f32[b, s, 8] = hidden + down
+        return add_1
+"""
+
+EXPECTED = """
+class Layer(Unit):  # layers.0 … 1, alike
+    def forward(self, hidden):
+        w = local(self)
+        hidden = self.fan_out(hidden)
+        packed: f32[b, s, 12] = linear(hidden, w.packed.weight.gate)
+        packed_2: f32[b, s, 12] = linear(hidden, w.packed.weight.up)
+        swiglu_1: f32[b, s, 12] = swiglu(packed, packed_2)
+        down: f32[b, s, 8] = linear(swiglu_1, w.down.weight)
+        add_1: f32[b, s, 8] = hidden + down
+        return add_1
+"""
+
+
+@pinned_torch
+def test_a_gate_and_its_factor_become_one_kernel() -> None:
+    lowered = lower_gated_model()
+    assert before_and_after(lowered, "fuse_kernels", "Layer") == (BEFORE, EXPECTED)

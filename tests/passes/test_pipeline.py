@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import shardcomp
-from shardcomp import pass_runner
 from shardcomp.ir.collectives import allgather_split, split_allgather
 from shardcomp.ir.layout import Layout, split
 from shardcomp.ir.mesh import Mesh
@@ -36,6 +35,7 @@ from shardcomp.ir.program import (
     Value,
     stage_program,
 )
+from shardcomp.ir.well_formed import check_program
 from shardcomp.lowering import Lowered
 from shardcomp.passes import pipeline
 from shardcomp.policy.options import Options
@@ -43,9 +43,10 @@ from shardcomp.runtime import world
 from shardcomp.runtime.allocation import local_index
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.unit import Home
+from shardcomp.runtime.unit import UnitParameters
 from shardcomp.verification.thread_ranks import run_ranks
 from support.families import tiny_config
+from support.listings import before_and_after, lower_gated_model, pinned_torch
 from support.models import tiny
 
 aten = torch.ops.aten
@@ -128,7 +129,7 @@ def test_units_between_layers_go_with_the_layer_behind_them_and_earlier_records_
     assert [(unit.plan, unit.inputs, unit.body) for unit in program.units] == before
     stages = [[unit.path for unit in found.in_stages((i,)) if unit.kind != PRELUDE] for i in range(3)]
     assert stages == [["first", "layers.0"], ["between", "layers.1"], ["layers.2", "last"]]
-    pass_runner.verify(found, {"layouts", "stages"}, "pipeline")
+    check_program(found, {"layouts", "stages"}, "pipeline")
 
 
 # What crosses the cuts.
@@ -417,6 +418,64 @@ def at(tree: nn.Module, name: str) -> nn.Module:
     return tree
 
 
-def home(plan: Any, tree: nn.Module) -> Home:
+def home(plan: Any, tree: nn.Module) -> UnitParameters:
     names = {**plan.parameters, **plan.buffers}
-    return Home({short: (at(tree, name), name.rpartition(".")[2]) for short, name in names.items()}, [])
+    return UnitParameters({short: (at(tree, name), name.rpartition(".")[2]) for short, name in names.items()}, [])
+
+
+BEFORE = """
+class Model(Stage):
+    units = (
+        ("embed", First),
+        *((f"layers.{i}", Layer) for i in range(0, 2)),
+        ("head", Last),
+    )
+
+    def forward(self, input_ids, labels, num_items_in_batch):
+        hidden = self.each[0](input_ids)
+        hidden_1 = self.each[1](hidden)
+        hidden_2 = self.each[2](hidden_1)
+        loss = self.each[3](hidden_2, labels, num_items_in_batch)
+        return {"loss": loss}
+
+    def tokens(self, labels):
+        b = labels.size(0)
+        s = labels.size(1)
+        reshape_1: i64[b*s] = labels.reshape(b*s)
+        ne_1: bool[b*s] = reshape_1.ne(-100)
+        sum_1: i64[()] = ne_1.sum()
+        return sum_1
+"""
+
+EXPECTED = """
+class Model(Stage):
+    units = (
+        # stage 0
+        ("embed", First),
+        ("layers.0", Layer),
+        # stage 1
+        ("layers.1", Layer),
+        ("head", Last),
+    )
+
+    def forward(self, input_ids, labels, num_items_in_batch):
+        hidden = self.each[0](input_ids)
+        hidden_1 = self.each[1](hidden)
+        hidden_2 = self.each[2](hidden_1)
+        loss = self.each[3](hidden_2, labels, num_items_in_batch)
+        return {"loss": loss}
+
+    def tokens(self, labels):
+        b = labels.size(0)
+        s = labels.size(1)
+        reshape_1: i64[b*s] = labels.reshape(b*s)
+        ne_1: bool[b*s] = reshape_1.ne(-100)
+        sum_1: i64[()] = ne_1.sum()
+        return sum_1
+"""
+
+
+@pinned_torch
+def test_two_layers_become_two_stages() -> None:
+    lowered = lower_gated_model(pipeline=2)
+    assert before_and_after(lowered, "pipeline", "Model") == (BEFORE, EXPECTED)

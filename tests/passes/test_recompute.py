@@ -15,6 +15,7 @@ from shardcomp.ir.program import KEEP, LAYER, MARK, ONCE, Context, Unit
 from shardcomp.lowering import Lowered
 from shardcomp.passes import recompute
 from support.families import tiny_config
+from support.listings import before_and_after, lower_gated_model, pinned_torch
 from support.models import tiny
 
 
@@ -120,3 +121,40 @@ def test_the_pass_leaves_what_it_is_given() -> None:
     assert before == [(id(unit), unit.plan, [dict(node.meta) for node in unit.body.calls()]) for unit in program.units]
     assert any(MARK in node.meta for unit in found.units for node in unit.body.calls())
     assert recompute.run(program, Context(Mesh(), Policy.load("llama"))) is program
+
+
+BEFORE = """
+class Layer(Unit):  # layers.0 … 1, alike
+    def forward(self, hidden):
+        w = local(self)
+        hidden_gathered: f32[b, s, 8] = allgather_reducescatter(hidden, dim=1, axis=self.tp)
+        hidden_gathered = self.fan_out(hidden_gathered)
+        packed: f32[b, s, 12/tp] = linear(hidden_gathered, w.packed.weight.gate)
+        packed_2: f32[b, s, 12/tp] = linear(hidden_gathered, w.packed.weight.up)
+        swiglu_1: f32[b, s, 12/tp] = swiglu(packed, packed_2)
+        down: f32[b, s, 8] @ partial("tp") = linear(swiglu_1, w.down.weight)
+        down_scattered: f32[b, s/tp, 8] = reducescatter_allgather(down, dim=1, axis=self.tp)
+        add_1: f32[b, s/tp, 8] = hidden + down_scattered
+        return add_1
+"""
+
+EXPECTED = """
+class Layer(Unit):  # layers.0 … 1, alike
+    def forward(self, hidden):
+        w = local(self)
+        hidden_gathered: f32[b, s, 8] = allgather_reducescatter(hidden, dim=1, axis=self.tp)
+        hidden_gathered = self.fan_out(hidden_gathered)
+        packed: f32[b, s, 12/tp] = keep(linear, hidden_gathered, w.packed.weight.gate)
+        packed_2: f32[b, s, 12/tp] = keep(linear, hidden_gathered, w.packed.weight.up)
+        swiglu_1: f32[b, s, 12/tp] = swiglu(packed, packed_2)
+        down: f32[b, s, 8] @ partial("tp") = once(linear, swiglu_1, w.down.weight)
+        down_scattered: f32[b, s/tp, 8] = once(reducescatter_allgather, down, dim=1, axis=self.tp)
+        add_1: f32[b, s/tp, 8] = hidden + down_scattered
+        return add_1
+"""
+
+
+@pinned_torch
+def test_the_products_of_a_layer_are_kept_and_its_last_calls_run_once() -> None:
+    lowered = lower_gated_model(tensor=2, recompute="selective")
+    assert before_and_after(lowered, "recompute", "Layer") == (BEFORE, EXPECTED)

@@ -20,12 +20,13 @@ from shardcomp import Policy
 from shardcomp.ir.interpreter import call, evaluate
 from shardcomp.ir.mesh import Mesh
 from shardcomp.ir.program import INPUT, PARAMETER, B, Body, Context, Parameter, Program, S, Signature, Unit, Value, value
+from shardcomp.ir.well_formed import check_program
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.dropout import SHARED, Stream, dropout
 from shardcomp.lowering import Lowered
-from shardcomp.pass_runner import verify
 from shardcomp.passes import canonicalize, unflatten
 from support.families import tiny_config
+from support.listings import before_and_after, lower_gated_model, pinned_torch
 
 aten = torch.ops.aten
 CONTEXT = Context(Mesh(), Policy.load("llama"))
@@ -113,7 +114,7 @@ def unflattened(program: Program) -> Program:
     before = str(program.units[0].body.graph)
     after = unflatten.run(program, CONTEXT)
     assert str(program.units[0].body.graph) == before
-    verify(after, {"canonical", "unmerged"}, "unflatten")
+    check_program(after, {"canonical", "unmerged"}, "unflatten")
     found, wanted = results(after), results(program)
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -442,3 +443,60 @@ def test_the_loss_and_the_count_of_its_labels_are_over_all_tokens(kind: str) -> 
     assert merges(program) == [*losses.args[:2], losses]
     tokens = lowered(kind).program.tokens
     assert tokens is not None and tokens.inputs == ("labels",)
+
+
+BEFORE = """
+class Model(Unit):  #
+    def forward(self, input_ids, labels, num_items_in_batch):
+        w = local(self)
+        b = input_ids.size(0)
+        s = input_ids.size(1)
+        embed: f32[b, s, 8] = aten.embedding(w.embed.weight, input_ids)
+        reshape_1: f32[b*s, 8] = embed.reshape(b*s, 8)
+        packed: f32[b*s, 24] = linear(reshape_1, w.layers[0].packed.weight)
+        chunk_1 = aten.chunk(packed, 2, -1)
+        getitem_1: f32[b*s, 12] = chunk_1[0]
+        getitem_2: f32[b*s, 12] = chunk_1[1]
+        silu_1: f32[b*s, 12] = silu(getitem_1)
+        mul_1: f32[b*s, 12] = silu_1 * getitem_2
+        down: f32[b*s, 8] = linear(mul_1, w.layers[0].down.weight)
+        reshape_2: f32[b, s, 8] = down.reshape(b, s, 8)
+        _0: f32[b, s, 8] = embed + reshape_2
+        head: f32[b, s, 23] = linear(_0, w.head.weight)
+        reshape_3: f32[b*s, 23] = head.reshape(b*s, 23)
+        reshape_4: i64[b*s] = labels.reshape(b*s)
+        cross_entropy_1: f32[b*s] = cross_entropy(reshape_3, reshape_4, ignore_index=-100)
+        sum_1: f32[()] = cross_entropy_1.sum()
+        div_1: f32[()] = sum_1 / num_items_in_batch
+        return div_1
+"""
+
+EXPECTED = """
+class Model(Unit):  #
+    def forward(self, input_ids, labels, num_items_in_batch):
+        w = local(self)
+        b = input_ids.size(0)
+        s = input_ids.size(1)
+        embed: f32[b, s, 8] = aten.embedding(w.embed.weight, input_ids)
+        packed: f32[b, s, 24] = linear(embed, w.layers[0].packed.weight)
+        chunk_1 = aten.chunk(packed, 2, 2)
+        getitem_1: f32[b, s, 12] = chunk_1[0]
+        getitem_2: f32[b, s, 12] = chunk_1[1]
+        silu_1: f32[b, s, 12] = silu(getitem_1)
+        mul_1: f32[b, s, 12] = silu_1 * getitem_2
+        down: f32[b, s, 8] = linear(mul_1, w.layers[0].down.weight)
+        _0: f32[b, s, 8] = embed + down
+        head: f32[b, s, 23] = linear(_0, w.head.weight)
+        reshape_1: f32[b*s, 23] = head.reshape(b*s, 23)
+        reshape_2: i64[b*s] = labels.reshape(b*s)
+        cross_entropy_1: f32[b*s] = cross_entropy(reshape_1, reshape_2, ignore_index=-100)
+        sum_1: f32[()] = cross_entropy_1.sum()
+        div_1: f32[()] = sum_1 / num_items_in_batch
+        return div_1
+"""
+
+
+@pinned_torch
+def test_samples_and_tokens_that_a_small_model_merges_stay_apart() -> None:
+    lowered = lower_gated_model(layers=1, merges=True)
+    assert before_and_after(lowered, "unflatten", "Model") == (BEFORE, EXPECTED)

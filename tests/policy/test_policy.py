@@ -97,7 +97,7 @@ def test_of_the_names_of_one_module_in_different_releases_one_must_match() -> No
         patterns.parse("{a,b|c}")
 
 
-def test_one_combination_of_alternatives_may_be_missing_if_each_alternative_is_of_use() -> None:
+def test_a_combination_of_alternatives_may_be_missing_if_each_alternative_is_used() -> None:
     assert patterns.parse("{attn,mlp}.{q,up}").faults(["attn.q", "mlp.up"]) == []
 
 

@@ -98,7 +98,7 @@ def gathered_at_units(sharded: ShardedModel, step: Callable[[], Any]) -> list[in
             if held.requires_grad:
                 held.register_hook(sample)
 
-    homes = [home for chunk in sharded._chunks for home in chunk.homes]
+    homes = [home for chunk in sharded._chunks for home in chunk.unit_parameters]
     handles = [home.register_forward_pre_hook(sample) for home in homes]
     # The innermost call of a unit: behind every hook that gathers.
     handles += [(home.shared or home).register_forward_hook(forward) for home in homes]

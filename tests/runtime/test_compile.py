@@ -89,7 +89,7 @@ def test_schedules_that_split_the_backward_are_refused(schedule: str) -> None:
     shardcomp.Policy.load("llama", pipeline=1, schedule=schedule, compile=True)
 
 
-def test_where_torch_compile_does_not_work_it_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_torch_compile_does_not_work_it_is_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit, "BACKEND", "no such")
     with pytest.raises(shardcomp.PlanError, match=r"compile = true, but torch.compile does not work on cpu here: .*no such"):
         trained({}, compile=True)

@@ -18,7 +18,7 @@ import shardcomp
 from shardcomp import presets
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime import unit
-from shardcomp.runtime.fsdp import WideGradient
+from shardcomp.runtime.fsdp import MainGrad
 from shardcomp.runtime.linear import fan_out, linear
 from shardcomp.verification.thread_ranks import run_ranks
 from shardcomp.weights.initialization import initialize
@@ -27,7 +27,7 @@ from support.models import tiny
 ROWS, IN, OUT = 12, 8, 6
 
 
-def weight_of(wide: WideGradient | None) -> nn.Parameter:
+def weight_of(wide: MainGrad | None) -> nn.Parameter:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(OUT, IN, dtype=torch.bfloat16))
     if wide is not None:
@@ -36,9 +36,9 @@ def weight_of(wide: WideGradient | None) -> nn.Parameter:
     return weight
 
 
-def place(reduces: bool, held: Tensor | None = None) -> tuple[SimpleNamespace, WideGradient]:
+def place(reduces: bool, held: Tensor | None = None) -> tuple[SimpleNamespace, MainGrad]:
     parameter = SimpleNamespace(unsharded_accumulated_grad=held, reduce_dtype=torch.float32, unsharded_param=None)
-    return parameter, WideGradient(SimpleNamespace(reduce_grads=reduces), parameter)
+    return parameter, MainGrad(SimpleNamespace(reduce_grads=reduces), parameter)
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor]:
@@ -103,14 +103,14 @@ def test_each_matrix_of_a_layer_is_widened(
     policy = shardcomp.Policy.load("llama", precision="bf16", micro_batch=2, **options)
     lowered = shardcomp.lower(initialize(presets.build(config), 0), policy, world, seq=8)
     added: list[bool] = []
-    true = WideGradient.add
+    true = MainGrad.add
 
-    def watched(self: WideGradient, of_results: Tensor, x: Tensor) -> Tensor | None:
+    def watched(self: MainGrad, of_results: Tensor, x: Tensor) -> Tensor | None:
         made = true(self, of_results, x)
         added.append(made is None)
         return made
 
-    monkeypatch.setattr(WideGradient, "add", watched)
+    monkeypatch.setattr(MainGrad, "add", watched)
     beside: list[bool] = []
     theirs = FSDPParam.accumulate_unsharded_grad_if_needed
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import shardcomp
 from shardcomp.materialize import allocate, weights_of
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.verification.thread_ranks import run_ranks
 from support.models import tiny
@@ -282,7 +282,7 @@ def test_a_sharded_model_is_trained_as_by_clipping_and_torchs_own() -> None:
                 sharded.train_step(input_ids=mine, labels=mine)
                 norms.append(update(sharded, optimizer))
                 optimizer.zero_grad()
-            return norms, {name: whole(p.detach()) for name, p in sharded.named_parameters()}
+            return norms, {name: full_tensor(p.detach()) for name, p in sharded.named_parameters()}
 
         found = run_ranks(TIED.mesh.world_size, work)
         for norms, weights in found[1:]:

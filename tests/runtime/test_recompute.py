@@ -25,7 +25,7 @@ from shardcomp.lowering import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime import keep, once
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.recompute import Frame, frames, recompute, split_backward
+from shardcomp.runtime.recompute import SavedCall, recompute, saved_calls, split_backward
 from shardcomp.verification.dense_model import batches
 from shardcomp.verification.thread_ranks import run_ranks
 from support.models import tiny
@@ -138,7 +138,7 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 def test_gradients_are_the_same_to_the_bit_and_every_unit_runs_again_once(selective: bool) -> None:
     order = [2, 0, 3, 1]
     chain, given = blocks(3, selective), [inputs(i) for i in range(4)]
-    with frames() as made:
+    with saved_calls() as made:
         results = [through(chain, xs) for xs in given]
     for index in order:
         results[index].square().sum().backward()
@@ -162,7 +162,7 @@ def test_nothing_is_held_but_the_inputs() -> None:
 
 def test_what_was_computed_again_goes_with_the_backward_as_it_proceeds() -> None:
     chain, given = blocks(2), inputs(0)
-    with frames() as made:
+    with saved_calls() as made:
         result = through(chain, given)
     loss = result.square().sum()
     filled: list[list[bool]] = []
@@ -178,7 +178,7 @@ def test_what_was_computed_again_goes_with_the_backward_as_it_proceeds() -> None
 
 def test_a_graph_that_is_thrown_away_leaves_nothing() -> None:
     chain, given = blocks(2), inputs(0)
-    with frames() as made:
+    with saved_calls() as made:
         through(chain, given)
     references = [weakref.ref(frame) for frame in made]
     made.clear()
@@ -188,7 +188,7 @@ def test_a_graph_that_is_thrown_away_leaves_nothing() -> None:
 
 def test_a_graph_that_is_kept_is_computed_again_for_every_backward() -> None:
     chain, given = blocks(2, selective=True), inputs(0)
-    with frames() as made:
+    with saved_calls() as made:
         loss = through(chain, given).square().sum()
     first = torch.autograd.grad(loss, given[0], retain_graph=True)[0]
     assert [frame.runs for frame in made] == [1, 1]
@@ -202,7 +202,7 @@ def test_a_graph_that_is_kept_is_computed_again_for_every_backward() -> None:
 def test_a_split_backward_computes_once(selective: bool, on: bool) -> None:
     chain, given = blocks(3, selective), [inputs(0), inputs(1)]
     weights = [p for block in chain for p in block.parameters()]
-    with frames() as made:
+    with saved_calls() as made:
         losses = [through(chain, xs).square().sum() for xs in given]
     later = []
     for loss, xs in zip(losses, given, strict=True):
@@ -225,7 +225,7 @@ def test_a_split_backward_computes_once(selective: bool, on: bool) -> None:
 def test_a_backward_may_run_in_another_thread() -> None:
     """As it does on a GPU: what is decided where it begins holds there, too."""
     chain, given = blocks(3, selective=True), inputs(0)
-    with frames() as made:
+    with saved_calls() as made:
         loss = through(chain, given).square().sum()
     with split_backward():
         other = threading.Thread(target=lambda: loss.backward(retain_graph=True))
@@ -239,7 +239,7 @@ def test_a_backward_may_run_in_another_thread() -> None:
 
 def test_without_gradients_it_is_the_call_itself() -> None:
     chain, given = blocks(1), inputs(0)
-    with frames() as made:
+    with saved_calls() as made:
         with torch.no_grad():
             found = through(chain, given)
         detached = tuple(x.detach() for x in given)
@@ -255,7 +255,7 @@ def test_frames_are_of_the_thread_that_makes_them() -> None:
     def work(index: int) -> None:
         chain, given = chains[index]
         right = True
-        with frames() as made:
+        with saved_calls() as made:
             for each in given:
                 for p in (p for block in chain for p in block.parameters()):
                     p.grad = None
@@ -307,22 +307,22 @@ def test_a_second_run_that_does_something_else_is_refused(second: Callable[[Tens
 @pytest.mark.parametrize("fault", ["stale", "of another micro-batch", "out of order", "a wrong alias"])
 def test_wrong_values_would_be_noticed(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     chain, given = blocks(3, selective=True), [inputs(i) for i in range(2)]
-    with frames() as made:
+    with saved_calls() as made:
         results = [through(chain, xs) for xs in given]
     if fault == "stale":
         made[1].inputs = (made[1].inputs[0] + 1e-6, *made[1].inputs[1:])
     elif fault == "of another micro-batch":
         made[1].inputs = made[4].inputs
     elif fault == "out of order":
-        true = Frame.again
+        true = SavedCall.again
 
-        def again(frame: Frame) -> None:
+        def again(frame: SavedCall) -> None:
             true(frame)
             slots = [slot for _, slot in frame.live() if slot.tensor is not None and not slot.own]
             for slot in slots[:2]:
                 slot.tensor = slots[2].tensor
 
-        monkeypatch.setattr(Frame, "again", again)
+        monkeypatch.setattr(SavedCall, "again", again)
     else:
         kept = made[1].kept[0]
         kept.aliases = {slot: (0, size, stride[::-1], at) for slot, (_, size, stride, at) in kept.aliases.items()}
@@ -377,7 +377,7 @@ def trained(lowered: Lowered, rows: int) -> list[tuple[list[Tensor], list[int]]]
         sharded = allocate(lowered, weights)
         place = sharded.mesh.get_local_rank("dp")
         mine = {name: held.chunk(data)[place] for name, held in batch.items()}
-        with frames() as made:
+        with saved_calls() as made:
             losses = [sharded.train_step(**mine).loss for _ in range(2)]
         held = [p.grad for p in sharded.parameters() if p.grad is not None]
         local = [g.to_local() if hasattr(g, "to_local") else g for g in held]

@@ -14,8 +14,8 @@ import shardcomp
 from shardcomp import presets
 from shardcomp.lowering import Lowered
 from shardcomp.materialize import allocate, weights_of
-from shardcomp.runtime.fsdp import hand_on
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.fsdp import finish_unreduced_grads
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.loss_scale import LossScale
 from shardcomp.runtime.model import ShardedModel
@@ -80,7 +80,7 @@ def test_gradients_of_steps_add_up_whatever_came_between(options: dict[str, Any]
         sharded.train_step(**part(first, sharded))
         for name, p in sharded.named_parameters():
             wanted = exact[names.get(name, name)]
-            torch.testing.assert_close(whole(p.grad), wanted, rtol=1e-9, atol=1e-12, msg=name)
+            torch.testing.assert_close(full_tensor(p.grad), wanted, rtol=1e-9, atol=1e-12, msg=name)
         alone = []
         for batch in (first, *others):
             sharded.zero_grad()
@@ -153,7 +153,7 @@ def plant(sharded: ShardedModel, value: float) -> Callable[[], None]:
 
     def planted() -> Tensor:
         for chunk in sharded._chunks:
-            hand_on(chunk)
+            finish_unreduced_grads(chunk)
         piece = next(local(p.grad) for p in sharded.parameters() if p.grad is not None and local(p.grad).numel())
         piece.view(-1)[0] = value
         return true()
@@ -318,7 +318,7 @@ def test_a_step_behind_one_that_failed_is_as_on_a_fresh_model(where: str, option
                 output.register_hook(fail) if where == "backward" else fail(output)
 
         seen: list[Any] = []
-        handle = used._chunks[0].homes[1].register_forward_hook(hook)
+        handle = used._chunks[0].unit_parameters[1].register_forward_hook(hook)
         with pytest.raises(ValueError, match=f"in a {where}"):
             used.train_step(**mine)
         handle.remove()

@@ -18,7 +18,7 @@ from shardcomp import presets
 from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy.patterns import Entry, parse
-from shardcomp.runtime.gathering import whole
+from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.verification.dense_model import Outcome, batches, dense
 from shardcomp.verification.thread_ranks import run_ranks
@@ -103,7 +103,7 @@ def step(plan: dict[str, Any], sharded: ShardedModel) -> Found:
     batch = batches(97, samples, LENGTH, 0)["causal"]
     done = sharded.train_step(**{name: held.chunk(plan["data"])[place] for name, held in batch.items()})
     assert not done.skipped
-    gradients = {name: whole(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
+    gradients = {name: full_tensor(p.grad) for name, p in sharded.named_parameters() if p.grad is not None}
     return done.loss, sharded.clip_grad_norm_(float("inf")), gradients
 
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardcomp import CheckpointError, Stream
+from shardcomp import CheckpointError, SampleStream
 from shardcomp.training.sample_stream import digest, digest_text
 
 SAMPLES = torch.arange(100, dtype=torch.uint8).view(50, 2)
 
 
-def taken(stream: Stream, count: int) -> torch.Tensor:
+def taken(stream: SampleStream, count: int) -> torch.Tensor:
     return stream.next(count)[0]
 
 
@@ -24,7 +24,7 @@ def test_a_step_reads_the_same_samples_on_any_number_of_ranks(
     count: int, steps: int, batch: int, ranks: int, seed: int
 ) -> None:
     samples = torch.arange(count, dtype=torch.uint8).view(count, 1)
-    one, many = Stream(samples, seed), [Stream(samples, seed, rank, ranks) for rank in range(ranks)]
+    one, many = SampleStream(samples, seed), [SampleStream(samples, seed, rank, ranks) for rank in range(ranks)]
     for _ in range(steps + 1):
         tokens, total = one.next(batch * ranks)
         apart = [each.next(batch) for each in many]
@@ -34,21 +34,21 @@ def test_a_step_reads_the_same_samples_on_any_number_of_ranks(
 
 @given(before=st.integers(0, 40), split=st.sampled_from([1, 2, 3, 4, 6]), seed=st.integers(0, 9))
 def test_it_goes_on_under_another_number_of_ranks(before: int, split: int, seed: int) -> None:
-    whole, first = Stream(SAMPLES, seed), Stream(SAMPLES, seed)
+    whole, first = SampleStream(SAMPLES, seed), SampleStream(SAMPLES, seed)
     taken(whole, before)
     taken(first, before)
-    ranks = [Stream(SAMPLES, seed, rank, split) for rank in range(split)]
+    ranks = [SampleStream(SAMPLES, seed, rank, split) for rank in range(split)]
     for each in ranks:
         each.load_state_dict(first.state_dict())
     assert torch.equal(torch.cat([taken(each, 12 // split) for each in ranks]), taken(whole, 12))
 
 
 def test_an_epoch_meets_every_sample_once_and_the_next_in_another_order() -> None:
-    stream = Stream(torch.arange(50, dtype=torch.uint8).view(50, 1), 3)
+    stream = SampleStream(torch.arange(50, dtype=torch.uint8).view(50, 1), 3)
     first, second = taken(stream, 50).flatten(), taken(stream, 50).flatten()
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
     assert first.tolist() != second.tolist() and first.tolist() != list(range(50))
-    assert not torch.equal(taken(Stream(SAMPLES, 0), 50), taken(Stream(SAMPLES, 1), 50))
+    assert not torch.equal(taken(SampleStream(SAMPLES, 0), 50), taken(SampleStream(SAMPLES, 1), 50))
 
 
 def test_a_digest_tells_tokens_and_places_apart() -> None:
@@ -65,11 +65,11 @@ def test_a_digest_tells_tokens_and_places_apart() -> None:
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (Stream(SAMPLES, 1), "seed is 1 and was 0"),
-        (Stream(SAMPLES[:7], 0), "samples is 7 and was 50"),
-        (Stream(SAMPLES, 0, fingerprint="b"), "fingerprint is b and was "),
+        (SampleStream(SAMPLES, 1), "seed is 1 and was 0"),
+        (SampleStream(SAMPLES[:7], 0), "samples is 7 and was 50"),
+        (SampleStream(SAMPLES, 0, fingerprint="b"), "fingerprint is b and was "),
     ],
 )
-def test_other_samples_are_refused(other: Stream, said: str) -> None:
+def test_other_samples_are_refused(other: SampleStream, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        other.load_state_dict(Stream(SAMPLES, 0).state_dict())
+        other.load_state_dict(SampleStream(SAMPLES, 0).state_dict())

@@ -174,7 +174,7 @@ def test_a_model_with_real_weights_is_verified_as_it_is() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_configuration_that_drops_is_verified_without_dropout_and_the_answer_says_so(tmp_path: Path) -> None:
+def test_a_configuration_with_dropout_is_verified_without_and_the_answer_says_so(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     units = '[units]\n"transformer.wte" = "first"\n"transformer.h.*" = "layer"\n"transformer.ln_f" = "last"\n'

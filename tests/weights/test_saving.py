@@ -66,7 +66,7 @@ def test_what_is_saved_from_every_axis_at_once_is_read_by_transformers_and_back(
         assert torch.equal(state[name], held), name
 
 
-def test_parameters_of_a_stage_are_listed_under_huggingfaces_names_and_frozen_ones_stay() -> None:
+def test_parameters_of_a_stage_have_huggingfaces_names_and_frozen_ones_stay() -> None:
     model = initialize(presets.build(tiny(tie_word_embeddings=True)), 0)
     for name, p in model.named_parameters():
         p.requires_grad_("mlp" not in name)

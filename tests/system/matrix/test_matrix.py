@@ -59,7 +59,7 @@ def test_an_error_and_a_deviation_fail_and_nothing_else_does() -> None:
     assert states["5.23.0"] == {"llama": False, "bloom": False, "olmo3": False, "mpt": True}
 
 
-def test_a_model_that_the_newest_release_does_not_capture_is_compared_with_the_newest_that_does() -> None:
+def test_a_model_that_the_newest_release_does_not_capture_is_compared_with_an_older() -> None:
     results = {**RESULTS, "5.23.0": {"llama": {"error": "none"}}}
     assert newest(results, "llama") is RESULTS["4.53.3"]["llama"]
     assert newest(results, "mpt") == {}
@@ -131,7 +131,7 @@ def test_where_no_policy_fits_the_model_is_compared_all_the_same_and_why_is_said
         ({"5.23.0 with torch 2.11.0": "does not install here: too large"}, 0),
     ],
 )
-def test_a_model_that_fails_and_a_release_that_is_not_there_end_in_an_error_another_torch_that_is_not_there_does_not(
+def test_a_failing_model_or_missing_release_is_an_error_a_missing_other_torch_is_not(
     outcomes: dict[str, Any],
     status: int,
     monkeypatch: pytest.MonkeyPatch,
