@@ -1,7 +1,7 @@
 # make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"; a run that was
-#                 ended, in whatever way, goes on when the same command is given again
-# make test       everything that CI runs: lint, format, types, tests
-# make long       the randomised tests with many more draws
+#                 ended, in whatever way, is resumed by the same command; FRESH=1 begins it anew
+# make test       everything that CI runs: lint, format, types, tests; of a test with many cases, those that fit in its time
+# make long       every case of every test, and many more draws; with SLICE=3/8 the third eighth of them
 # make matrix     every kind of model under every release of transformers that is supported; with VERSIONS="4.53.3 5.23.0"
 #                 or MODELS="llama gpt2" only these, with TORCH="2.11.0" under that as well, with JSON=file written there too
 # make gpu        on a machine with a GPU: is everything right there, and how fast are the kernels? Ends within 8 minutes
@@ -21,7 +21,7 @@ BIN := .venv/bin
 READY := .venv/installed
 DOCS := .venv/docs-installed
 
-# Where the checkpoints of a run in progress are.
+# Where a run keeps its checkpoints, its model, its log and its chart.
 NOTHING :=
 RUN ?= runs/$(or $(subst $(NOTHING) ,_,$(strip $(subst --,,$(PLAN)))),one-rank)
 
@@ -40,18 +40,20 @@ GPU_PYTHON = $(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 .PHONY: pretrain test long matrix gpu gpu-train docs docs-serve format clean
 
 pretrain: $(READY)
+	$(if $(FRESH),rm -rf $(RUN))
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN) \
-		--checkpoint-dir $(RUN) --save-interval 25
-	rm -rf $(RUN)
+		--checkpoint-dir $(RUN) --save-interval 25 --save-dir $(RUN)/model --log-file $(RUN)/log.jsonl
+	@echo '            make pretrain PLAN="--data 2 --zero 3"   another plan'
+	@echo '            make pretrain PLAN="$(PLAN)" FRESH=1   this run anew'
 
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations=20
 
 long: $(READY)
-	SHARDCOMP_LONG=1 $(BIN)/pytest -q -n 2 --dist worksteal
+	SHARDCOMP_LONG=1 SHARDCOMP_SLICE="$(SLICE)" $(BIN)/pytest -q -n 2 --dist worksteal --durations=20
 
 matrix: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m matrix.run $(MATRIX)

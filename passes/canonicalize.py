@@ -1,18 +1,18 @@
-"""Bring the captured graph into one form, so that every later pass meets one way of saying each thing.
+"""Bring the captured graph into one form, so that every later pass meets one way of writing each thing.
 
-Needs: a captured Program of one unit. Afterwards
+Afterwards
 - calls are ATen operators without a device, `getitem`, `attention` and `cross_entropy`;
 - a product with a matrix of weights is a `linear`; a product of matrices has no scale and no summand;
 - a change of shape is a `reshape` with every size given, a cast is `to.dtype`, an `expand` names every size;
 - identities are gone: copies, aliases, full slices, casts to the same dtype, dropout that drops nothing, dead code;
-- what drops names the stream that it draws from: the shared one, as all is whole still; nothing else draws random numbers;
-- what was computed under no_grad simply needs no gradient; a `detach` stands where such a region reads something that does;
+- a dropout names the random stream that it draws from, the shared one; nothing else draws random numbers;
+- what was computed under no_grad needs no gradient; a `detach` stands where such a region reads something that does;
 - segments and key masks that no input decides, and that let every query see everything, are gone;
 - the loss is a sum divided by `num_items_in_batch`, a new input;
-- `attention` names what runs it, where the policy does.
+- `attention` names the provider that runs it, where the policy chooses one.
 
 Legality: each replacement computes the same numbers. The mean over labels that count is their sum divided by how many there
-are, and only the caller knows how many there are in a batch that is spread over ranks and micro-batches.
+are. A batch is spread over ranks and micro-batches, so only the caller knows that number.
 
     view(x, [-1, v]) -> cross_entropy_loss        reshape(x, [b·s, v]) -> cross_entropy -> sum -> div(num_items_in_batch)
 """
@@ -29,8 +29,21 @@ from torch import fx
 from shardcomp.capture.check import DROPOUTS, draws
 from shardcomp.capture.flatten import mark_gradients
 from shardcomp.errors import CaptureError, PlanError, raise_all
-from shardcomp.ir.interpreter import ancestors, compute
-from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Context, Contract, Program, S, Value, value
+from shardcomp.ir import operators
+from shardcomp.ir.interpreter import compute
+from shardcomp.ir.nodes import (
+    ancestors,
+    has_one_result,
+    is_buffer,
+    is_parameter,
+    is_under_no_grad,
+    path_of,
+    role_of,
+    source_of,
+    value,
+)
+from shardcomp.ir.operators import operator_name, operator_of
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Context, Contract, Program, S, Value
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.dropout import SHARED, dropout, dropped_attention
@@ -42,14 +55,13 @@ COUNT = "num_items_in_batch"
 
 aten = torch.ops.aten
 
-_COPIES = {aten.contiguous, aten.clone, aten.alias, aten.lift_fresh, aten.lift_fresh_copy}
-_CASTS = {aten.to, aten._to_copy, aten.type_as}
-_SHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.view_as}
-_SHAPES |= {aten.reshape_as, aten.ravel}
-_EXPANSIONS = {aten.expand, aten.expand_as, aten.broadcast_to}
+_COPIES = operators.becoming("operand")
+_CASTS = operators.becoming("to")
+_SHAPES = operators.becoming("reshape")
+_EXPANSIONS = operators.becoming("expand")
+_PRODUCTS = operators.becoming("linear")
 _DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
 _SDPA = aten.scaled_dot_product_attention.default
-_PRODUCTS = {aten.addmm, aten.mm, aten.matmul, aten.baddbmm}
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
 _TRIED = ((2, 17), (1, 2**20))
@@ -69,24 +81,24 @@ def run(program: Program, context: Context) -> Program:
     _name_provider(body, program, context.policy.options.attention)
     mark_gradients(body, program.parameters)
     outputs = {name: value(node) for name, node in zip(unit.outputs, body.results, strict=True)}
-    used = tuple(node.meta["path"] for node in body.placeholders(BUFFER))
+    used = tuple(path_of(node) for node in body.placeholders(BUFFER))
     return replace(
         program,
         units=[replace(unit, body=body, inputs=tuple(inputs), buffers=used)],
         inputs=inputs,
         values={**program.values, **inputs, **outputs},
-        buffers={name: held for name, held in program.buffers.items() if held.persistent or name in used},
+        buffers={name: buffer for name, buffer in program.buffers.items() if buffer.persistent or name in used},
     )
 
 
 def _random_numbers(program: Program) -> Iterator[str]:
     """Operators that draw random numbers and are no dropout, with the modules that they are called in."""
     [unit] = program.units
-    found: dict[str, set[str]] = {}
+    modules_of: dict[str, set[str]] = {}
     for node in unit.body.calls():
-        if draws(node) and node.target is not attention and _packet(node) not in _DROPPING:
-            found.setdefault(str(_packet(node)), set()).add(node.meta["path"] or "the model")
-    for operator, modules in found.items():
+        if draws(node) and node.target is not attention and operator_of(node) not in _DROPPING:
+            modules_of.setdefault(operator_name(node), set()).add(path_of(node) or "the model")
+    for operator, modules in modules_of.items():
         shown = ", ".join(sorted(modules)[:3]) + (f" and {len(modules) - 3} more modules" if len(modules) > 3 else "")
         yield f"{operator}, called in {shown}, draws random numbers, as nothing but dropout can: take it out of the model"
 
@@ -109,14 +121,14 @@ class _Rewriting:
         self.body = Body(old.name, self.graph)
 
     def _rewrite(self, node: fx.Node) -> fx.Node:
-        frozen = node.meta.get("no_grad", False)
+        frozen = is_under_no_grad(node)
         args = fx.map_arg(node.args, lambda argument: self._read(argument, frozen, node))
         kwargs = fx.map_arg(dict(node.kwargs), lambda argument: self._read(argument, frozen, node))
-        kwargs = {key: held for key, held in kwargs.items() if key not in _PLACES}
+        kwargs = {key: option for key, option in kwargs.items() if key not in _PLACES}
         target: Any = node.target
-        packet = _packet(node)
+        packet = operator_of(node)
         source = args[0] if args and isinstance(args[0], fx.Node) else None
-        if source is not None and isinstance(source.meta["value"], Value) and isinstance(node.meta["value"], Value):
+        if source is not None and has_one_result(source) and has_one_result(node):
             before, after = value(source), value(node)
             unchanged = before.shape == after.shape and before.dtype == after.dtype
             drops = draws(node)
@@ -127,8 +139,8 @@ class _Rewriting:
             if drops:
                 target, kwargs = _DROPPING.get(packet, target), {**kwargs, "random": SHARED}
                 args = args[:2] if target is dropout else args
-            elif packet in _PRODUCTS and (made := self._product(args, kwargs, node)) is not None:
-                return made
+            elif packet in _PRODUCTS and (product := self._product(args, kwargs, node)) is not None:
+                return product
             elif packet in _CASTS:
                 target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
             elif packet in _SHAPES and before.dtype == after.dtype:
@@ -139,24 +151,24 @@ class _Rewriting:
                 target, args, kwargs = aten.expand.default, (source, list(after.shape)), {}
             elif packet is aten.slice and len(args) == 4 and args[3] == _TO_THE_END:
                 args = args[:3]
-        elif source is None and isinstance(node.meta["value"], Value) and value(node).floating and _takes_dtype(target):
+        elif source is None and has_one_result(node) and value(node).floating and _takes_dtype(target):
             kwargs = {**kwargs, "dtype": value(node).dtype}
         return self._call(target, args, kwargs, node.meta["value"], node)
 
     def _product(self, args: Any, kwargs: dict[str, Any], node: fx.Node) -> fx.Node | None:
         """Rows by a matrix of weights, a bias added, as `linear`; a sum with scaled products in steps."""
-        if _packet(node) is aten.baddbmm:
+        if operator_of(node) is aten.baddbmm:
             return self._scaled_sum(args, kwargs, node)
-        bias, rows, matrix = args if _packet(node) is aten.addmm else (None, *args)
+        bias, rows, matrix = args if operator_of(node) is aten.addmm else (None, *args)
         if kwargs or not (_is_weight(matrix) or _is_transposed(matrix)) or bias is not None and len(value(bias).shape) != 1:
             return None
-        held = value(matrix)
-        if len(held.shape) != 2:
+        weight = value(matrix)
+        if len(weight.shape) != 2:
             return None
         if _is_transposed(matrix):
             turned = matrix.args[0]
         else:
-            turned = self._call(aten.t.default, (matrix,), {}, replace(held, shape=held.shape[::-1]), node)
+            turned = self._call(aten.t.default, (matrix,), {}, replace(weight, shape=weight.shape[::-1]), node)
         return self._call(
             aten.linear.default, (rows, turned) if bias is None else (rows, turned, bias), {}, node.meta["value"], node
         )
@@ -177,31 +189,31 @@ class _Rewriting:
         return self._call(aten.add.Tensor, (added, product), {}, node.meta["value"], node)
 
     def _read(self, argument: fx.Node, frozen: bool, reader: fx.Node) -> fx.Node:
-        """The copy of an argument; inside no_grad, cut off from its gradient."""
+        """The copy of an argument; inside no_grad, detached from its gradient."""
         copy = self.copies[argument]
-        held = copy.meta["value"]
-        if not frozen or not isinstance(held, Value) or not held.requires_grad:
+        known = copy.meta["value"]
+        if not frozen or not isinstance(known, Value) or not known.requires_grad:
             return copy
         if copy not in self.detached:
-            self.detached[copy] = self._call(aten.detach.default, (copy,), {}, replace(held, requires_grad=False), reader)
+            self.detached[copy] = self._call(aten.detach.default, (copy,), {}, replace(known, requires_grad=False), reader)
         return self.detached[copy]
 
-    def _call(self, target: Any, args: Any, kwargs: dict[str, Any], held: Any, origin: fx.Node) -> fx.Node:
+    def _call(self, target: Any, args: Any, kwargs: dict[str, Any], known: Any, origin: fx.Node) -> fx.Node:
         call = self.graph.call_function(target, args, kwargs)
-        call.meta = {"value": held, "path": origin.meta["path"], "source": origin.meta.get("source", "")}
+        call.meta = {"value": known, "path": path_of(origin), "source": source_of(origin)}
         return call
 
 
 def _is_transposed(matrix: Any) -> bool:
-    """Whether an operand is a matrix turned over, so that a product with it is `linear`."""
+    """Whether an operand is a transposed matrix, so that a product with it is `linear`."""
     return isinstance(matrix, fx.Node) and matrix.target is aten.t.default and len(value(matrix).shape) == 2
 
 
 def _is_weight(matrix: Any) -> bool:
-    """Whether a matrix is a parameter, maybe turned over or cut off from its gradient."""
+    """Whether a matrix is a parameter, maybe transposed or detached from its gradient."""
     while isinstance(matrix, fx.Node) and matrix.target in (aten.t.default, aten.detach.default):
         matrix = matrix.args[0]
-    return isinstance(matrix, fx.Node) and matrix.op == "placeholder" and matrix.meta["role"] == PARAMETER
+    return is_parameter(matrix)
 
 
 def _keeps(packet: Any, args: Any, after: Value) -> bool:
@@ -215,11 +227,6 @@ def _keeps(packet: Any, args: Any, after: Value) -> bool:
     return packet in (aten.add, aten.sub) and type(args[1]) is int and args[1] == 0 and not after.floating
 
 
-def _packet(node: fx.Node) -> Any:
-    """The operator of a call without its overload; None for a Python function."""
-    return getattr(node.target, "overloadpacket", None)
-
-
 def _takes_dtype(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
@@ -231,13 +238,14 @@ def _drop_idle_masks(body: Body, program: Program) -> None:
     for node in body.calls():
         if node.target is not attention:
             continue
+        # Both segments go together: attention with one of them alone would mean something else.
         for names in (("q_segment", "k_segment"), ("key_mask",)):
             masks = [node.kwargs[name] for name in names if isinstance(node.kwargs.get(name), fx.Node)]
             for mask in masks:
                 if mask not in idle:
                     idle[mask] = _is_idle(mask, program)
             if masks and all(idle[mask] for mask in masks):
-                node.kwargs = {key: held for key, held in node.kwargs.items() if key not in names}
+                node.kwargs = {key: argument for key, argument in node.kwargs.items() if key not in names}
 
 
 def _name_provider(body: Body, program: Program, provider: str) -> None:
@@ -258,14 +266,14 @@ def _name_provider(body: Body, program: Program, provider: str) -> None:
 
 
 def _is_idle(mask: fx.Node, program: Program) -> bool:
-    """Whether a [b, s] mask is made of sizes alone and is constant along s; a bool one must be true as well."""
-    roles = {node.meta["role"] for node in ancestors([mask]) if node.op == "placeholder"}
+    """Whether a [b, s] mask is computed from sizes alone and is constant along s; a bool one must be true as well."""
+    roles = {role_of(node) for node in ancestors([mask]) if node.op == "placeholder"}
     if roles & {INPUT, PARAMETER}:
         return False
-    buffers = {name: held.value for name, held in program.buffers.items()}
+    buffers = {name: buffer.value for name, buffer in program.buffers.items()}
     for rows, length in (program.static_shape,) if program.static_shape else _TRIED:
-        found = compute([mask], buffers, {B: rows, S: length})[mask]
-        if not bool((found == (True if found.dtype == torch.bool else found[:, :1])).all()):
+        numbers = compute([mask], buffers, {B: rows, S: length})[mask]
+        if not bool((numbers == (True if numbers.dtype == torch.bool else numbers[:, :1])).all()):
             return False
     return True
 
@@ -274,7 +282,7 @@ def _count_labels(body: Body, program: Program) -> None:
     """Replace the mean of a cross entropy by its sum over the labels that count, divided by the number given."""
     loss = _mean_loss(body, program)
     logits, labels, ignored = _cross_entropy_arguments(loss, program)
-    held = value(loss)
+    result = value(loss)
     with body.graph.inserting_after(body.placeholders(INPUT)[-1]):
         count = body.graph.placeholder(COUNT)
         count.meta = {"role": INPUT, "path": COUNT, "value": Value((), torch.int64)}
@@ -282,26 +290,27 @@ def _count_labels(body: Body, program: Program) -> None:
         losses = body.graph.call_function(cross_entropy, (logits, labels, ignored))
         total = body.graph.call_function(aten.sum.default, (losses,))
         mean = body.graph.call_function(aten.div.Tensor, (total, count))
-        made = [(losses, value(labels).shape), (total, ()), (mean, ())]
-        wide = torch.promote_types(held.dtype, torch.float32)
-        if wide != held.dtype:
-            mean = body.graph.call_function(aten.to.dtype, (mean, held.dtype))
-    for node, shape in made:
+        shapes = [(losses, value(labels).shape), (total, ()), (mean, ())]
+        # The sum over a whole batch does not fit a narrow dtype; the loss has the model's dtype again in the end.
+        wide = torch.promote_types(result.dtype, torch.float32)
+        if wide != result.dtype:
+            mean = body.graph.call_function(aten.to.dtype, (mean, result.dtype))
+    for node, shape in shapes:
         node.meta = {**loss.meta, "value": Value(shape, wide)}
-    mean.meta = {**loss.meta, "value": Value((), held.dtype)}
+    mean.meta = {**loss.meta, "value": Value((), result.dtype)}
     loss.replace_all_uses_with(mean)
 
 
 def _mean_loss(body: Body, program: Program) -> fx.Node:
     """The one cross entropy that the loss is."""
     result = body.results[list(program.outputs).index("loss")]
-    found = [node for node in ancestors([result]) if _packet(node) is aten.cross_entropy_loss]
-    if len(found) != 1:
-        raise CaptureError(f"{program.name}: {len(found)} cross entropies feed the loss; exactly one can be spread over ranks")
+    losses = [node for node in ancestors([result]) if operator_of(node) is aten.cross_entropy_loss]
+    if len(losses) != 1:
+        raise CaptureError(f"{program.name}: {len(losses)} cross entropies feed the loss; exactly one can be spread over ranks")
     loss = result
     while loss.target is aten.to.dtype:
         loss = loss.args[0]  # type: ignore[assignment]
-    if loss is not found[0]:
+    if loss is not losses[0]:
         raise CaptureError(
             f"{program.name}, {loss.meta['source']}: the loss is not the mean of a cross entropy but is made of one by "
             f"{loss.target}; turn off what the model adds to it, or take the logits and compute the loss outside"
@@ -313,19 +322,19 @@ def _cross_entropy_arguments(loss: fx.Node, program: Program) -> tuple[fx.Node, 
     """Logits [t, v], labels [t] and the label that does not count."""
     names = [argument.name for argument in loss.target._schema.arguments]  # type: ignore[union-attr]
     plain = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
-    given = {**plain, **dict(zip(names, loss.args, strict=False)), **loss.kwargs}
-    odd = [f"{key} = {given[key]}" for key in ("weight", "reduction", "label_smoothing") if given[key] != plain[key]]
-    if len(value(given["self"]).shape) != 2:
-        odd.append(f"logits of shape {value(given['self']).shape}")
+    arguments = {**plain, **dict(zip(names, loss.args, strict=False)), **loss.kwargs}
+    odd = [f"{key} = {arguments[key]}" for key in ("weight", "reduction", "label_smoothing") if arguments[key] != plain[key]]
+    if len(value(arguments["self"]).shape) != 2:
+        odd.append(f"logits of shape {value(arguments['self']).shape}")
     if odd:
         where = f"{program.name}, {loss.meta['source']}"
         raise CaptureError(f"{where}: only the plain mean of a cross entropy over [t, v] can be split; here {', '.join(odd)}")
-    return given["self"], given["target"], given["ignore_index"]
+    return arguments["self"], arguments["target"], arguments["ignore_index"]
 
 
 def _drop_dead(body: Body) -> None:
     needed = ancestors(body.results)
     for node in reversed(list(body.graph.nodes)):
-        unread_buffer = node.op == "placeholder" and node.meta["role"] == BUFFER
+        unread_buffer = is_buffer(node)
         if (node.op == "call_function" or unread_buffer) and node not in needed:
             body.graph.erase_node(node)

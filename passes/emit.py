@@ -1,6 +1,7 @@
-"""Write the Program as Python source, the code that will run: one file for each stage.
+"""Write the Program as Python source, one file for each stage: the code that runs.
 
-Needs: layouts, stages. Every line is what the listing shows; the runtime loads the file, and so can anyone.
+Every line is in the listing. The runtime loads the file, and so can anyone.
+
 Legality: nothing is rewritten.
 """
 

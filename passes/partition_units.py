@@ -1,11 +1,11 @@
-"""Cut the model into units, and let alike units share one body.
+"""Partition the model into units, and let units that are alike share one body.
 
-Needs: a canonical Program of one unit. A node belongs to the unit whose module it comes from, as the policy's [units] say.
-What is left over joins its neighbour: what no layer feeds joins its only consumer's unit, or else the first unit; what comes
-after the layers joins the last.
+A node belongs to the unit whose module it comes from, as the policy's [units] say. Nodes outside of every unit join a
+neighbour. What no layer feeds joins the unit of its only consumer, or else the first unit. What comes after the layers joins
+the last.
 
-Legality: cutting a graph along data flow changes nothing. Units are alike when their graphs, constants, shapes, dtypes,
-`requires_grad` and policy entries are equal; then one body computes what each of them computes.
+Legality: partitioning a graph along its data flow changes nothing. Units are alike when their graphs, constants, shapes,
+dtypes, `requires_grad` and policy entries are equal; then one body computes what each of them computes.
 
     embed -> norm -> linear -> … -> norm -> head        embed | Layer(h, cos, sin) × L | Head(h, labels)
 """
@@ -20,85 +20,73 @@ import torch
 from torch import fx
 
 from shardcomp.errors import PolicyError
-from shardcomp.ir.program import (
-    BUFFER,
-    INPUT,
-    PARAMETER,
-    Body,
-    Context,
-    Contract,
-    Degraded,
-    Program,
-    Unit,
-    Value,
-    module_paths,
-    tensor_arguments,
-    value,
-)
+from shardcomp.ir.nodes import ancestors, path_of, role_of, structural_arguments, tensor_arguments, value
+from shardcomp.ir.printer import made_by
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, Body, Context, Contract, Degraded, Program, Unit, Value, module_paths
 from shardcomp.kernels.cross_entropy import cross_entropy
 
 CONTRACT = Contract(requires=frozenset({"canonical", "parts"}), provides=frozenset({"units"}))
 
 
 def run(program: Program, context: Context) -> Program:
-    [whole] = program.units
-    calls = list(whole.body.calls())
+    [model] = program.units
+    calls = list(model.body.calls())
     kinds = context.policy.unit_kinds(module_paths(program))
-    order, home = _assign(calls, kinds, whole.body)
+    order, home = _assign(calls, kinds, model.body)
     entries = context.policy.weight_entries(program.parameters, program.canonical_names())
-    every = [_Piece(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
-    pieces = [piece for piece in every if piece.nodes]
-    idle = _idle(program, whole.body)
-    _give_homes(idle, pieces, kinds)
+    every = [_UnitDraft(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
+    drafts = [draft for draft in every if draft.nodes]
+    idle = _idle(program, model.body)
+    _keep_idle(idle, drafts, kinds)
     values = dict(program.values)
     bodies: dict[Hashable, Body] = {}
     units = []
-    names = _value_names(pieces, whole, program)
-    for piece in pieces:
-        inputs, outputs = _borders(piece, whole.body)
-        body_key = piece.key(program, entries, inputs, outputs)
+    names = _value_names(drafts, model, program)
+    for draft in drafts:
+        inputs, outputs = _boundary(draft, model.body)
+        body_key = draft.key(program, entries, inputs, outputs)
         if body_key not in bodies:
-            bodies[body_key] = _body(_class_name(piece, bodies), piece, inputs, outputs)
+            bodies[body_key] = _body(_class_name(draft, bodies), draft, inputs, outputs)
         for node in outputs:
             values[names[node]] = node.meta["value"]
         units.append(
             Unit(
-                piece.path,
-                piece.kind,
+                draft.path,
+                draft.kind,
                 bodies[body_key],
-                tuple(names[n] for n in inputs if n.op != "placeholder" or n.meta["role"] == INPUT),
+                tuple(names[n] for n in inputs if n.op != "placeholder" or role_of(n) == INPUT),
                 tuple(names[n] for n in outputs),
-                tuple(program.resolve(n.meta["path"]) for n in inputs if _role(n) == PARAMETER),
-                tuple(n.meta["path"] for n in inputs if _role(n) == BUFFER),
+                tuple(program.resolve(path_of(n)) for n in inputs if _role(n) == PARAMETER),
+                tuple(path_of(n) for n in inputs if _role(n) == BUFFER),
             )
         )
-    results = {key: names[node] for key, node in zip(program.outputs, whole.body.results, strict=True)}
-    unused = [program.resolve(node.meta["path"]) for node in idle]
+    results = {key: names[node] for key, node in zip(program.outputs, model.body.results, strict=True)}
+    unused = [program.resolve(path_of(node)) for node in idle]
     return replace(
         program,
         units=units,
         outputs=results,
         values=values,
         parameters={name: replace(p, idle=name in unused) for name, p in program.parameters.items()},
-        tokens=_tokens(whole.body),
+        tokens=_tokens(model.body),
         degraded=program.degraded + _noted(unused),
     )
 
 
 def _idle(program: Program, body: Body) -> list[fx.Node]:
     """The parameters that the call does not use, a tied one by its first name."""
-    used = {program.resolve(node.meta["path"]) for node in body.placeholders(PARAMETER) if node.users}
+    used = {program.resolve(path_of(node)) for node in body.placeholders(PARAMETER) if node.users}
     first: dict[str, fx.Node] = {}
     for node in body.placeholders(PARAMETER):
-        first.setdefault(program.resolve(node.meta["path"]), node)
+        first.setdefault(program.resolve(path_of(node)), node)
     return [node for name, node in first.items() if name not in used]
 
 
-def _give_homes(idle: list[fx.Node], pieces: list[_Piece], kinds: dict[str, str]) -> None:
+def _keep_idle(idle: list[fx.Node], drafts: list[_UnitDraft], kinds: dict[str, str]) -> None:
     """Let the unit whose module has it hold a parameter that no call uses, and the first unit what is in no unit's module."""
-    by_path = {piece.path: piece for piece in pieces}
+    by_path = {draft.path: draft for draft in drafts}
     for node in idle:
-        by_path.get(_claim(node.meta["path"], kinds) or "", pieces[0]).idle.append(node)
+        by_path.get(_claim(path_of(node), kinds) or "", drafts[0]).idle.append(node)
 
 
 def _noted(unused: list[str]) -> list[Degraded]:
@@ -107,23 +95,17 @@ def _noted(unused: list[str]) -> list[Degraded]:
 
 
 def _tokens(body: Body) -> Unit | None:
-    """The labels that count, cut out of the graph in front of the cross entropy: how many there are is known before the
-    forward."""
+    """Counts the labels that the loss is a mean over: the part of the graph that makes the labels, so that their number is
+    known before the forward."""
     losses = [node for node in body.calls() if node.target is cross_entropy]
     if not losses:
         return None
     labels, ignored = losses[0].args[1:3]
     assert isinstance(labels, fx.Node)
-    needed: set[fx.Node] = set()
-    pending = [labels]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += tensor_arguments(node)
-    piece = _Piece("", "tokens", [node for node in body.calls() if node in needed])
+    needed = ancestors([labels])
+    draft = _UnitDraft("", "tokens", [node for node in body.calls() if node in needed])
     inputs = [node for node in body.graph.nodes if node.op == "placeholder" and node in needed]
-    counting = _body("Tokens", piece, inputs, [labels])
+    counting = _body("Tokens", draft, inputs, [labels])
     [counted] = counting.results
     with counting.graph.inserting_before(counting.output):
         differs = counting.graph.call_function(torch.ops.aten.ne.Scalar, (counted, ignored))
@@ -131,10 +113,10 @@ def _tokens(body: Body) -> Unit | None:
         total = counting.graph.call_function(torch.ops.aten.sum.default, (differs,))
         total.meta = {"path": "", "value": Value((), torch.int64)}
     counting.output.args = ((total,),)
-    return Unit("", "tokens", counting, tuple(n.meta["path"] for n in inputs), ("tokens",))
+    return Unit("", "tokens", counting, tuple(path_of(n) for n in inputs), ("tokens",))
 
 
-class _Piece:
+class _UnitDraft:
     """The nodes of one unit in the flat graph."""
 
     def __init__(self, path: str, kind: str, nodes: list[fx.Node]) -> None:
@@ -150,44 +132,35 @@ class _Piece:
             role = _role(node)
             lines.append((role, node.meta["value"]))
             if role == PARAMETER:
-                parameter = program.parameters[program.resolve(node.meta["path"])]
+                parameter = program.parameters[program.resolve(path_of(node))]
                 tied = parameter.aliases and parameter.name
-                lines.append((relative(node.meta["path"], _home_path(self)), entries.get(parameter.name), tied))
+                lines.append((relative(path_of(node), _home_path(self)), entries.get(parameter.name), tied))
             elif role == BUFFER:
-                held = program.buffers[node.meta["path"]].value
-                lines.append((relative(node.meta["path"], _home_path(self)), tuple(held.shape), held.dtype))
+                buffer = program.buffers[path_of(node)].value
+                lines.append((relative(path_of(node), _home_path(self)), tuple(buffer.shape), buffer.dtype))
         for node in self.nodes:
             number[node] = len(number)
-            arguments = fx.map_arg((node.args, node.kwargs), lambda a: _Number(number[a]))
-            lines.append((node.target, repr(arguments), repr(node.meta["value"])))
+            lines.append((node.target, structural_arguments(node, number), repr(node.meta["value"])))
         return (self.kind, tuple(lines), tuple(number[n] for n in outputs))
 
 
-class _Number:
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __repr__(self) -> str:
-        return f"%{self.index}"
-
-
 def relative(name: str, path: str) -> str:
-    """A name below a unit's module; the whole name where it lies elsewhere."""
+    """A name below a unit's module; the full name where the module is elsewhere."""
     return name[len(path) + 1 :] if path and name.startswith(path + ".") else name
 
 
-def _home_path(piece: _Piece) -> str:
+def _home_path(draft: _UnitDraft) -> str:
     """What the names in a unit's code are relative to: only layers have alike ones, whose code must not name one of them."""
-    return piece.path if piece.kind == "layer" else ""
+    return draft.path if draft.kind == "layer" else ""
 
 
 def _role(node: fx.Node) -> str:
-    return node.meta["role"] if node.op == "placeholder" else INPUT
+    return role_of(node) or INPUT
 
 
 def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[list[str], dict[fx.Node, int]]:
     """The units' paths in order of execution, and the index of each node's unit."""
-    claimed = {node: path for node in calls if (path := _claim(node.meta["path"], kinds)) is not None}
+    claimed = {node: path for node in calls if (path := _claim(path_of(node), kinds)) is not None}
     order = list(dict.fromkeys(claimed.values()))
     first = next((i for i, path in enumerate(order) if kinds[path] == "first"), None)
     if first is None:
@@ -199,6 +172,8 @@ def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[li
     for node in calls:
         feeds = [home[a] if a in home else fed[a] for a in tensor_arguments(node) if a in home or a in fed]
         fed[node] = max(feeds, default=-1)
+    # What no unit claims, backward: its readers have a unit already. It joins the first of them to run, unless nothing of a
+    # layer feeds it and it would join a layer: then all layers share it, as rotary tables are shared.
     for node in reversed(calls):
         if node in home:
             continue
@@ -210,8 +185,8 @@ def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[li
     for node in calls:
         for read in tensor_arguments(node):
             if home.get(read, -1) > home[node]:
-                fault = f"{order[home[node]]} reads what {order[home[read]]} gives, which runs behind it"
-                raise PolicyError(f"[units]: {fault}: a unit runs once; name a module that holds both")
+                violation = f"{order[home[node]]} reads what {order[home[read]]} gives, which runs after it"
+                raise PolicyError(f"[units]: {violation}: a unit runs once; name a module that holds both")
     return order, home
 
 
@@ -228,44 +203,47 @@ def _claim(path: str, kinds: dict[str, str]) -> str | None:
     return None
 
 
-def _borders(piece: _Piece, body: Body) -> tuple[list[fx.Node], list[fx.Node]]:
+def _boundary(draft: _UnitDraft, body: Body) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a unit reads from outside, in the order it is read, inputs before parameters before buffers; and what it gives."""
-    own = set(piece.nodes)
-    read = list(dict.fromkeys(a for node in piece.nodes for a in tensor_arguments(node) if a not in own)) + piece.idle
+    own = set(draft.nodes)
+    read = list(dict.fromkeys(a for node in draft.nodes for a in tensor_arguments(node) if a not in own)) + draft.idle
     ranks = {INPUT: 0, PARAMETER: 1, BUFFER: 2}
     read.sort(key=lambda n: ranks[_role(n)])
-    given = [node for node in piece.nodes if any(user not in own for user in node.users)]
-    return read, given
+    results = [node for node in draft.nodes if any(user not in own for user in node.users)]
+    return read, results
 
 
-def _value_names(pieces: list[_Piece], whole: Unit, program: Program) -> dict[fx.Node, str]:
-    """A short unique name for every value that crosses a border: an input's own, the caller's for a result, else its
+def _value_names(drafts: list[_UnitDraft], model: Unit, program: Program) -> dict[fx.Node, str]:
+    """A short unique name for every value that crosses a boundary: an input's own, the caller's for a result, else its
     module's."""
-    names = {n: n.meta["path"] for n in whole.body.placeholders(INPUT)}
-    results = {node: key for key, node in zip(program.outputs, whole.body.results, strict=True)}
+    names = {n: path_of(n) for n in model.body.placeholders(INPUT)}
+    results = {node: key for key, node in zip(program.outputs, model.body.results, strict=True)}
     taken = set(names.values())
-    for piece in pieces:
-        for node in _borders(piece, whole.body)[1]:
-            base = results.get(node) or _base_name(node, piece)
+    for draft in drafts:
+        outputs = _boundary(draft, model.body)[1]
+        bases = [results.get(node) or _base_name(node, draft) for node in outputs]
+        for node, base in zip(outputs, bases, strict=True):
+            if base != "hidden" and bases.count(base) > 1:  # a module with several results, such as cos and sin
+                base = made_by(node)
             name, count = base, 1
             while name in taken:
                 name, count = f"{base}_{count}", count + 1
             names[node] = name
             taken.add(name)
-    for node in whole.body.results:
+    for node in model.body.results:
         names.setdefault(node, node.name)
     return names
 
 
-def _base_name(node: fx.Node, piece: _Piece) -> str:
-    module = node.meta["path"].rpartition(".")[2]
+def _base_name(node: fx.Node, draft: _UnitDraft) -> str:
+    module = path_of(node).rpartition(".")[2]
     if node.meta["value"].requires_grad or module.isdigit():  # a layer, which may be frozen
         return "hidden"
     return module or node.name
 
 
-def _class_name(piece: _Piece, bodies: dict[Hashable, Body]) -> str:
-    base = {"first": "First", "layer": "Layer", "last": "Last"}[piece.kind]
+def _class_name(draft: _UnitDraft, bodies: dict[Hashable, Body]) -> str:
+    base = {"first": "First", "layer": "Layer", "last": "Last"}[draft.kind]
     taken = {body.name for body in bodies.values()}
     count = 2
     name = base
@@ -274,21 +252,21 @@ def _class_name(piece: _Piece, bodies: dict[Hashable, Body]) -> str:
     return name
 
 
-def _body(name: str, piece: _Piece, inputs: list[fx.Node], outputs: list[fx.Node]) -> Body:
+def _body(name: str, draft: _UnitDraft, inputs: list[fx.Node], outputs: list[fx.Node]) -> Body:
     """The unit's own graph. Parameter placeholders are named relative to the unit, so that alike units can share it."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         role = _role(node)
         copy = graph.placeholder(node.name)
-        path = node.meta.get("path", "") if role == INPUT else relative(node.meta["path"], _home_path(piece))
+        path = path_of(node) if role == INPUT else relative(path_of(node), _home_path(draft))
         copy.meta = {"role": role, "path": path, "value": node.meta["value"]}
         copies[node] = copy
-    for node in piece.nodes:
+    for node in draft.nodes:
         copy = graph.node_copy(node, lambda n: copies[n])
         copy.meta = dict(node.meta)
-        copy.meta["path"] = relative(node.meta["path"], piece.path) if node.meta["path"] != piece.path else ""
-        copy.meta["elsewhere"] = copy.meta["path"] == node.meta["path"] != ""
+        copy.meta["path"] = relative(path_of(node), draft.path) if path_of(node) != draft.path else ""
+        copy.meta["elsewhere"] = path_of(copy) == path_of(node) != ""
         copies[node] = copy
     graph.output(tuple(copies[n] for n in outputs))
     return Body(name, graph)

@@ -1,15 +1,15 @@
-"""Assign units to pipeline stages, and make each stage compute again what is too cheap to send.
+"""Assign units to pipeline stages, and let each stage recompute what is too cheap to send.
 
-Needs: layouts. The model is cut in front of units of the kind "layer": what stands between two layers stays with the second,
-what follows the last layer is in the last stage. Each stage has at least one layer; `stage_layers` says how many, or else
-the cuts make the slowest stage as fast as it can be (see `INTENSITY`).
+A stage begins before a unit of the kind "layer". What stands between two layers stays with the second, and what follows the
+last layer is in the last stage. Each stage has at least one layer. `stage_layers` says how many; otherwise the slowest stage is
+made as fast as it can be (see `INTENSITY`).
 
-A value that is made in one stage and used in a later one is sent from stage to stage on the way (`Program.received`), but for
-those that need no gradient and come from no parameter, message or random draw, such as rotary tables, positions and masks:
-the stage computes them again, in a unit of its own that is a copy of their maker without what they do not need.
+A value that a later stage uses is sent from stage to stage on the way (`Program.received`). Some values need no gradient and
+come from no parameter, message or random draw, such as rotary tables, positions and masks. The stage recomputes those, in a
+unit of its own: a copy of the unit that makes them, without what they do not need.
 
-Legality: stages follow one another as the units do, so every value is made before it is received. What is computed again has
-the same operands, the caller's inputs and buffers, and so is the same; nothing flows back through it.
+Legality: stages run in the order of the units, so every value is computed before it is received. What is recomputed has the
+same operands, the caller's inputs and buffers, and so is the same; no gradient flows through it.
 
     First -> h, cos, sin; Layer(h, cos, sin) × 4        First; Layer(h, cos, sin) × 2 | Prelude -> c, s; Layer(h, c, s) × 2
 """
@@ -28,24 +28,8 @@ from torch import fx
 from shardcomp.cost.flops import Share, of_node
 from shardcomp.errors import InternalError, PlanError
 from shardcomp.ir.collectives import EXCHANGES
-from shardcomp.ir.interpreter import ancestors
-from shardcomp.ir.program import (
-    BUFFER,
-    INPUT,
-    LAYER,
-    PARAMETER,
-    PRELUDE,
-    B,
-    Body,
-    Context,
-    Contract,
-    Plan,
-    Program,
-    S,
-    Unit,
-    value,
-    values,
-)
+from shardcomp.ir.nodes import ancestors, form_of, path_of, requires_grad, role_of, value, values
+from shardcomp.ir.program import BUFFER, INPUT, LAYER, PARAMETER, PRELUDE, B, Body, Context, Contract, Plan, Program, S, Unit
 from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.passes.recompute import is_dear, kinds
 
@@ -76,7 +60,7 @@ def run(program: Program, context: Context) -> Program:
 
 
 def _atoms(units: list[Unit]) -> list[list[Unit]]:
-    """The pieces between which a cut may go, in order: a layer with what stands in front of it; the last also has what
+    """The groups of units between which a stage may begin, in order: a layer with what stands before it; the last also has what
     follows."""
     atoms: list[list[Unit]] = []
     waiting: list[Unit] = []
@@ -103,16 +87,16 @@ def _check(layers: int, options: Any) -> None:
         if chosen and layers >= pipeline:
             hints.append(f"virtual_stages = {_listed(range(1, layers // pipeline + 1))}")
         elif schedule.v_shaped and layers >= pipeline:
-            hints.append(f"schedule = {next(name for name, each in SCHEDULES.items() if each.stages_per_rank == 1)}")
+            hints.append(f"schedule = {next(name for name, other in SCHEDULES.items() if other.stages_per_rank == 1)}")
         hints += ["pipeline = 1 without virtual_stages"] if chosen else []
         raise PlanError(
             f"{product} makes {options.stages} stages, but the model has {few} and each stage needs one: "
             f"use {', or '.join(hints)}"
         )
     if options.stage_layers is not None and sum(options.stage_layers) != layers:
-        given = ",".join(map(str, options.stage_layers))
+        asked = ",".join(map(str, options.stage_layers))
         raise PlanError(
-            f"stage_layers = {given} makes {sum(options.stage_layers)} layers, but the model has {layers}: "
+            f"stage_layers = {asked} makes {sum(options.stage_layers)} layers, but the model has {layers}: "
             f"give {options.stages} numbers that add up to {layers}"
         )
 
@@ -122,23 +106,24 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _costs(program: Program, context: Context) -> dict[int, float]:
-    """By the id of each unit: what a rank takes for its forward, its backward and what that computes again, in operations."""
+    """By the id of each unit: what a rank takes for its forward, its backward and what that recomputes, in operations."""
     share = Share(program.mesh.as_dict())
     batch, length = program.static_shape or (context.batch, context.length)
     sizes = {B: batch, S: length}
 
     def operations(work: Any) -> float:
-        flops, traffic = (float(sympy.sympify(each).subs(sizes)) for each in (work.flops, work.bytes))
+        flops, traffic = (float(sympy.sympify(amount).subs(sizes)) for amount in (work.flops, work.bytes))
         return max(flops, INTENSITY * traffic)
 
     totals: dict[tuple[int, str], float] = {}
     for body in program.bodies():
         costs = [(node, of_node(node, share)) for node in body.calls()]
         forward = [(node, operations(cost.forward)) for node, cost in costs]
-        once = sum(each for _, each in forward) + sum(operations(cost.backward) for _, cost in costs)
+        once = sum(amount for _, amount in forward) + sum(operations(cost.backward) for _, cost in costs)
+        # What is recomputed runs a second time, in the backward.
         totals[id(body), "none"] = once
-        totals[id(body), "full"] = once + sum(each for _, each in forward)
-        totals[id(body), "selective"] = once + sum(each for node, each in forward if not is_dear(node))
+        totals[id(body), "full"] = once + sum(amount for _, amount in forward)
+        totals[id(body), "selective"] = once + sum(amount for node, amount in forward if not is_dear(node))
     again = kinds(program, context.policy.options.recompute)
     return {id(unit): totals[id(unit.body), again.get(id(unit), "none")] for unit in program.units}
 
@@ -150,10 +135,13 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
     count = len(costs)
 
     def best(limit: float, power: int) -> tuple[float, list[int]]:
-        """The cuts with the smallest largest sum (power 0), or the smallest sum of squares with no sum above `limit`."""
+        """The stage boundaries with the smallest largest sum (power 0), or the smallest sum of squares with no sum above
+        `limit`."""
+        # table[stage][end]: the best value of splitting the first `end` costs into `stage` runs; begins[stage][end]: where the
+        # last of those runs begins. The best split of all costs is read backwards from there.
         infinite = float("inf")
         table = [[infinite] * (count + 1) for _ in range(stages + 1)]
-        cut = [[0] * (count + 1) for _ in range(stages + 1)]
+        begins = [[0] * (count + 1) for _ in range(stages + 1)]
         table[0][0] = 0.0
         for stage in range(1, stages + 1):
             for end in range(stage, count - (stages - stage) + 1):
@@ -164,11 +152,11 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
                     before = table[stage - 1][begin]
                     total = max(before, run) if power == 0 else before + run * run
                     if total < table[stage][end]:
-                        table[stage][end], cut[stage][end] = total, begin
+                        table[stage][end], begins[stage][end] = total, begin
         ends, at = [], count
         for stage in range(stages, 0, -1):
             ends.append(at)
-            at = cut[stage][at]
+            at = begins[stage][at]
         return table[stages][count], ends[::-1]
 
     least, _ = best(float("inf"), 0)
@@ -184,15 +172,15 @@ class _Source:
 
 
 def _recompute(program: Program) -> Program:
-    """Give every stage units of its own for the values of earlier stages that cost nothing to compute again."""
+    """Give every stage units of its own for the values of earlier stages that cost nothing to recompute."""
     sources = {name: _Source(unit, index) for unit in program.units for index, name in enumerate(unit.outputs)}
     again = _Again(program, sources)
     units: list[Unit] = []
     for stage in range(program.stages):
-        mine = program.in_stages((stage,))
+        units_here = program.in_stages((stage,))
         names: dict[str, str] = {}
-        preludes = again.preludes(stage, [name for unit in mine for name in unit.inputs], names)
-        rewired = [replace(unit, inputs=tuple(names.get(name, name) for name in unit.inputs)) for unit in mine]
+        preludes = again.preludes(stage, [name for unit in units_here for name in unit.inputs], names)
+        rewired = [replace(unit, inputs=tuple(names.get(name, name) for name in unit.inputs)) for unit in units_here]
         units += [*preludes, *rewired]
     return replace(program, units=units, values=again.values)
 
@@ -217,10 +205,10 @@ class _Again:
         self.free: dict[str, bool] = {}
         self.bodies: dict[Hashable, _Prelude] = {}
 
-    def preludes(self, stage: int, wanted: Sequence[str], names: dict[str, str]) -> list[Unit]:
-        """The units for those of the `wanted` values that can be computed again; `names` then has the new name of each."""
+    def preludes(self, stage: int, value_names: Sequence[str], names: dict[str, str]) -> list[Unit]:
+        """The units that recompute what they can of `value_names`; `names` then has the new name of each such value."""
         needed: set[str] = set()
-        pending = list(wanted)
+        pending = list(value_names)
         while pending:
             name = pending.pop()
             if name in needed or not self._from_before(name, stage) or not self._is_free(name):
@@ -230,12 +218,12 @@ class _Again:
             results = source.unit.body.results
             nodes = ancestors([results[source.index]])
             pending += [n for n, p in _given(source.unit.inputs, source.unit.body, INPUT) if p in nodes]
-        found = []
+        preludes = []
         for unit in self.program.units:
             again = [name for name in unit.outputs if name in needed]
             if again:
-                found.append(self._prelude(stage, unit, again, names))
-        return found
+                preludes.append(self._prelude(stage, unit, again, names))
+        return preludes
 
     def _from_before(self, name: str, stage: int) -> bool:
         return name in self.sources and self.sources[name].unit.plan.stage < stage
@@ -272,8 +260,8 @@ class _Again:
 
     def _body(self, unit: Unit, results: tuple[int, ...]) -> _Prelude:
         """The code for some results of a unit."""
-        kept = [unit.body.results[i] for i in results]
-        nodes = ancestors(kept)
+        results_kept = [unit.body.results[i] for i in results]
+        nodes = ancestors(results_kept)
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         inputs, buffers = ([p for p in unit.body.placeholders(role) if p in nodes] for role in (INPUT, BUFFER))
@@ -282,7 +270,7 @@ class _Again:
         known = {size for node in inputs for size in value(node).shape}
         callers: list[str] = []
         for symbol in sorted(_symbols(nodes) - known, key=str):
-            name = next((n for n, given in self.program.inputs.items() if symbol in given.shape), None)
+            name = next((n for n, input_value in self.program.inputs.items() if symbol in input_value.shape), None)
             if name is None:
                 raise InternalError(f"pipeline: no input of the model has {symbol} as a dimension")
             if name not in callers:
@@ -291,7 +279,7 @@ class _Again:
                 node.meta = {"role": INPUT, "path": name, "value": self.program.inputs[name]}
         for node in (*buffers, *(call for call in unit.body.calls() if call in nodes)):
             copies[node] = _copy(graph, node, copies)
-        graph.output(tuple(copies[node] for node in kept))
+        graph.output(tuple(copies[node] for node in results_kept))
         name = "Prelude" if not self.bodies else f"Prelude{len(self.bodies) + 1}"
         return _Prelude(
             Body(name, graph), _indices(inputs, unit.body, INPUT), tuple(callers), _indices(buffers, unit.body, BUFFER)
@@ -301,10 +289,10 @@ class _Again:
         stem, _, number = name.rpartition("_")
         base = stem if stem and number.isdigit() else name
         count = 1
-        while (found := f"{base}_{count}") in self.values:
+        while (new_name := f"{base}_{count}") in self.values:
             count += 1
-        self.values[found] = self.values[name]
-        return found
+        self.values[new_name] = self.values[name]
+        return new_name
 
 
 def _indices(some: list[fx.Node], body: Body, role: str) -> tuple[int, ...]:
@@ -318,15 +306,15 @@ def _given(names: tuple[str, ...], body: Body, role: str) -> Iterator[tuple[str,
 
 def _is_calculation(node: fx.Node) -> bool:
     """Whether a node has the same value wherever it is computed, and sends and learns nothing."""
-    if any(held.requires_grad for held in values(node)):
+    if requires_grad(node):
         return False
     if node.op == "placeholder":
-        return bool(node.meta["role"] != PARAMETER)
+        return bool(role_of(node) != PARAMETER)
     if "random" in node.kwargs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
     if node.target in EXCHANGES:
         return EXCHANGES[node.target].forward is None
-    return "form" not in node.meta
+    return form_of(node) is None
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -337,17 +325,17 @@ def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.
 
 def _symbols(nodes: set[fx.Node]) -> set[Any]:
     """The sizes that the code of these nodes may name."""
-    found: set[Any] = set()
+    symbols: set[Any] = set()
     for node in nodes:
         if node.op == "call_function":
-            held = [size for each in values(node) for size in each.shape]
-            fx.node.map_aggregate((node.args, node.kwargs, held), lambda a: found.update(getattr(a, "free_symbols", ())))
-    return found
+            sizes = [size for result in values(node) for size in result.shape]
+            fx.node.map_aggregate((node.args, node.kwargs, sizes), lambda a: symbols.update(getattr(a, "free_symbols", ())))
+    return symbols
 
 
 def _module(unit: Unit, body: Body) -> str:
-    """The module whose values a body computes again: the innermost that all of them lie in."""
-    paths = [node.meta["path"] for node in body.results]
+    """The module whose values a body recomputes: the innermost one with all of them."""
+    paths = [path_of(node) for node in body.results]
     parts = paths[0].split(".")
     while parts and not all((path + ".").startswith(".".join(parts) + ".") for path in paths):
         parts.pop()

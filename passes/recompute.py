@@ -1,50 +1,32 @@
-"""Decide for each layer what its backward computes again in the place of keeping it.
+"""Decide what the backward of each layer recomputes, and what it keeps: activation checkpointing.
 
-Needs: stages. Writes the plans of units; for `selective` it also marks calls in the bodies, which are then not run again.
-Legality: what runs again runs on the same inputs and draws the same random numbers, so it gives the same values.
+The pass writes the plans of units. For `selective` it also marks the calls in a body that are not run again.
 
-full: every layer runs again. every:N: the first of each N layers. selective: every layer, but no product (an operator that
-contracts) and no attention into which a gradient flows, and no reduction of a partial result. Their results are kept where
-something that runs again, or a backward, reads them. The others leave nothing behind: a product whose sum over ranks is kept
-in its place, or one whose result is only added to what the layer gives. Only layers are computed again: what comes before them
-is cheap, and the backward of what comes behind them follows at once.
+full: every layer runs again. every:N: the first of each N layers runs again. selective: every layer runs again without its
+products (operators that contract), the attention into which a gradient flows, and the reductions of partial results. Their
+results are kept where a recomputed call, or a backward, reads them. The rest leave nothing: a product whose sum over ranks is
+kept instead of it, or one whose result is only added to the layer's result. Only layers are recomputed. What comes before them
+is cheap, and the backward of what comes after them follows at once.
+
+Legality: a call that runs again has the same inputs and draws the same random numbers, so it gives the same values.
 
     q = linear(h, wq)                                  q = keep(linear, h, wq)
-    o = linear(a, wo); r = allreduce_identity(o)       o = once(linear, a, wo); r = keep(allreduce_identity, o)
+    o = linear(a, wo); r = allreduce_identity(o)       o = drop(linear, a, wo); r = keep(allreduce_identity, o)
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from shardcomp.cost.flops import of_node
 from shardcomp.ir.collectives import EXCHANGES
-from shardcomp.ir.program import (
-    INPUT,
-    KEEP,
-    LAYER,
-    MARK,
-    ONCE,
-    Body,
-    Context,
-    Contract,
-    Program,
-    Unit,
-    tensor_arguments,
-    value,
-    values,
-)
-from shardcomp.kernels.dropout import dropout
-from shardcomp.sharding.rules import factoring
+from shardcomp.ir.nodes import requires_grad, tensor_arguments, value, values
+from shardcomp.ir.program import DROP, INPUT, KEEP, LAYER, MARK, Body, Context, Contract, Program, Unit
+from shardcomp.sharding.rules import passes_on
 
 CONTRACT = Contract(requires=frozenset({"layouts", "stages"}), provides=frozenset({"recompute"}))
-
-aten = torch.ops.aten
-_LINEAR = {aten.to, aten._to_copy, dropout}
-"""Operators that are linear in their operand for a backward, though no rule says so: none of them saves it."""
 
 
 def run(program: Program, context: Context) -> Program:
@@ -66,7 +48,7 @@ def run(program: Program, context: Context) -> Program:
 
 
 def kinds(program: Program, asked: str) -> dict[int, str]:
-    """By the id of each unit that the option has run again: full or selective."""
+    """By the id of each unit that the option recomputes: full or selective."""
     if asked == "none":
         return {}
     kind, _, number = asked.partition(":")
@@ -75,7 +57,7 @@ def kinds(program: Program, asked: str) -> dict[int, str]:
 
 
 def _differentiable(unit: Unit) -> bool:
-    """Whether a gradient flows into the unit: its backward then comes after that of others, and what it saves waits."""
+    """Whether a gradient flows into the unit: its backward then comes after other backwards, and what it saves waits."""
     return any(value(node).requires_grad for node in unit.body.placeholders(INPUT))
 
 
@@ -84,18 +66,19 @@ def _marked(body: Body) -> Body:
     body = body.copy()
     calls = list(body.calls())
     dear = {node for node in calls if is_dear(node)}
+    # Backward, since whether a result is needed depends on what its readers need.
     needed: set[fx.Node] = set()
     for node in reversed(calls):
         if any(_reads(user, dear, needed) for user in node.users):
             needed.add(node)
     for node in dear:
-        node.meta[MARK] = KEEP if node in needed else ONCE
+        node.meta[MARK] = KEEP if node in needed else DROP
     return body
 
 
 def is_dear(node: fx.Node) -> bool:
     """Whether a call is not to be run again."""
-    if not any(held.requires_grad for held in values(node)) or len(values(node)) > 1:
+    if not requires_grad(node) or len(values(node)) > 1:
         return False
     if node.target in EXCHANGES:
         operand = value(tensor_arguments(node)[0])
@@ -104,17 +87,9 @@ def is_dear(node: fx.Node) -> bool:
 
 
 def _reads(user: fx.Node, dear: set[fx.Node], needed: set[fx.Node]) -> bool:
-    """Whether a value that `user` takes must be there when the unit is computed again."""
+    """Whether a value that `user` takes must be there when the unit is recomputed."""
     if user.op == "output":
         return False
     if user in dear:
         return user.target not in EXCHANGES  # the backward of a product or of attention needs its operands
     return not passes_on(user) or user in needed
-
-
-def passes_on(node: fx.Node) -> bool:
-    """Whether the backward of a call needs none of its operands."""
-    if node.target in EXCHANGES or getattr(node.target, "overloadpacket", node.target) in _LINEAR:
-        return True
-    rule = factoring(node)
-    return rule is not None and (rule.jointly_linear or (len(rule.operands) == 1 and 0 in rule.linear))

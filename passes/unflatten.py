@@ -1,14 +1,14 @@
-"""Keep leading dimensions apart that the model merges for a while, so that a cut of a minor one survives.
+"""Keep leading dimensions apart that the model merges for a while, so that a minor one of them can be sharded.
 
-Needs: a canonical Program of one unit. Models write [b, s, h] as [b·s, h], or [b, n, s, d] as [b·n, s, d], compute on that, and
-take it apart again. A cut of the sequence or of the heads lies on the minor factor of the merged dimension, where no layout can
-say so. Each call between a merge and what takes it apart is made again on a twin of its operands, whose dimensions were never
-merged. What else reads the merged value is given the twin, merged. Calls from which no way leads to a value that is taken apart
-stay as they are, the loss over [b·s, v] among them.
+Models write [b, s, h] as [b·s, h], or [b, n, s, d] as [b·n, s, d], compute on that, and split it again. A split of the
+sequence or of the heads is along the minor factor of the merged dimension, and no layout can say so. This pass repeats each
+call between a merge and the reshape that undoes it, on twins of its operands whose dimensions were never merged. A call that
+reads the merged value and is not repeated is given the twin, merged. Calls that lead to no such reshape stay as they are, for
+example the loss over [b·s, v].
 
-Legality: a merge renames indices. A call that treats the rows of dimension 0 alike and apart from each other computes the same
-number for each, whatever they are called; its other dimensions move to the right by as many as the merge took. An operand that
-no merge made is taken apart in front of the call, not behind it.
+Legality: a merge renames indices. A call that treats the rows of dimension 0 alike and independently computes the same number
+for each, whatever they are called. Its other dimensions move to the right by as many as the merge took. An operand that no
+merge made is split before the call.
 
     f = reshape(x, [b·s, h]); g = relu(linear(f, W)); y = reshape(g, [b, s, o])        y = relu(linear(x, W))
 """
@@ -24,8 +24,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from shardcomp.ir.layout import Size, same
-from shardcomp.ir.program import Context, Contract, Program, Value, value
-from shardcomp.sharding.leading_dims import LeadingSizes, packet_of, row_operands, unmerge
+from shardcomp.ir.nodes import value
+from shardcomp.ir.operators import operator_of
+from shardcomp.ir.program import Context, Contract, Program, Value
+from shardcomp.sharding.leading_dims import LeadingSizes, row_operands, unmerge
 
 CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"unmerged"}))
 
@@ -51,14 +53,15 @@ class _Unflattening:
         for node in calls:
             if (lead := self._lead(node)) is not None:
                 self.leads[node] = lead
+        # Only what leads to a reshape that undoes the merge is worth a twin.
         ends = {node for node in calls if self._takes_apart(node)}
-        wanted = self._wanted(ends)
+        merged = self._merged_values(ends)
         for node in calls:
-            if node in wanted:
+            if node in merged:
                 self.twins[node] = self._twin(node)
         # From the last to the first, so that what is replaced is used by nothing that goes as well.
         for node in reversed(calls):
-            if node.users and (node in ends or node in wanted and not self._is_merge(node)):
+            if node.users and (node in ends or node in merged and not self._is_merge(node)):
                 twin = self.twins[node.args[0] if node in ends else node]  # type: ignore[index]
                 node.replace_all_uses_with(self._reshaped(twin, value(node).shape, node))
             if not node.users:
@@ -66,13 +69,13 @@ class _Unflattening:
 
     def _lead(self, node: fx.Node) -> LeadingSizes | None:
         """What dimension 0 of a call's result was merged from, if it was."""
-        packet = packet_of(node)
+        packet = operator_of(node)
         if packet is aten.reshape:
             return _merged(self._shape(node.args[0]), value(node).shape)
         if packet is aten.repeat:
             return _repeated(node)
-        found = [self.leads[row] for row in row_operands(node) if row in self.leads]
-        return found[0] if found and all(_alike(found[0], other) for other in found) else None
+        leads = [self.leads[row] for row in row_operands(node) if row in self.leads]
+        return leads[0] if leads and all(_alike(leads[0], other) for other in leads) else None
 
     def _shape(self, node: Any) -> tuple[Size, ...]:
         """The shape of a value, or of its twin."""
@@ -81,29 +84,29 @@ class _Unflattening:
 
     def _takes_apart(self, node: fx.Node) -> bool:
         """Whether a call divides a dimension that was merged."""
-        if packet_of(node) is not aten.reshape or node.args[0] not in self.leads:
+        if operator_of(node) is not aten.reshape or node.args[0] not in self.leads:
             return False
         before, after = self.leads[node.args[0]], self.leads.get(node, ())  # type: ignore[index]
         return not _alike(before, after[: len(before)])
 
     def _is_merge(self, node: fx.Node) -> bool:
-        return packet_of(node) is aten.reshape and node.args[0] not in self.leads
+        return operator_of(node) is aten.reshape and node.args[0] not in self.leads
 
-    def _wanted(self, ends: set[fx.Node]) -> set[fx.Node]:
-        """The merged values that `ends` are made of."""
-        found: set[fx.Node] = set()
+    def _merged_values(self, ends: set[fx.Node]) -> set[fx.Node]:
+        """The merged values that `ends` are computed from."""
+        merged: set[fx.Node] = set()
         pending = [node.args[0] for node in ends]
         while pending:
             node = pending.pop()
-            if isinstance(node, fx.Node) and node in self.leads and node not in found:
-                found.add(node)
-                pending += [node.args[0]] if packet_of(node) is aten.reshape else row_operands(node)
-        return found
+            if isinstance(node, fx.Node) and node in self.leads and node not in merged:
+                merged.add(node)
+                pending += [node.args[0]] if operator_of(node) is aten.reshape else row_operands(node)
+        return merged
 
     def _twin(self, node: fx.Node) -> fx.Node:
         """The same call with its leading dimensions apart."""
         lead = self.leads[node]
-        packet = packet_of(node)
+        packet = operator_of(node)
         source: Any = node.args[0]
         if packet is aten.reshape:
             return self._reshaped(self.twins.get(source, source), self._shape(node), node)
@@ -111,12 +114,12 @@ class _Unflattening:
             return self._call(aten.expand.default, (source, list(self._shape(node))), {}, node)
         lifted = unmerge(node, lead)
         assert lifted is not None
-        given = {row: self._row(row, lead) for row in lifted.rows}
-        args, kwargs = fx.map_arg((lifted.args, dict(node.kwargs)), lambda n: given.get(n, n))
+        twins = {row: self._row(row, lead) for row in lifted.rows}
+        args, kwargs = fx.map_arg((lifted.args, dict(node.kwargs)), lambda n: twins.get(n, n))
         return self._call(lifted.target, args, kwargs, node)
 
     def _row(self, node: fx.Node, lead: LeadingSizes) -> fx.Node:
-        """An operand's twin; one that no merge made is taken apart."""
+        """An operand's twin; an operand that no merge made is split."""
         if node in self.leads:
             return self.twins[node]
         if (node, lead) not in self.apart:
@@ -125,27 +128,29 @@ class _Unflattening:
         return self.apart[node, lead]
 
     def _reshaped(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
-        """A value in another shape, in front of `like`."""
+        """A value in another shape, computed before `like`."""
         with self.graph.inserting_before(like):
             return self._reshape(source, shape, like)
 
     def _reshape(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
         """A value in another shape; itself, or what it is a reshape of, where that has the shape."""
         while not _alike(value(source).shape, shape):
-            if packet_of(source) is not aten.reshape:
-                made = self.graph.call_function(aten.reshape.default, (source, list(shape)))
-                made.meta = {**like.meta, "value": replace(value(like), shape=shape)}
-                return made
+            if operator_of(source) is not aten.reshape:
+                reshaped = self.graph.call_function(aten.reshape.default, (source, list(shape)))
+                reshaped.meta = {**like.meta, "value": replace(value(like), shape=shape)}
+                return reshaped
             source = source.args[0]  # type: ignore[assignment]
         return source
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], node: fx.Node) -> fx.Node:
         lead = self.leads[node]
         with self.graph.inserting_before(node):
-            made = self.graph.call_function(target, args, kwargs)
-        apart = pytree.tree_map_only(Value, lambda held: replace(held, shape=(*lead, *held.shape[1:])), node.meta["value"])
-        made.meta = {**node.meta, "value": apart}
-        return made
+            twin = self.graph.call_function(target, args, kwargs)
+        apart = pytree.tree_map_only(
+            Value, lambda tensor: replace(tensor, shape=(*lead, *tensor.shape[1:])), node.meta["value"]
+        )
+        twin.meta = {**node.meta, "value": apart}
+        return twin
 
 
 def _alike(left: Iterable[Size], right: Iterable[Size]) -> bool:

@@ -1,18 +1,19 @@
-"""Decide for each unit what data-parallel ranks do with its parameters: what is put back in pieces between its forward and its
-backward, and what the host keeps.
+"""Decide for each unit what data-parallel ranks shard of its parameters: whether it reshards them after its forward, and what
+the host keeps.
 
-Needs: stages. Changes the plans of units, no code: the runtime gathers and frees parameters around a unit as its plan says.
-Legality: FSDP gathers a unit's parameters before every use, wherever and in however many pieces they are kept.
+The pass changes the plans of units and no code. The runtime gathers and frees the parameters around a unit as its plan says.
+zero = 3 reshards every unit after its forward. The host keeps the parameters that `offload` names, of all units or of those
+that match a pattern. A stage whose backward cannot be split computes it in one piece, whatever the schedule asks for (see
+`cost.split_backward`).
 
-zero = 3 puts every unit's parameters back in pieces. The host keeps what `offload` names: of all units, or of those that match.
-A stage whose backward cannot be split does not do so, whatever the schedule asks for (see `split_backward`).
+Legality: FSDP gathers the parameters of a unit before every use, wherever and over however many ranks they are kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from shardcomp.cost.split_backward import obstacle
+from shardcomp.cost.split_backward import reason_not_split
 from shardcomp.errors import PolicyError
 from shardcomp.ir.program import Context, Contract, Degraded, Program
 from shardcomp.ir.schedules import SCHEDULES
@@ -26,15 +27,15 @@ def run(program: Program, context: Context) -> Program:
     options = context.policy.options
     reshard = options.zero == 3
     stages = range(program.stages if SCHEDULES[options.schedule].splits_backward else 0)
-    whole = {stage: why for stage in stages if (why := obstacle(program, stage, reshard)) is not None}
+    unsplit = {stage: why for stage in stages if (why := reason_not_split(program, stage, reshard)) is not None}
     offloaded = _offloaded(program, options.offload)
     units = []
     for unit in program.units:
-        plan = replace(unit.plan, whole_backward=unit.plan.stage in whole)
+        plan = replace(unit.plan, whole_backward=unit.plan.stage in unsplit)
         if unit.parameters:
             plan = replace(plan, reshard=reshard, offload=unit.path in offloaded)
         units.append(replace(unit, plan=plan))
-    slower = [Degraded(f"stage {stage}", f"its backward is not split in two: {why}") for stage, why in whole.items()]
+    slower = [Degraded(f"stage {stage}", f"its backward is not split in two: {why}") for stage, why in unsplit.items()]
     return replace(program, units=units, degraded=[*program.degraded, *slower])
 
 

@@ -1,5 +1,7 @@
-"""The command line: `shardcomp inspect`, `verify`, `resume-check`, `convert`, `env`. What is heavy is imported by the command
-that needs it."""
+"""The command line: `shardcomp inspect`, `verify`, `resume-check`, `convert`, `env`, `completion`.
+
+torch and transformers take seconds to import. So a command imports what it needs, and this module nothing of that.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +10,49 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardcomp import __version__
-from shardcomp.errors import InternalError, PlanError, ShardError
-from shardcomp.policy.options import add_option_flags, joined, options_from
+from shardcomp.errors import InternalError, PlanError, ShardError, Violations
+from shardcomp.policy.options import add_option_flags, joined, option_violations, options_from
+from shardcomp.policy.patterns import nearest
 
 if TYPE_CHECKING:
     from shardcomp.policy import Policy
+    from shardcomp.verification.verifier import Verification
 
 GOOD, NO, BAD_INPUT, FAULT = 0, 1, 2, 3
 _EPILOG = "exit status: 0 good, 1 the answer is no, 2 bad input, 3 a fault of shardcomp"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. Raises SystemExit(2) where the command line itself is wrong."""
+    """Run one command and return its exit status. Raises SystemExit(2) if the command line itself is wrong.
+
+    Args:
+        argv: the words after the name of the program; by default those of this process.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(joined(words))
+    if words[:1] == ["--complete"]:  # the shell asks, see SCRIPTS
+        sys.stdout.writelines(f"{word}\n" for word in complete(words[1:]))
+        return GOOD
+    args, unknown = _parser().parse_known_args(joined(words))
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(args.parser, unknown)}")
     try:
-        # Whatever a library prints goes to stderr: stdout is the answer's alone.
+        # Only the answer goes to stdout. What libraries print goes to stderr.
         with contextlib.redirect_stdout(sys.stderr):
             status, answer = args.run(args)
         sys.stdout.write(answer)
         sys.stdout.flush()
         return int(status)
-    except BrokenPipeError:  # the reader, `head` perhaps, has what it wants
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GOOD
     except InternalError as error:
@@ -59,10 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     inspect = _command(
-        commands, "inspect", "what one rank runs, holds and sends; needs no GPU, no weights and no other rank", _inspect
+        commands, "inspect", "show what one rank runs, stores and sends; needs no GPU, no weights and no other rank", _inspect
     )
     _add_plan(inspect)
-    inspect.add_argument("--seq", type=_count, default=2048, metavar="N", help="tokens in a sequence (default 2048)")
+    inspect.add_argument(
+        "--seq", type=_count, metavar="N", help="tokens in a sequence (default: 2048, or what the plan splits)"
+    )
     inspect.add_argument(
         "--global-batch", type=_count, metavar="N", help="samples of one optimizer step (default: data × micro-batch)"
     )
@@ -72,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--diff", metavar="PASS", help="print what this pass changed instead of the report")
 
     verify = _command(
-        commands, "verify", "run a small model of the same structure against the dense model, gradients included", _verify
+        commands, "verify", "compare a small model of the same structure with the dense model, gradients included", _verify
     )
     _add_plan(verify)
     verify.add_argument(
@@ -83,51 +101,67 @@ def _parser() -> argparse.ArgumentParser:
         help="a size of the small model, such as num_hidden_layers=2; repeatable. 'none': run the model as it is",
     )
     verify.add_argument(
-        "--mutate", action="store_true", help="plant every possible fault in turn, and demand that each is noticed"
+        "--mutate",
+        action="store_true",
+        help="also run every mutant, a program with one error, and demand that each is noticed",
     )
-
     verify.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where: cuda runs a plan of one rank on the GPU (default cpu)"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda runs a plan of one rank on the GPU (default cpu)",
     )
 
     check = _command(
         commands,
         "resume-check",
-        "train a small model, kill it, let it go on, and demand the same bits; and on another plan",
+        "train a small model, kill the run, resume it, and demand the same bits; also on another plan",
         _resume,
     )
     _add_plan(check)
     check.add_argument("--shrink", action="append", default=[], metavar="KEY=VALUE", help="as for verify")
     check.add_argument("--steps", type=_count, default=8, metavar="N", help="optimizer steps of a run (default 8)")
-    check.add_argument("--onto", metavar="FLAGS", help="a plan that goes on as well, such as '--tensor 1 --data 2 --zero 3'")
+    check.add_argument("--onto", metavar="FLAGS", help="another plan that resumes too, such as '--tensor 1 --data 2 --zero 3'")
 
-    convert = _command(commands, "convert", "write a checkpoint of a run as a HuggingFace directory", _convert)
-    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's directory for its newest")
-    convert.add_argument("directory", metavar="HF_DIR", help="what to write")
+    convert = _command(commands, "convert", "write the weights of a checkpoint as a HuggingFace directory", _convert)
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run's directory for its newest one")
+    convert.add_argument("directory", metavar="HF_DIR", help="the directory to write")
     convert.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="of the weights (default: as they were trained)"
+        "--dtype", choices=("bf16", "fp16", "fp32", "fp64"), help="dtype of the weights (default: as they were trained)"
     )
     convert.add_argument(
-        "--max-shard-size", type=_count, default=5 * 10**9, metavar="BYTES", help="of a file (default %(default)s)"
+        "--max-shard-size", type=_count, default=5 * 10**9, metavar="BYTES", help="largest size of a file (default %(default)s)"
     )
 
-    _command(commands, "env", "versions, devices, and what runs each operator here", _env)
+    _command(commands, "env", "show versions, devices, and what runs each operator here", _env)
+
+    completion = _command(commands, "completion", "print a script that completes these commands in a shell", _completion)
+    completion.add_argument("shell", choices=sorted(SCRIPTS), help="the shell; for bash: source <(shardcomp completion bash)")
     return parser
 
 
+def _did_you_mean(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """The flags that unknown ones are most likely misspellings of."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    close = [f"{known} for {flag}" for flag in flags if (known := nearest(flag, _flags(parser)))]
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
 def _command(commands: Any, name: str, meaning: str, run: Any) -> argparse.ArgumentParser:
-    found: argparse.ArgumentParser = commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name, help=meaning, description=meaning[0].upper() + meaning[1:] + ".", epilog=_EPILOG, allow_abbrev=False
     )
-    found.add_argument("--json", action="store_true", help="print one JSON object")
-    found.set_defaults(run=run, parser=found)
-    return found
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    """What every command that lowers a model needs to know."""
+    """Add the arguments of every command that lowers a model."""
     parser.add_argument("model", metavar="MODEL", help="a preset such as tiny, a directory, a config.json, or a hub name")
-    parser.add_argument("--world", type=_count, metavar="N", help="number of ranks (default: tensor × data, with data 1)")
+    parser.add_argument(
+        "--world", type=_count, metavar="N", help="number of ranks (default: what the degrees make, with data 1)"
+    )
     parser.add_argument("--policy", metavar="NAME", help=_POLICY)
     add_option_flags(parser)
 
@@ -142,7 +176,7 @@ def _count(text: str) -> int:
     return number
 
 
-_POLICY = "a shipped policy, a file, or auto, which the model itself says (default: the one for the model's type, else auto)"
+_POLICY = "a shipped policy, a file, or auto: derived from the model (default: the one for the model's type, else auto)"
 
 
 def _policy(args: argparse.Namespace) -> Policy:
@@ -157,24 +191,38 @@ def _policy(args: argparse.Namespace) -> Policy:
 
 def _inspect(args: argparse.Namespace) -> tuple[int, str]:
     if args.after is not None and not args.listing:
-        args.parser.error("--after says which listing: give it with --listing")
+        args.parser.error("--after selects a listing: give it with --listing")
     if args.diff is not None and args.listing:
-        args.parser.error("--listing and --diff each print something else: give one of them")
-    policy = _policy(args)
-    world = policy.mesh(args.world or policy.options.ranks).world_size
-    if not 0 <= args.rank < world:
-        raise PlanError(f"rank {args.rank}: the world has the ranks 0 to {world - 1}")
-    from shardcomp.inspect.report import render
-    from shardcomp.lowering import lower
+        args.parser.error("--listing and --diff print different things: give one of them")
+    violations = Violations("the command")
+    policy = None
+    with violations.collected():
+        policy = _policy(args)
+    if policy is None:  # the legal options may have further violations
+        policy = _legal_policy(args)
+    world = args.world or (policy.options.ranks if policy else 1)
+    with violations.collected():
+        _check_rank(args.rank, world)
+    for name in (args.after, args.diff):
+        with violations.collected():
+            _check_pass(name)
+    lowered = None
+    if policy is not None:
+        from shardcomp.lowering import lower
 
-    lowered = lower(
-        args.model,
-        policy,
-        world_size=world,
-        seq=args.seq,
-        micro_batch=policy.options.micro_batch or 1,
-        global_batch=args.global_batch,
-    )
+        with violations.collected():
+            lowered = lower(
+                args.model,
+                policy,
+                world_size=world,
+                seq=args.seq,
+                micro_batch=policy.options.micro_batch or 1,
+                global_batch=args.global_batch,
+            )
+    violations.raise_if_any()
+    assert lowered is not None
+    from shardcomp.inspect.report import render
+
     texts = {}
     if args.listing:
         texts["listing"] = lowered.listing(after=args.after, rank=args.rank)
@@ -188,12 +236,44 @@ def _inspect(args: argparse.Namespace) -> tuple[int, str]:
     return GOOD, render(lowered.report(rank=args.rank))
 
 
+def _legal_policy(args: argparse.Namespace) -> Policy | None:
+    """The policy without the options that are not legal, or with its degrees alone, to find further violations with."""
+    legal = {name: value for name, value in options_from(args).items() if not option_violations({name: value})}
+    degrees = {name: value for name, value in legal.items() if name in ("tensor", "data", "pipeline")}
+    for options in (legal, degrees):
+        with contextlib.suppress(ShardError):
+            return _policy(argparse.Namespace(model=args.model, policy=args.policy, **options))
+    return None
+
+
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise PlanError(f"rank {rank}: the world has the ranks 0 to {world - 1}")
+
+
+def _check_pass(name: str | None) -> None:
+    if name is None or name in pass_names():
+        return
+    from shardcomp.pass_runner import FORMER_NAMES
+
+    if name not in FORMER_NAMES:
+        close = nearest(name, pass_names())
+        hint = f"did you mean {close!r}? There are" if close else "there are"
+        raise PlanError(f"no pass is named {name!r}: {hint} {', '.join(pass_names())}")
+
+
+def pass_names() -> list[str]:
+    """The names of the capture and of all passes. They are file names, since to import the passes takes seconds."""
+    folder = Path(str(resources.files("shardcomp.passes")))
+    return ["capture", *sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")]
+
+
 def _verify(args: argparse.Namespace) -> tuple[int, str]:
     shrink = _shrink(args)
     policy = _policy(args)
     from shardcomp.verification.verifier import verify
 
-    found = verify(
+    answer = verify(
         args.model,
         policy,
         world_size=args.world,
@@ -202,54 +282,55 @@ def _verify(args: argparse.Namespace) -> tuple[int, str]:
         device=args.device,
         progress=lambda text: print(f"shardcomp: {text}", file=sys.stderr, flush=True),
     )
-    status = GOOD if found.ok else NO
+    status = GOOD if answer.ok else NO
     if args.json:
         keys = ["ok", "precision", "deviation", "worst", "reproduce", "batches"]
-        keys += ["mutants"] * args.mutate + ["dropout"] * bool(found.dropout)
-        return status, _json({key: getattr(found, key) for key in keys})
-    return status, _verdict(found)
+        keys += ["mutants"] * args.mutate + ["dropout"] * bool(answer.dropout)
+        return status, _json({key: getattr(answer, key) for key in keys})
+    return status, _verdict(answer)
 
 
 def _resume(args: argparse.Namespace) -> tuple[int, str]:
-    shrink, policy, onto, world = _shrink(args), _policy(args), None, None
+    shrink, policy, onto, onto_world = _shrink(args), _policy(args), None, None
     if args.onto is not None:
-        other = argparse.ArgumentParser(prog="--onto", allow_abbrev=False)
-        other.add_argument("--world", type=_count)
-        other.add_argument("--policy", default=args.policy)
-        add_option_flags(other)
-        asked = other.parse_args(joined(shlex.split(args.onto)))
-        onto, world = _policy(argparse.Namespace(**{**vars(asked), "model": args.model})), asked.world
-        if asked.precision is None:
+        parser = argparse.ArgumentParser(prog="--onto", allow_abbrev=False)
+        parser.add_argument("--world", type=_count)
+        parser.add_argument("--policy", default=args.policy)
+        add_option_flags(parser)
+        onto_args = parser.parse_args(joined(shlex.split(args.onto)))
+        onto, onto_world = _policy(argparse.Namespace(**{**vars(onto_args), "model": args.model})), onto_args.world
+        if onto_args.precision is None:
             onto = onto.replace(precision=policy.options.precision)
     from shardcomp.verification.resumption import resume_check
 
-    found = resume_check(
+    answer = resume_check(
         args.model,
         policy,
         args.world,
         onto=onto,
-        onto_world=world,
+        onto_world=onto_world,
         steps=args.steps,
         shrink=shrink,
         progress=lambda text: print(f"shardcomp: {text}", file=sys.stderr, flush=True),
     )
-    status = GOOD if found.ok else NO
+    status = GOOD if answer.ok else NO
     if args.json:
-        return status, _json(found.as_dict())
-    moment = "within a save" if found.within_save else "between saves"
+        return status, _json(answer.as_dict())
+    moment = "within a save" if answer.within_save else "between saves"
     lines = [
-        f"killed after step {found.killed_after} of {found.steps}, {moment}; went on from step {found.resumed_from}",
-        f"losses, norms and batches: {'the same bits' if found.losses_equal else 'NOT the same'} as undisturbed",
-        f"weights, optimizer, generators at the end: {'the same bits' if found.files_equal else 'NOT the same'}",
+        f"killed after step {answer.killed_after} of {answer.steps}, {moment}; resumed from step {answer.resumed_from}",
+        f"losses, norms and batches: {'the same bits' if answer.losses_equal else 'NOT the same'} as undisturbed",
+        f"weights, optimizer, generators at the end: {'the same bits' if answer.files_equal else 'NOT the same'}",
     ]
-    if found.onto:
-        agrees = "agrees" if found.onto["ok"] else "does NOT agree"
-        parts = ["losses", *(["weights"] if "weights" in found.onto else [])]
-        numbers = ", ".join(f"{part} {found.onto[part]:.2e}" for part in parts)
-        same = "the same batches" if found.onto["batches_equal"] else "OTHER batches"
-        lines.append(f"onto {args.onto}, from step {found.onto['from_step']}: {agrees}: {same},")
-        lines.append(f"  {numbers}; tolerance {found.onto['tolerance']:.0e}")
-    lines.append(f"reproduce with: {found.reproduce}")
+    if answer.onto:
+        agrees = "agrees" if answer.onto["ok"] else "does NOT agree"
+        numbers = f"losses {answer.onto['losses']:.2e}"
+        if "weights" in answer.onto:
+            numbers += f", weights {answer.onto['weights']:.2e}"
+        same = "the same batches" if answer.onto["batches_equal"] else "OTHER batches"
+        lines.append(f"onto {args.onto}, from step {answer.onto['from_step']}: {agrees}: {same},")
+        lines.append(f"  {numbers}; tolerance {answer.onto['tolerance']:.0e}")
+    lines.append(f"reproduce with: {answer.reproduce}")
     return status, "\n".join(lines) + "\n"
 
 
@@ -258,77 +339,166 @@ def _convert(args: argparse.Namespace) -> tuple[int, str]:
     from shardcomp.ir.precision import COMPUTE
 
     dtype = COMPUTE[args.dtype] if args.dtype else None
-    found = convert(args.checkpoint, args.directory, dtype, args.max_shard_size)
+    checkpoint = convert(args.checkpoint, args.directory, dtype, args.max_shard_size)
     if args.json:
-        return GOOD, _json({"checkpoint": str(found), "directory": args.directory})
-    return GOOD, f"{found} -> {args.directory}\n"
+        return GOOD, _json({"checkpoint": str(checkpoint), "directory": args.directory})
+    return GOOD, f"{checkpoint} -> {args.directory}\n"
 
 
 def _shrink(args: argparse.Namespace) -> dict[str, Any]:
-    """`--shrink` as a mapping: numbers and switches as such, the rest as text."""
+    """The values of `--shrink` by key: numbers and switches as such, the rest as text."""
     if "none" in args.shrink:
         if len(args.shrink) > 1:
             args.parser.error("--shrink none keeps the model as it is: give it alone")
         return {"none": True}
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for word in args.shrink:
         key, equals, text = word.partition("=")
         if not key or not equals:
             args.parser.error(f"--shrink {word}: write KEY=VALUE, such as num_hidden_layers=2, or none")
         try:
-            found[key] = json.loads(text)
+            sizes[key] = json.loads(text)
         except json.JSONDecodeError:
-            found[key] = text
-    return found
+            sizes[key] = text
+    return sizes
 
 
-def _verdict(found: Any) -> str:
-    answer = "agrees with" if found.ok else "does NOT agree with"
-    lines = [f"in {found.precision}, the plan {answer} the dense model"]
-    lines.append(f"largest deviations, {', '.join(found.batches)} batches:")
-    lines += [f"  {quantity:<10} {value:.2e}" for quantity, value in found.deviation.items()]
-    if found.worst:
-        worst = found.worst
+def _verdict(answer: Verification) -> str:
+    """The answer of `verify` as text."""
+    agrees = "agrees with" if answer.ok else "does NOT agree with"
+    lines = [f"in {answer.precision}, the plan {agrees} the dense model"]
+    lines.append(f"largest deviations, {', '.join(answer.batches)} batches:")
+    lines += [f"  {quantity:<10} {value:.2e}" for quantity, value in answer.deviation.items()]
+    if answer.worst:
+        worst = answer.worst
         where = f" of {worst['parameter']}" if worst["parameter"] else ""
         lines.append(f"nearest to its tolerance: {worst['quantity']}{where}, {worst['value']:.2e} of {worst['tolerance']:.2e}")
-    if found.dropout:
-        off = ", ".join(f"{key} = {p}" for key, p in found.dropout.items())
-        lines.append(f"without dropout, which no two runs share: {off} set to 0")
-    if found.mutants:
-        lines.append(f"planted faults noticed: {found.mutants['killed']} of {found.mutants['total']}")
-        lines += [f"  not noticed: {survivor}" for survivor in found.mutants["survivors"]]
-    lines.append(f"reproduce with: {found.reproduce}")
+    if answer.dropout:
+        zeroed = ", ".join(f"{key} = {probability}" for key, probability in answer.dropout.items())
+        lines.append(f"without dropout, which no two runs share: {zeroed} set to 0")
+    if answer.mutants:
+        lines.append(f"mutants noticed: {answer.mutants['killed']} of {answer.mutants['total']}")
+        lines += [f"  not noticed: {survivor}" for survivor in answer.mutants["survivors"]]
+    lines.append(f"reproduce with: {answer.reproduce}")
     return "\n".join(lines) + "\n"
 
 
 def _env(args: argparse.Namespace) -> tuple[int, str]:
     from shardcomp.inspect.environment import environment
 
-    found = environment()
+    here = environment()
     if args.json:
-        return GOOD, _json(found)
-    lines = [f"{name:<20} {version}" for name, version in found["versions"].items()]
-    held = found["library"]
-    path = f" {held['path']}" if held["path"] else ""
-    lines.append(f"{'library':<20} {held['kind']}{path} ({held['why']})")
-    lines += [f"{device['device']:<20} {device['name']}" for device in found["devices"]]
-    for kernel in found["kernels"]:
+        return GOOD, _json(here)
+    lines = [f"{name:<20} {version}" for name, version in here["versions"].items()]
+    library = here["library"]
+    path = f" {library['path']}" if library["path"] else ""
+    lines.append(f"{'library':<20} {library['kind']}{path} ({library['why']})")
+    lines += [f"{device['device']:<20} {device['name']}" for device in here["devices"]]
+    for kernel in here["kernels"]:
         state = "" if kernel["ok"] else "cannot run "
         lines.append(f"{kernel['name']:<20} {kernel['device']}: {state}{kernel['runs']} ({kernel['why']})")
     return GOOD, "\n".join(lines) + "\n"
 
 
-def _json(found: dict[str, Any]) -> str:
-    return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
+def _completion(args: argparse.Namespace) -> tuple[int, str]:
+    script = SCRIPTS[args.shell]
+    return GOOD, _json({"script": script}) if args.json else script
 
 
-def _plain(found: Any) -> Any:
-    """Numbers that JSON cannot write become the words inf and nan."""
-    if isinstance(found, dict):
-        return {str(key): _plain(held) for key, held in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [_plain(held) for held in found]
-    return str(found) if isinstance(found, float) and not math.isfinite(found) else found
+SCRIPTS = {
+    "bash": """_shardcomp() {
+    local IFS=$'\\n'
+    COMPREPLY=($(shardcomp --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+    [[ ${#COMPREPLY[@]} -gt 0 ]] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -F _shardcomp shardcomp
+""",
+    "zsh": """#compdef shardcomp
+_shardcomp() {
+    local -a candidates
+    candidates=("${(@f)$(shardcomp --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    if [[ -n "$candidates" ]]; then compadd -- "${candidates[@]}"; else _files; fi
+}
+compdef _shardcomp shardcomp
+""",
+    "fish": """function __shardcomp
+    set -l words (commandline -opc) (commandline -ct)
+    shardcomp --complete $words[2..] 2>/dev/null
+end
+complete -c shardcomp -a '(__shardcomp)'
+""",
+}
+"""Shell -> the script that completes a command line. It calls `shardcomp --complete WORD...`, which imports nothing heavy."""
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """The words that the last one may become: commands, flags, values of flags, presets. Empty where it may be a file.
+
+    Args:
+        words: the command line without the name of the program. The last one is the word at the cursor, and may be empty.
+
+    Example:
+        >>> complete(["inspect", "tiny", "--prec"])
+        ['--precision']
+    """
+    *before, start = words or [""]
+    if start == "=":  # bash takes --flag=value for three words
+        start = ""
+    elif before[-1:] == ["="]:
+        before.pop()
+    parser = _parser()
+    [commands] = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    if not before:
+        return _starting(start, [*commands.choices, *_flags(parser)])
+    chosen = commands.choices.get(before[0])
+    if chosen is None:
+        return []
+    flag, equals, typed = start.partition("=")
+    action = next((a for a in chosen._actions if (flag if equals else before[-1]) in a.option_strings and a.nargs != 0), None)
+    if action is not None:
+        return [f"{flag}={value}" if equals else value for value in _starting(typed if equals else start, _values(action))]
+    if start.startswith("-"):
+        return _starting(start, _flags(chosen))
+    positional = next((a for a in chosen._actions if not a.option_strings), None)
+    return _starting(start, _values(positional)) if positional else []
+
+
+def _starting(start: str, words: Sequence[str]) -> list[str]:
+    return [word for word in words if word.startswith(start)]
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _values(action: argparse.Action) -> list[str]:
+    """The values of a flag or of a positional argument that can be listed."""
+    if action.choices is not None:
+        return [str(choice) for choice in action.choices]
+    if action.dest == "model":
+        from shardcomp import presets
+
+        return presets.names()
+    if action.dest == "policy":
+        folder = Path(str(resources.files("shardcomp.policies")))
+        return ["auto", *sorted(path.stem for path in folder.glob("*.toml"))]
+    if action.dest in ("after", "diff"):
+        return pass_names()
+    listed = re.fullmatch(r"\{(.*)\}", action.metavar) if isinstance(action.metavar, str) else None
+    return [word for word in listed[1].split(",") if not word.isupper() and not word.endswith(("NAME", ":N"))] if listed else []
+
+
+def _json(answer: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(answer), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it. Numbers that JSON cannot write become the words inf and nan."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import threading
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,10 @@ from torch import nn
 from shardcomp import pass_runner, presets
 from shardcomp.capture import Exports, capture
 from shardcomp.capture.flatten import mark_gradients
-from shardcomp.capture.input_bounds import index_bounds, label_inputs, unchecked_labels
-from shardcomp.cost.communication import stages_of
-from shardcomp.errors import PlanError
-from shardcomp.inspect.diff import diff
-from shardcomp.inspect.report import report
-from shardcomp.ir.mesh import Mesh
-from shardcomp.ir.printer import sources
-from shardcomp.ir.program import BUFFER, LAYER, PARAMETER, Context, Program, Signature, Unit, module_paths
+from shardcomp.capture.input_bounds import unchecked_labels
+from shardcomp.errors import Violations
+from shardcomp.ir.program import Context, Program, Signature, module_paths
+from shardcomp.lowered import Lowered
 from shardcomp.passes import (
     canonicalize,
     emit,
@@ -36,208 +29,31 @@ from shardcomp.passes import (
 )
 from shardcomp.policy import Policy
 from shardcomp.policy.auto import derive
-from shardcomp.runtime.blueprint import Blueprint, ParameterPlan, UnitPlan
-from shardcomp.runtime.call_cache import CallSignature, Trained
+from shardcomp.step import resolve_step
 
 PASSES = [
-    canonicalize,  # canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a count that is given
-    unflatten,  # unmerged: leading dimensions that the model merges and takes apart again stay apart
-    split_packed_weights,  # parts: weights that hold several in one are parameters of their own
-    partition_units,  # units: the model is cut where the policy says; alike units share a body
-    fuse_kernels,  # kernels: what a fused kernel computes is a call of it, where that is proved
-    tensor_parallel,  # layouts: every value says how it lies; every message is a collective in the graph
-    pipeline,  # stages: every unit is in a stage; what a stage needs of others is sent to it or computed in it again
-    recompute,  # recompute: what every unit's backward computes again; the calls that are not run again are marked
-    zero,  # zero: every unit says what its ranks share and the host keeps
-    emit,  # source: the Python that runs
+    # pass                 what is true afterwards
+    canonicalize,  #         canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a given count
+    unflatten,  #            unmerged: dimensions that the model merges and splits again stay apart
+    split_packed_weights,  # parts: weights that hold several in one are several parameters
+    partition_units,  #      units: the model is in the units that the policy names; alike units share a body
+    fuse_kernels,  #         kernels: what a fused kernel computes is a call of it, where that is proved
+    tensor_parallel,  #      layouts: every value has a layout; every message is a collective in the graph
+    pipeline,  #             stages: every unit is in a stage; what a stage needs of others is sent to it or recomputed in it
+    recompute,  #            recompute: every unit says what its backward recomputes; calls that are not run again are marked
+    zero,  #                 zero: every unit says what its ranks shard and what the host keeps
+    emit,  #                 source: the Python that runs
 ]
 
 TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss",))
 """The call that training makes: tokens and labels, [b, s] int64 each."""
 
 
-@dataclass
-class Lowered:
-    """A model lowered for one call signature: every stage of the way, and what the runtime needs."""
-
-    model: nn.Module
-    policy: Policy
-    mesh: Mesh
-    records: list[pass_runner.Record]
-    seq: int
-    micro_batch: int
-    global_batch: int
-    _exports: Exports = field(default_factory=dict, repr=False)
-    _others: dict[tuple[Signature, tuple[int, int] | None, Trained], Blueprint] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    @property
-    def program(self) -> Program:
-        return self.records[-1].program
-
-    def report(self, rank: int = 0) -> dict[str, Any]:
-        """What one rank holds and sends in one optimizer step; the keys are those of `shardcomp inspect --json`."""
-        return report(self, rank)
-
-    def listing(self, after: str | None = None, rank: int = 0) -> str:
-        """The Program as Python, at the end or after the pass named `after`; of a pipeline, the stages of `rank`. Every rank of
-        tensor parallelism runs the same code."""
-        if not 0 <= rank < self.mesh.world_size:
-            raise PlanError(f"rank {rank}: the world has the ranks 0 to {self.mesh.world_size - 1}")
-        record = self.record(after or self.records[-1].name)
-        if record.program.stages == 1:
-            return record.listing()
-        texts = sources(record.program)
-        mine = self.stages_of(rank)
-        return "\n\n".join(f"# stage {stage}\n{texts[stage]}" if len(mine) > 1 else texts[stage] for stage in mine)
-
-    def stages_of(self, rank: int) -> list[int]:
-        """The stages that a rank runs."""
-        return stages_of(self.program, self.policy.options.schedule, self.mesh.coordinates(rank))
-
-    def diff(self, after: str) -> str:
-        """What a pass changed, as a unified diff of the listings before and after it."""
-        record = self.record(after)
-        index = self.records.index(record)
-        before = self.records[max(index - 1, 0)]
-        return diff(before.listing(), record.listing(), before.name, record.name)
-
-    def record(self, name: str) -> pass_runner.Record:
-        name = pass_runner.current_name(name)
-        for record in self.records:
-            if record.name == name:
-                return record
-        raise PlanError(f"no pass is named {name!r}; there are {', '.join(record.name for record in self.records)}")
-
-    def blueprint(self) -> Blueprint:
-        """What the runtime needs, and nothing of the compiler."""
-        program = self.program
-        output_split = {}
-        for key, name in program.outputs.items():
-            held = program.values[name]
-            placement = held.layout.on("tp")
-            if placement.dim is not None:
-                output_split[key] = (placement.dim, int(held.shape[placement.dim]))
-        kind = program.output_type
-        return Blueprint(
-            name=program.name,
-            sources=tuple(program.source.values()),
-            mesh=program.mesh,
-            precision=self.policy.options.precision,
-            inputs=tuple(name for name, _ in program.signature.inputs),
-            token_inputs=program.tokens.inputs if program.tokens else (),
-            outputs=program.signature.outputs,
-            units=tuple(_unit_plan(unit) for unit in program.units),
-            parameters={name: _parameter_plan(p) for name, p in program.parameters.items()},
-            buffers={name: b.value for name, b in program.buffers.items()},
-            persistent_buffers=tuple(name for name, b in program.buffers.items() if b.persistent),
-            training=program.signature.training,
-            sequence_multiple=self.mesh.tp if self.policy.options.sequence_parallel else 1,
-            static_shape=program.static_shape,
-            micro_batch=self.policy.options.micro_batch,
-            output_split=output_split,
-            output_type=f"{kind.__module__}:{kind.__qualname__}",
-            seed=self.policy.options.seed,
-            ignored_label=_ignored_label(program),
-            schedule=self.policy.options.schedule,
-            compile=self.policy.options.compile,
-            zero=self.policy.options.zero,
-            offload=self.policy.options.offload != "none",
-            policy=self.policy.replace(data=self.mesh.dp).as_dict(),
-            index_bounds=index_bounds(self.record("canonicalize").program),
-            label_inputs=label_inputs(self.record("canonicalize").program),
-            positional=_positional(self.model),
-            compare_ranks=self.policy.options.compare_ranks,
-        )
-
-    def for_call(self, call: CallSignature, shape: tuple[int, int], trained: Trained = None) -> Blueprint:
-        """The blueprint of the same model and plan for another call, of (batch, length) = `shape`; lowered once, whoever
-        asks.
-
-        trained: the parameters, by this program's names, that have requires_grad now; by default those of the model.
-        """
-        signature = Signature(*call)
-        with self._lock:
-            for exported in (None, shape):
-                if (signature, exported, trained) in self._others:
-                    return self._others[signature, exported, trained]
-            if signature == self.program.signature and self.program.static_shape in (None, shape) and trained is None:
-                return self.blueprint()
-            step = (self.seq, self.micro_batch, self.global_batch)
-            lowered = lower(
-                self.model,
-                self._pinned(),
-                self.mesh.world_size,
-                *step,
-                signature,
-                shape,
-                self._exports,
-                None if trained is None else self._dense_names(trained),
-            )
-            again = lowered.blueprint()
-            self._others[signature, again.static_shape, trained] = again
-            return again
-
-    def _dense_names(self, names: Iterable[str]) -> frozenset[str]:
-        """The names in the model of parameters that may be parts of packed ones."""
-        parts = {name: p.part for name, p in self.program.parameters.items()}
-        return frozenset(part.of if (part := parts[name]) else name for name in names)
-
-    def _pinned(self) -> Policy:
-        """The policy with the layers of each stage as they were decided: every call of a model is cut alike."""
-        if self.program.stages == 1:
-            return self.policy
-        units = (self.program.in_stages((stage,)) for stage in range(self.program.stages))
-        return self.policy.replace(stage_layers=tuple(sum(unit.kind == LAYER for unit in each) for each in units))
-
-    def save_source(self, directory: str | Path) -> None:
-        """Write the emitted source and the table of parameters; `shardcomp.runtime` loads and trains them without the
-        compiler."""
-        self.blueprint().save(directory)
-
-
-def _positional(model: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments that the model's call takes by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
-
-
-def _ignored_label(program: Program) -> int:
-    """The label of a token that does not count: what the body that counts the others compares with."""
-    if program.tokens is None:
-        return -100
-    [total] = program.tokens.body.results
-    differs: Any = total.args[0]
-    return int(differs.args[1])
-
-
-def _unit_plan(unit: Unit) -> UnitPlan:
-    return UnitPlan(unit.path, _names(unit, PARAMETER), _names(unit, BUFFER), **asdict(unit.plan))
-
-
-def _names(unit: Unit, role: str) -> dict[str, str]:
-    """The name in the emitted code -> the name in the model."""
-    names = unit.parameters if role == PARAMETER else unit.buffers
-    return {node.meta["path"]: name for node, name in zip(unit.body.placeholders(role), names, strict=True)}
-
-
-def _parameter_plan(p: Any) -> ParameterPlan:
-    cut = {axis: placement.dim for axis, placement in p.layout.placements}
-    copies = p.layout.on("tp").copies
-    return ParameterPlan(tuple(p.shape), p.requires_grad, cut, p.partial_gradient, p.aliases, p.part, copies, p.idle)
-
-
-def _sample(tensor: int) -> tuple[int, int]:
-    """The (batch, length) for a model with static shapes: small, a length that splits, and no sizes that a model is likely to
-    have."""
-    return 3, -(-18 // tensor) * tensor
-
-
 def lower(
     model_or_config: Any,
     policy: Policy | str | Path,
     world_size: int | None = None,
-    seq: int = 2048,
+    seq: int | None = None,
     micro_batch: int = 1,
     global_batch: int | None = None,
     signature: Signature = TRAINING,
@@ -247,32 +63,48 @@ def lower(
 ) -> Lowered:
     """`shard()` short of allocating: no process group, no memory for weights.
 
-    model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
-    world_size: the number of ranks, by default what the policy's degrees make with data = 1. seq, micro_batch, global_batch:
-    the step that reports are about. sample: the (batch, length) to capture a model at that has static shapes only. exports:
-    those of this model's other calls. trained: the parameters that have requires_grad, by default as they are. Raises
-    ShardError, with every violation at once.
+    Args:
+        model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.
+        policy: a policy, the name of one, or a file.
+        world_size: the number of ranks; by default what the policy's degrees make with data = 1.
+        seq: tokens in a sequence, for reports; by default the legal length nearest to 2048.
+        micro_batch: sequences in one forward of a rank, for reports.
+        global_batch: sequences in one step of all ranks, for reports; by default one micro-batch for each data-parallel rank.
+        signature: the call to lower.
+        sample: the (batch, length) to capture a model at that has static shapes only.
+        exports: the exports of this model's other calls, to be used again.
+        trained: the names of the parameters that have requires_grad; by default as the model has them.
+
+    Raises:
+        ShardError: with every violation at once.
     """
-    if not isinstance(policy, Policy):
-        policy = Policy.load(policy)
-    options = policy.options
-    mesh = policy.mesh(world_size or options.ranks)
-    batch = global_batch or mesh.dp * micro_batch
-    if batch % (mesh.dp * micro_batch):
-        raise PlanError(f"a global batch of {batch} is not a multiple of data × micro-batch = {mesh.dp} × {micro_batch}")
-    if options.sequence_parallel and seq % mesh.tp:
-        raise PlanError(f"seq = {seq} does not split over tensor = {mesh.tp}: use {-(-seq // mesh.tp) * mesh.tp}")
+    policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+    violations = Violations(policy.source)
+    step = resolve_step(policy, world_size, seq, micro_batch, global_batch, violations)
     model = model_or_config if isinstance(model_or_config, nn.Module) else presets.build(presets.config_of(model_or_config))
     exports = {} if exports is None else exports
-    program = capture(model, signature, precision=options.precision, sample=sample or _sample(mesh.tp), exports=exports)
+    program = capture(model, signature, precision=policy.options.precision, sample=sample or step.sample, exports=exports)
     if trained is not None:
         program.parameters = {name: replace(p, requires_grad=name in trained) for name, p in program.parameters.items()}
         mark_gradients(program.units[0].body, program.parameters)
-    if policy.automatic:
-        policy = derive(program, policy, mesh, getattr(model, "_tp_plan", None))
-    names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
-    policy.check(program.parameters, module_paths(program), names, model_type)
-    records = pass_runner.run(program, Context(mesh, policy, micro_batch, seq), PASSES)
+    context = Context(step.mesh, policy, micro_batch, step.seq)
+    with violations.collected():
+        records = _run_passes(program, context, model)
+    # A refused degree of tensor parallelism ends the passes. The later ones are asked without it.
+    if violations.errors and step.mesh.tp > 1:
+        with violations.collected():
+            _run_passes(program, replace(context, mesh=replace(step.mesh, tp=1), policy=policy.replace(tensor=1)), model)
+    violations.raise_if_any()
     lowered = records[-1].program
-    lowered.degraded = [*lowered.degraded, *unchecked_labels(records[0].program)]
-    return Lowered(model, policy, mesh, records, seq, micro_batch, batch, exports)
+    lowered.degraded = [*lowered.degraded, *unchecked_labels(records[0].program), *step.degraded]
+    sizes = (step.seq, micro_batch, step.global_batch)
+    return Lowered(model, context.policy, step.mesh, records, *sizes, exports, _lower=lower)
+
+
+def _run_passes(program: Program, context: Context, model: nn.Module) -> list[pass_runner.Record]:
+    """All passes. Puts the entries that the policy `auto` finds into `context`."""
+    if context.policy.automatic:
+        context.policy = derive(program, context.policy, context.mesh, getattr(model, "_tp_plan", None))
+    names, model_type = program.canonical_names(), getattr(program.config, "model_type", None)
+    context.policy.check(program.parameters, module_paths(program), names, model_type)
+    return pass_runner.run(program, context, PASSES)

@@ -1,10 +1,11 @@
-"""What every test shares: one thread per process, no network, hypothesis profiles, golden files, and large grids of cases, of
-which `make test` runs a quarter and `make long` all."""
+"""What every test shares: one thread per process, no network, hypothesis profiles, golden files, and which tests run.
+
+`make test` runs as many cases of each test as fit in its time, see support/selection.py; `make long` runs all, or one slice."""
 
 from __future__ import annotations
 
 import os
-import zlib
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -28,8 +29,9 @@ hypothesis.settings.load_profile("long" if LONG else "ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from support import exports
+    from support import exports, slices
 
+    slices.slice_of_environment()  # a bad one is refused before anything is collected
     if not LONG:
         exports.share()
 
@@ -49,18 +51,69 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     return (yield)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Note the CPU seconds of a test and of the processes that it started, for --update-durations."""
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu_seconds", sum(os.times()[:4]) - before))
+
+
+_cpu_seconds: defaultdict[str, list[float]] = defaultdict(list)
+"""file::test -> of each case that ran. Filled where the tests are reported, which is not where they run."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and report.passed:
+        _cpu_seconds[_function(report.nodeid)] += [held for name, held in report.user_properties if name == "cpu_seconds"]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from support import selection
+
+    if session.config.getoption("--update-durations") and not hasattr(session.config, "workerinput"):
+        selection.write_durations(_cpu_seconds)
+
+
+def _function(nodeid: str) -> str:
+    return nodeid.partition("[")[0]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing with them")
+    parser.addoption("--update-durations", action="store_true", help="write tests/durations.json from this run")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the cases of a test that is marked as a grid, keep the same quarter every time, unless cases are asked for by name."""
-    if LONG or any("::" in argument for argument in config.args):
+    """Keep the tests that this run is about. Tests that are asked for by name always run."""
+    from support import selection, slices
+
+    if any("::" in argument for argument in config.args):
         return
-    left = [each for each in items if each.get_closest_marker("grid") and zlib.crc32(each.name.encode()) % 4]
-    config.hook.pytest_deselected(items=left)
-    gone = set(left)
-    items[:] = [each for each in items if each not in gone]
+    part = slices.slice_of_environment()
+    selected = {item.nodeid for item in items if item.nodeid in part}
+    if not LONG:
+        seconds = selection.read_durations()
+        functions = defaultdict(list)
+        for item in items:
+            if item.get_closest_marker("long"):
+                selected.discard(item.nodeid)
+            else:
+                functions[_function(item.nodeid)].append(item)
+        for name, cases in functions.items():
+            grid = cases[0].get_closest_marker("grid") is not None
+            count = selection.count_to_run(len(cases), seconds.get(name, 0), grid)
+            selected -= {item.nodeid for item in cases} - selection.choose({i.nodeid: _indices(i) for i in cases}, count)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in selected])
+    items[:] = [item for item in items if item.nodeid in selected]
+
+
+def _indices(item: pytest.Item) -> dict[str, int]:
+    """The parameters of a case: name -> index of its value."""
+    callspec = getattr(item, "callspec", None)
+    return dict(callspec.indices) if callspec is not None else {}
 
 
 @pytest.fixture

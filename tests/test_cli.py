@@ -61,7 +61,7 @@ def test_every_option_of_a_policy_is_a_flag_of_every_command_that_plans(capsys: 
         (("verify", "tiny", "--shrink", "num_hidden_layers"), "write KEY=VALUE"),
         (("verify", "tiny", "--shrink", "none", "--shrink", "a=1"), "give it alone"),
         (("verify", "tiny", "--seq", "32"), "unrecognized arguments: --seq"),
-        (("inspect", "tiny", "--precision", "fp8", "--tensor", "x"), "2 problems"),
+        (("inspect", "tiny", "--precision", "fp8", "--tensor", "x"), "2 violations"),
         (("inspect", "tiny", "--policy", "llame"), "did you mean 'llama'?"),
         (("inspect", "no-such-model"), "no-such-model"),
         (("inspect", "tiny", "--tensor", "2", "--world", "3"), "does not divide a world of 3 ranks"),
@@ -219,7 +219,7 @@ def test_faults_that_nobody_noticed_are_named(capsys: pytest.CaptureFixture[str]
     answer(monkeypatch, ok=False, mutants={"total": 3, "killed": 2, "survivors": ["layer 0: not sent"]})
     status, out, _ = run(capsys, "verify", "tiny", "--mutate")
     assert status == 1
-    assert "planted faults noticed: 2 of 3" in out and "not noticed: layer 0: not sent" in out
+    assert "mutants noticed: 2 of 3" in out and "not noticed: layer 0: not sent" in out
     _, out, _ = run(capsys, "verify", "tiny", "--mutate", "--json")
     assert json.loads(out)["mutants"]["survivors"] == ["layer 0: not sent"]
 

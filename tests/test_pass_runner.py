@@ -13,7 +13,8 @@ import shardcomp
 from shardcomp import pass_runner
 from shardcomp.errors import InternalError
 from shardcomp.ir.layout import PARTIAL
-from shardcomp.ir.program import Context, Program, value
+from shardcomp.ir.nodes import value
+from shardcomp.ir.program import Context, Program
 from shardcomp.lowering import PASSES
 from shardcomp.passes import tensor_parallel
 from support.models import tiny

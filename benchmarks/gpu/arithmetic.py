@@ -1,4 +1,4 @@
-"""The numbers that can be known before a run: parameters, bytes that a training step takes, operations, and MFU."""
+"""The numbers that are known before a run: parameters, memory of a training step, operations, and MFU."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 
 GB = 1e9
 MEMORY = {"H100": 81559 * 2**20, "H200": 143771 * 2**20}
-"""What these GPUs have, in bytes, where none is there to be asked."""
+"""Bytes of these GPUs, for a machine that has none."""
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12}
-"""Dense bf16 operations a second, by what is in a GPU's name."""
+"""Dense bf16 operations a second, by a part of a GPU's name."""
 BESIDE = 2 * GB
-"""What the driver, libraries' workspaces and the allocator's gaps take."""
+"""Memory for the driver, libraries' workspaces and gaps of the allocator."""
 RECOMPUTE = {"none": 1.0, "selective": 1.05, "full": 4 / 3}
-"""What is computed again -> about how much longer a step takes for it."""
+"""Kind of recompute -> by about what factor a step takes longer."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA and a training step of it. preset: whose configuration it changes. sequences: of one optimizer step, of `seq`
-    tokens each. full: the layers that the whole model has, where this is a part of it."""
+    """A LLaMA and a training step of it.
+
+    preset: the configuration that it changes. words: size of the vocabulary. sequences: how many, of `seq` tokens, an optimizer
+    step has. full: the number of layers of the full model, if this has fewer.
+    """
 
     name: str
     preset: str
@@ -58,8 +61,8 @@ class Shape:
         """The HuggingFace configuration."""
         from shardcomp import presets
 
-        found = presets.config_of(self.preset)
-        found.update(
+        config = presets.config_of(self.preset)
+        config.update(
             {
                 "hidden_size": self.hidden,
                 "intermediate_size": self.inner,
@@ -69,10 +72,10 @@ class Shape:
                 "head_dim": self.hidden // self.heads,
                 "vocab_size": self.words,
                 "tie_word_embeddings": self.tied,
-                "max_position_embeddings": max(self.seq, found.max_position_embeddings),
+                "max_position_embeddings": max(self.seq, config.max_position_embeddings),
             }
         )
-        return found
+        return config
 
 
 SHAPES = {
@@ -88,8 +91,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is run. micro_batch: sequences. gathered: the copy of the parameters that is computed with stays between
-    forward and backward, where it is another than the one that is updated."""
+    """How a step is run.
+
+    micro_batch: in sequences. gathered: the bf16 copy of the parameters stays between forward and backward.
+    """
 
     micro_batch: int
     recompute: str
@@ -97,7 +102,7 @@ class Setting:
 
 
 VARIANTS = ("hf-eager", "shardcomp", "hf-compile", "shardcomp-compile", "fsdp2", "hf-liger")
-"""What is compared, in the order in which it runs."""
+"""The variants that are compared, in the order in which they run."""
 MEANING = {
     "hf-eager": "HuggingFace as it is, SDPA; weights and gradients in bf16, float32 masters under torch's fused AdamW",
     "shardcomp": "shardcomp.shard, its kernels, shardcomp.AdamW",
@@ -115,54 +120,55 @@ def settings(variant: str, shape: Shape) -> list[Setting]:
     sizes = [size for size in range(shape.sequences, 0, -1) if shape.sequences % size == 0]
     kinds = [kind for kind in RECOMPUTE if kind != "selective" or variant.startswith("shardcomp")]
     gathered = (True,) if variant in _MASTERS_BESIDE else (True, False)
-    found = [Setting(*each) for each in itertools.product(sizes, kinds, gathered)]
-    return sorted(found, key=lambda each: (RECOMPUTE[each.recompute], -each.micro_batch, not each.gathered))
+    result = [Setting(*values) for values in itertools.product(sizes, kinds, gathered)]
+    return sorted(result, key=lambda setting: (RECOMPUTE[setting.recompute], -setting.micro_batch, not setting.gathered))
 
 
 def memory(variant: str, shape: Shape, setting: Setting) -> dict[str, float]:
-    """The bytes that a step takes at its peak, about: `states`, `activations`, `loss`, `transient`, and their `total`.
+    """About how many bytes a step takes at its peak: `states`, `activations`, `loss`, `transient`, and their `total`.
 
-    States of a parameter: a float32 master and two float32 moments, 12; a gradient, 4, or 2 where the weights themselves are in
-    bf16; and 2 for what is computed with, unless it is made anew for each use.
+    The states of a parameter are a float32 master and two float32 moments, 12 bytes; a gradient, 4 bytes, or 2 if the weights
+    themselves are in bf16; and the bf16 copy, 2 bytes, if it stays.
     """
     h, f, a, layer = shape.hidden, shape.inner, shape.heads, shape.layer_parameters
     table = shape.words * h
     beside = variant in _MASTERS_BESIDE
     per_parameter = 12 + (2 + 2 if beside else 4 + 2 * setting.gathered)
     key_values = 4 * h * shape.key_heads / a
-    kept = {
+    saved = {
         "none": 12 * h + key_values + 6 * f if variant in _FUSED else 20 * h + key_values + 8 * f,
         "selective": 8 * h + key_values + 4 * f,
         "full": 2 * h,
     }
     tokens = setting.micro_batch * shape.seq
-    once = kept["none"] + 4 * a + 8
-    activations = tokens * (shape.layers * (kept[setting.recompute] + 4 * a) + (once if setting.recompute != "none" else 0))
+    one_layer = saved["none"] + 4 * a + 8  # a layer that is recomputed has all its values for a moment
+    recomputed = one_layer if setting.recompute != "none" else 0
+    activations = tokens * (shape.layers * (saved[setting.recompute] + 4 * a) + recomputed)
     logits = shape.words * tokens
-    if variant.startswith("shardcomp") or variant == "hf-liger":  # in pieces; the weight's gradient is added up beside it
+    if variant.startswith("shardcomp") or variant == "hf-liger":  # in chunks; the weight's gradient is accumulated beside it
         loss = min(4 * table, 2 * logits) + 2 * table + 8 * h * tokens
     else:
         loss = (10 if variant == "hf-compile" else 14) * logits
-    # A group's gradient in float32, and where copies are made anew, those of two layers and of the tables.
+    # A group's gradient in float32. Without lasting copies in bf16: those of two layers and of the tables.
     transient = 4.0 * max(layer, table) + (0 if beside else 4 * layer + 2 * (1 if shape.tied else 2) * table)
-    found = {
+    parts = {
         "states": float(per_parameter * shape.parameters),
         "activations": float(activations),
         "loss": float(loss),
         "transient": transient + BESIDE,
     }
-    return {**found, "total": sum(found.values())}
+    return {**parts, "total": sum(parts.values())}
 
 
 def candidates(variant: str, shape: Shape, device_memory: float, most: int = 3) -> list[Setting]:
-    """The settings to try in turn: the first that should fit, and those behind it. Empty where none should."""
-    fitting = [each for each in settings(variant, shape) if memory(variant, shape, each)["total"] <= device_memory]
+    """The settings to try in turn: the fastest that should fit, and those after it. Empty if none should."""
+    fitting = [option for option in settings(variant, shape) if memory(variant, shape, option)["total"] <= device_memory]
     return fitting[:most]
 
 
 def fitted(shape: Shape, device_memory: float, variants: tuple[str, ...] = VARIANTS) -> Shape:
-    """The shape itself where every variant fits without computing anything again, with a twentieth of the memory to spare; else
-    with as many of its layers as do. Raises ValueError where one layer does not."""
+    """The shape with as many of its layers as fit for every variant without recompute, with a twentieth of the memory to spare.
+    Raises ValueError if one layer does not."""
     for layers in range(shape.layers, 0, -1):
         part = shape if layers == shape.layers else replace(shape, layers=layers, full=shape.layers)
         if all(any(_without_recompute(variant, part, 0.95 * device_memory)) for variant in variants):
@@ -171,18 +177,18 @@ def fitted(shape: Shape, device_memory: float, variants: tuple[str, ...] = VARIA
 
 
 def _without_recompute(variant: str, shape: Shape, device_memory: float) -> Iterator[bool]:
-    for each in settings(variant, shape):
-        if each.recompute == "none":
-            yield memory(variant, shape, each)["total"] <= device_memory
+    for setting in settings(variant, shape):
+        if setting.recompute == "none":
+            yield memory(variant, shape, setting)["total"] <= device_memory
 
 
 def peak(device: str) -> float | None:
-    """Dense bf16 operations a second of a GPU by its name, None for one that is not known."""
+    """Dense bf16 operations a second of a GPU by its name; None for an unknown one."""
     return next((flops for name, flops in PEAKS.items() if name in device), None)
 
 
 def mfu(shape: Shape, tokens_per_second: float, device: str) -> dict[str, float | None]:
-    """The share of the peak that the model's operations are, in both conventions."""
+    """The model's operations as a share of the peak, in both conventions."""
     most = peak(device)
     return {
         name: None if most is None else tokens_per_second * shape.flops_per_token(causal) / most
@@ -191,5 +197,5 @@ def mfu(shape: Shape, tokens_per_second: float, device: str) -> dict[str, float 
 
 
 def memory_of(device: str) -> float | None:
-    """The bytes of a GPU by its name, where they are known."""
+    """The bytes of a GPU by its name; None for an unknown one."""
     return next((float(size) for name, size in MEMORY.items() if name in device), None)

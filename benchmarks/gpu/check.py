@@ -2,11 +2,16 @@
 
     python benchmarks/gpu/check.py [--dry-run] [--minutes 8] [--results DIR]
 
-One part after the other, each in a process of its own with its own time, the most important first: the library of kernels is
-built; every operator is compared with float64 and with the bits of HuggingFace's modules; the operators are measured beside
-HuggingFace, torch.compile, torch's own and Liger-Kernel; `shardcomp verify` runs on the GPU; compute-sanitizer, where it is
-installed, watches every operator at small sizes. What the time did not suffice for is said. The last thing printed is a table;
-everything is in one JSON file. Exit status: 0 all was right, 1 something was not or was not reached, 2 this cannot run here.
+The parts run one after the other, the most important first, in processes with time limits of their own:
+
+    build      the library of kernels is built
+    operators  every operator is compared with float64, and with the bits of HuggingFace's modules
+    kernels    the operators are measured beside HuggingFace, torch.compile, torch's own and Liger-Kernel
+    verify     `shardcomp verify` runs on the GPU
+    sanitizer  compute-sanitizer, if it is installed, watches every operator at small sizes
+
+A part that was not reached in time is reported. A table comes last, and everything is in one JSON file. The exit status is 0 if
+all was right, 1 if something was not right or not reached, and 2 if this cannot run here.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import parts
 from parts import Budget, Ended, Part, Refused
 
 SECONDS = {"build": 150.0, "operators": 75.0, "kernels": 180.0, "verify": 100.0, "sanitizer": 90.0}
-"""Part -> the most that it may take, in the order in which they run."""
+"""Part -> its time limit, in the order in which they run."""
 MEANING = {
     "build": "builds the library of kernels, and asks what runs each operator (shardcomp env)",
     "operators": "every operator, forward and backward, against float64 and against the bits of HuggingFace's modules",
@@ -44,7 +49,7 @@ MEASURED = (
 VERIFIED = ("fp64", "fp32", "bf16")
 """Precisions."""
 REPEATED = 0.15
-"""Seconds for which each call is repeated."""
+"""For how many seconds a call is repeated."""
 
 
 def build(out: Path) -> None:
@@ -54,7 +59,7 @@ def build(out: Path) -> None:
 
     loaded = library.load()
     parts.write(out, {"library": loaded.kind, "why": loaded.why})
-    parts.write(out, {"kernels": [each for each in environment()["kernels"] if each["device"] != "cpu"]})
+    parts.write(out, {"kernels": [kernel for kernel in environment()["kernels"] if kernel["device"] != "cpu"]})
 
 
 def operators(out: Path, small: bool) -> None:
@@ -63,8 +68,8 @@ def operators(out: Path, small: bool) -> None:
 
     from correctness import SHAPES, checks
 
-    for found in checks(torch.device("cuda"), ("tiny",) if small else tuple(SHAPES)):
-        parts.write(out, asdict(found))
+    for check in checks(torch.device("cuda"), ("tiny",) if small else tuple(SHAPES)):
+        parts.write(out, asdict(check))
         torch.cuda.synchronize()
 
 
@@ -76,13 +81,13 @@ def verify(out: Path) -> None:
         for more in ({}, {"recompute": "full", "zero": 3}):
             policy = shardcomp.Policy.load("llama", precision=precision, **more)
             try:
-                found = shardcomp.verify("tiny", policy, 1, device="cuda").as_dict()
+                answer = shardcomp.verify("tiny", policy, 1, device="cuda").as_dict()
             except Exception as error:  # the other precisions are still worth knowing
-                told = f"{precision} {more}: {type(error).__name__}: {str(error).strip()[-parts.TAIL :]}"
-                parts.write(out, {"ok": False, "precision": precision, "reproduce": told})
+                text = f"{precision} {more}: {type(error).__name__}: {str(error).strip()[-parts.TAIL :]}"
+                parts.write(out, {"ok": False, "precision": precision, "reproduce": text})
                 continue
             keys = ("ok", "precision", "deviation", "worst", "reproduce", "batches")
-            parts.write(out, {key: found[key] for key in keys})
+            parts.write(out, {key: answer[key] for key in keys})
 
 
 def kernels(out: Path) -> None:
@@ -94,17 +99,17 @@ def kernels(out: Path) -> None:
     setting = benchmark.Setting(torch.device("cuda"), torch.bfloat16, ROWS, REPEATED)
     bandwidth = benchmark.copied(setting)
     parts.write(out, {"copy_bytes_per_second": bandwidth})
-    for name, wanted in MEASURED:
-        for operator in wanted:
+    for name, names in MEASURED:
+        for operator in names:
             for row in benchmark.rows(list(benchmark.cases(name, setting, {operator})), setting, bandwidth):
                 parts.write(out, asdict(row))
             torch.cuda.empty_cache()
 
 
 def planned(folder: Path) -> list[Part]:
-    """All parts, in order. The sanitizer's is there where its program is."""
+    """All parts, in order. The sanitizer is among them if its program is installed."""
     script = str(Path(__file__).resolve())
-    found = []
+    result = []
     for name, seconds in SECONDS.items():
         out = folder / f"{name}.jsonl"
         words = (script, "--part", name, "--out", str(out))
@@ -114,13 +119,13 @@ def planned(folder: Path) -> list[Part]:
             if tool is None:
                 continue
             program = (tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "20")
-        found.append(Part(name, words, seconds, out, program))
-    return found
+        result.append(Part(name, words, seconds, out, program))
+    return result
 
 
 def one_part(name: str, out: Path) -> None:
-    """What the process of a part does."""
-    if name == "sanitizer":  # an allocation of its own for every tensor, so that what is beyond it is seen
+    """Run a part in this process."""
+    if name == "sanitizer":  # every tensor is an allocation of its own, so that an access beyond it is seen
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     runs: dict[str, Callable[[Path], None]] = {
         "build": build,
@@ -133,33 +138,36 @@ def one_part(name: str, out: Path) -> None:
 
 
 def judged(ended: Sequence[Ended]) -> list[tuple[str, bool, str]]:
-    """A verdict on each part: its name, whether it was reached and right, and in words what was found."""
-    return [(each.part.name, *_judge(each)) for each in ended]
+    """A verdict on every part: its name, whether it was reached and right, and its results in words."""
+    return [(part.part.name, *_judge(part)) for part in ended]
 
 
 def _judge(ended: Ended) -> tuple[bool, str]:
-    found, name, text = ended.found, ended.part.name, ""
+    results, name, text = ended.found, ended.part.name, ""
     ok = ended.state == "done"
     if name == "build":
-        found = found or [{"library": "reference", "why": "nothing was found out"}]
-        held: list[dict[str, Any]] = next((each["kernels"] for each in found if "kernels" in each), [])
-        fused = [each for each in held if each["name"] not in ("attention", "embedding")]
-        there = [each["name"] for each in fused if each["ok"] and each["runs"] != "reference"]
-        ok = ok and found[0]["library"] != "reference" and bool(there) and all(each["ok"] for each in fused)
-        text = f"{found[0]['library']}: {found[0]['why']}; on this GPU it runs {len(there)} of {len(fused)} operators"
+        results = results or [{"library": "reference", "why": "nothing was found out"}]
+        kernels: list[dict[str, Any]] = next((result["kernels"] for result in results if "kernels" in result), [])
+        fused = [kernel for kernel in kernels if kernel["name"] not in ("attention", "embedding")]
+        run = [kernel["name"] for kernel in fused if kernel["ok"] and kernel["runs"] != "reference"]
+        library = results[0]
+        ok = ok and library["library"] != "reference" and bool(run) and all(kernel["ok"] for kernel in fused)
+        text = f"{library['library']}: {library['why']}; on this GPU it runs {len(run)} of {len(fused)} operators"
     elif name in ("operators", "sanitizer"):
-        wrong = [f"{each['operator']} {each['shape']} {each['dtype']}: {each['why']}" for each in found if not each["ok"]]
-        ok = ok and not wrong and bool(found)
-        text = "; ".join([f"{len(found) - len(wrong)} of {len(found)} right", *wrong[:5]])
+        wrong = [
+            f"{check['operator']} {check['shape']} {check['dtype']}: {check['why']}" for check in results if not check["ok"]
+        ]
+        ok = ok and not wrong and bool(results)
+        text = "; ".join([f"{len(results) - len(wrong)} of {len(results)} right", *wrong[:5]])
     elif name == "verify":
-        wrong = [each["reproduce"] for each in found if not each["ok"]]
-        ok = ok and not wrong and bool(found)
-        text = "; ".join([f"{len(found) - len(wrong)} of {len(found)} agree", *wrong])
+        wrong = [answer["reproduce"] for answer in results if not answer["ok"]]
+        ok = ok and not wrong and bool(results)
+        text = "; ".join([f"{len(results) - len(wrong)} of {len(results)} agree", *wrong])
     elif name == "kernels":
-        rows = [each for each in found if "operator" in each]
+        rows = [row for row in results if "operator" in row]
         text = f"{len(rows)} measured"
-        mine = [each for each in rows if each["implementation"] == "shardcomp"]  # that others cannot do something is no error
-        failed = [f"{each['operator']} {each['shape']}: {each['failed']}" for each in mine if each["failed"]]
+        own = [row for row in rows if row["implementation"] == "shardcomp"]  # another implementation may fail
+        failed = [f"{row['operator']} {row['shape']}: {row['failed']}" for row in own if row["failed"]]
         ok = ok and not failed and bool(rows)
         text = "; ".join([text, *failed])
     if ended.state != "done":
@@ -168,24 +176,24 @@ def _judge(ended: Ended) -> tuple[bool, str]:
 
 
 def summary(ended: Sequence[Ended], about: dict[str, Any], path: Path) -> Any:
-    """The short table: times of every operator, then what each part found."""
+    """The tables that come last: the times of every operator, and the results of the parts."""
     from rich.console import Group
     from rich.table import Table
 
-    rows = [each for part in ended if part.part.name == "kernels" for each in part.found if "operator" in each]
-    names = list(dict.fromkeys(each["implementation"] for each in rows))
+    rows = [row for part in ended if part.part.name == "kernels" for row in part.found if "operator" in row]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
     title = f"{about['device']}, bf16, {ROWS} rows: forward / backward in µs, in brackets the share of a copy's bandwidth"
     times = Table(title=title, title_justify="left")
     for column in ("operator", "shape", *names):
         times.add_column(column, justify="left" if column in ("operator", "shape") else "right")
-    for key in dict.fromkeys((each["operator"], each["shape"]) for each in rows):
-        held = {each["implementation"]: each for each in rows if (each["operator"], each["shape"]) == key}
-        times.add_row(*key, *(_cell(held[name]) if name in held else "" for name in names))
+    for key in dict.fromkeys((row["operator"], row["shape"]) for row in rows):
+        measured = {row["implementation"]: row for row in rows if (row["operator"], row["shape"]) == key}
+        times.add_row(*key, *(_cell(measured[name]) if name in measured else "" for name in names))
     verdicts = Table(title=f"{about['device']}, commit {about['commit'][:12]}: {path}", title_justify="left")
-    for column in ("part", "", "seconds", "found"):
+    for column in ("part", "", "seconds", "result"):
         verdicts.add_column(column)
-    for (name, ok, text), each in zip(judged(ended), ended, strict=True):
-        verdicts.add_row(name, "right" if ok else "NOT RIGHT", f"{each.seconds:.0f}", text)
+    for (name, ok, text), part in zip(judged(ended), ended, strict=True):
+        verdicts.add_row(name, "right" if ok else "NOT RIGHT", f"{part.seconds:.0f}", text)
     return Group(times, verdicts)
 
 
@@ -199,7 +207,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def say_plan(minutes: float) -> None:
-    """What would run."""
+    """Print what would run."""
     import torch
 
     import benchmark
@@ -210,72 +218,70 @@ def say_plan(minutes: float) -> None:
         if name == "verify":
             print(f"{'':13}preset tiny, one rank, {', '.join(VERIFIED)}, plain and with recompute = full and zero = 3")
         if name == "kernels":
-            for shape, wanted in MEASURED:
-                print(f"{'':13}{shape}: {', '.join(f'{each} {_sizes(shape, each)}' for each in wanted)}")
+            for shape, names in MEASURED:
+                print(f"{'':13}{shape}: {', '.join(f'{operator} {_sizes(shape, operator)}' for operator in names)}")
         if name == "sanitizer" and shutil.which("compute-sanitizer") is None:
             print(f"{'':13}compute-sanitizer is not installed here")
     largest, where = 0, ""
     setting = benchmark.Setting(torch.device("meta"), torch.bfloat16, ROWS, REPEATED)
-    for shape, wanted in MEASURED:
-        for case in benchmark.cases(shape, setting, set(wanted) - {"adamw"}):
-            held = sum(each.nbytes for each in case.make())
-            largest, where = max((largest, where), (held, f"{case.operator} {shape}"))
-    print(
-        f"operands take up to {largest / 1e9:.1f} GB ({where}), with what a model keeps for its backward about ten times that"
-    )
+    for shape, names in MEASURED:
+        for case in benchmark.cases(shape, setting, set(names) - {"adamw"}):
+            nbytes = sum(operand.nbytes for operand in case.make())
+            largest, where = max((largest, where), (nbytes, f"{case.operator} {shape}"))
+    print(f"operands take up to {largest / 1e9:.1f} GB ({where}), about ten times that with what a backward needs")
     print("nothing was measured")
 
 
 def _sizes(shape: str, operator: str) -> str:
     import benchmark
 
-    held = benchmark.SHAPES[shape]
+    sizes = benchmark.SHAPES[shape]
     if operator == "adamw":
-        return f"{4 * held.hidden**2 / 1e6:.0f} M numbers"
+        return f"{4 * sizes.hidden**2 / 1e6:.0f} M numbers"
     if operator == "rotary":
-        return f"{ROWS} × {held.heads} heads × {held.head}"
-    last = {"swiglu": held.inner, "cross_entropy": held.words, "linear_cross_entropy": f"{held.hidden} × {held.words}"}
-    return f"{ROWS} × {last.get(operator, held.hidden)}"
+        return f"{ROWS} × {sizes.heads} heads × {sizes.head}"
+    last = {"swiglu": sizes.inner, "cross_entropy": sizes.words, "linear_cross_entropy": f"{sizes.hidden} × {sizes.words}"}
+    return f"{ROWS} × {last.get(operator, sizes.hidden)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and measure nothing")
-    parser.add_argument("--minutes", type=float, default=7.5, help="for all parts together (default 7.5)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time limit of all parts together (default 7.5)")
     parser.add_argument("--results", type=Path, default=parts.RESULTS, metavar="DIR", help="where the JSON file goes")
     parser.add_argument("--part", choices=SECONDS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         parts.prepare()
-        if asked.part:
-            one_part(asked.part, asked.out)
+        if args.part:
+            one_part(args.part, args.out)
             return 0
-        parts.need_gpu(asked.dry_run)
+        parts.need_gpu(args.dry_run)
     except Refused as refused:
         print(f"check.py: {refused}", file=sys.stderr)
         return 2
-    if asked.dry_run:
-        say_plan(asked.minutes)
+    if args.dry_run:
+        say_plan(args.minutes)
         return 0
     about = parts.about()
-    path = parts.result_file(asked.results, "kernels", about)
+    path = parts.result_file(args.results, "kernels", about)
     print(
         f"{about['device']}, driver {about['driver']}, torch {about['versions']['torch']}, commit {about['commit']}", flush=True
     )
     ended: list[Ended] = []
 
-    def after(each: Ended) -> None:
-        ended.append(each)
-        [(name, ok, text)] = judged([each])
-        print(f"{name}: {'right' if ok else 'NOT RIGHT'}, {each.seconds:.0f} s: {text}", flush=True)
-        if each.state == "failed":
-            print(each.why, flush=True)
+    def after(part: Ended) -> None:
+        ended.append(part)
+        [(name, ok, text)] = judged([part])
+        print(f"{name}: {'right' if ok else 'NOT RIGHT'}, {part.seconds:.0f} s: {text}", flush=True)
+        if part.state == "failed":
+            print(part.why, flush=True)
         parts.save(path, {**about, "parts": [{**e.as_dict(), "found": e.found} for e in ended]})
 
     with tempfile.TemporaryDirectory() as folder:
-        Budget(asked.minutes * 60).run(planned(Path(folder)), after)
+        Budget(args.minutes * 60).run(planned(Path(folder)), after)
     if shutil.which("compute-sanitizer") is None:
         print("sanitizer: compute-sanitizer is not installed", flush=True)
     from rich.console import Console

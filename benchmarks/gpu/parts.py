@@ -1,5 +1,5 @@
-"""What the commands of this folder share: packages that have to be there, parts that run in processes of their own within a
-budget of time, and the file of results. Imports nothing but Python's own library until the packages are known to be there."""
+"""What the commands of this folder share: the packages that they need, parts that run in processes of their own within a time
+limit, and the file of results. It imports only Python's own library, since the other packages may be missing."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PATHS = [ROOT, ROOT / "benchmarks" / "gpu", ROOT / "benchmarks" / "kernels"]
-"""What a process of these commands imports from: a checkout is enough, nothing has to be installed."""
+"""Where the processes of these commands import from. A checkout is enough, nothing has to be installed."""
 TAIL = 2000
-"""Characters of what a part that failed has printed that are kept."""
+"""How many characters of a failed part's output are reported."""
 
 
 class Refused(Exception):
-    """These commands cannot run here; its text says why and what would do."""
+    """These commands cannot run here. The text says why, and what would do."""
 
 
 def prepare() -> None:
-    """Let this process import from the checkout. Raises Refused, with everything that is missing in one message."""
+    """Let this process import from the checkout. Raises Refused with every package that is missing."""
     sys.path[:0] = [str(path) for path in PATHS if str(path) not in sys.path]
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    absent = [each for each in needed if not _is_there(re.split(r"[^\w.-]", each)[0])]
+    absent = [package for package in needed if not _is_installed(re.split(r"[^\w.-]", package)[0])]
     if absent:
         raise Refused(
             f"{sys.executable} lacks {', '.join(absent)}: install them there, or name another Python, make PYTHON=python3"
         )
 
 
-def _is_there(package: str) -> bool:
-    """Whether a package can be imported; of ninja, the program is enough."""
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported. For ninja, its program is enough."""
     return importlib.util.find_spec(package) is not None or package == "ninja" and shutil.which("ninja") is not None
 
 
 def need_gpu(dry_run: bool) -> None:
-    """Raises Refused where torch finds no GPU and this is no dry run."""
+    """Raise Refused if torch finds no GPU, unless this is a dry run."""
     if dry_run:
         return
     import torch
@@ -64,9 +64,11 @@ def need_gpu(dry_run: bool) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that runs in a process of its own. name: for people. command: its words after `python`. seconds: the most that
-    it may take. out: where it writes what it found, whole JSON values, one a line, as soon as it has them. program: what runs
-    it, where that is not Python."""
+    """Something that runs in a process of its own.
+
+    name: for people. command: its words after `python`. seconds: its time limit. out: the file for its results, one JSON value
+    a line, written as soon as it is known. program: what starts Python, such as a sanitizer.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -77,8 +79,10 @@ class Part:
 
 @dataclass
 class Ended:
-    """How a part ended. state: done, failed (why: the end of what it printed), cut off (the time was up while it ran) or not
-    begun. found: what it wrote."""
+    """How a part ended.
+
+    state: done, failed, cut off (its time was up) or not begun. why: the end of a failed part's output. found: its results.
+    """
 
     part: Part
     state: str
@@ -92,11 +96,11 @@ class Ended:
 
 @dataclass
 class Budget:
-    """Seconds that all parts together may take, from when this is made."""
+    """The seconds that all parts together may take, from now on."""
 
     seconds: float
     least: float = 5.0
-    """What must be left for a part to begin."""
+    """A part begins only if this many seconds are left."""
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -106,7 +110,7 @@ class Budget:
         return self.seconds - (time.monotonic() - self.began)
 
     def run(self, parts: Sequence[Part], after: Callable[[Ended], None]) -> list[Ended]:
-        """Run parts one after the other, each within its own time and what is left of all; `after` is called behind each."""
+        """Run parts one after the other, within their own limits and what is left of the budget. Call `after` with each."""
         ended = []
         for part in parts:
             limit = min(part.seconds, self.left)
@@ -119,16 +123,16 @@ class Budget:
 
 
 def run(part: Part, limit: float) -> Ended:
-    """Run one part for at most `limit` seconds. What it started ends with it."""
+    """Run one part for at most `limit` seconds. The processes that it started end with it."""
     part.out.unlink(missing_ok=True)
     log = part.out.with_suffix(".log")
     began = time.monotonic()
     paths = [*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with log.open("w") as printed:
+    with log.open("w") as output:
         process = subprocess.Popen(
             [*part.program, sys.executable, *part.command],
             stdin=subprocess.DEVNULL,
-            stdout=printed,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
@@ -148,40 +152,40 @@ def run(part: Part, limit: float) -> Ended:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started."""
+    """End a process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def write(out: Path, found: Any) -> None:
-    """Add one value to what a part has found."""
+def write(out: Path, result: Any) -> None:
+    """Add one result of a part."""
     with out.open("a") as file:
-        file.write(json.dumps(found) + "\n")
+        file.write(json.dumps(result) + "\n")
 
 
 def read(out: Path) -> list[Any]:
-    """What a part has written; a last line that is cut off does not count."""
+    """The results of a part, without a last line that is cut off."""
     text = out.read_text() if out.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def about() -> dict[str, Any]:
-    """What a reader needs to judge numbers by: device, driver, versions, date, commit."""
+    """What a reader needs to judge numbers: device, driver, versions, date, commit."""
     import torch
 
     from shardcomp.inspect.environment import versions
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "commit": commit(),
         "versions": {**versions(), "triton": _version("triton"), "liger_kernel": _version("liger_kernel")},
     }
     if not torch.cuda.is_available():
-        return {**found, "device": "none", "driver": None, "memory": None, "devices": 0}
+        return {**facts, "device": "none", "driver": None, "memory": None, "devices": 0}
     properties = torch.cuda.get_device_properties(0)
     return {
-        **found,
+        **facts,
         "device": properties.name,
         "driver": driver(),
         "memory": properties.total_memory,
@@ -201,40 +205,40 @@ def _version(package: str) -> str:
 
 
 def driver() -> str | None:
-    """The version of the GPU's driver, None where nvidia-smi does not say."""
-    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+    """The version of the GPU's driver; None if nvidia-smi does not say."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
 
 
 def commit() -> str:
-    """What $COMMIT says, for a copy of a checkout; else the commit of this one, with a + where files differ from it, or
-    `unknown` outside git."""
+    """The commit: $COMMIT, for a copy of a checkout; else that of this checkout, with a + if files differ from it, or `unknown`
+    outside of git."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
-    found = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return found + "+" * bool(changed) if found else "unknown"
+    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return head + "+" * bool(changed) if head else "unknown"
 
 
-def _said(*command: str) -> str:
-    """What a program prints; nothing where it is not there or fails."""
+def _output(*command: str) -> str:
+    """What a program prints; "" if it does not exist or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return process.stdout.strip() if process.returncode == 0 else ""
 
 
 def result_file(folder: Path, what: str, about: dict[str, Any]) -> Path:
-    """Where results go: named by date and device, and numbered where there are some of that day already."""
+    """The file for results, named by date and device. Further ones of a day are numbered."""
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     stem = f"{about['date'][:10]}-{device}-{what}"
     numbered = (folder / f"{stem}{f'-{n}' if n > 1 else ''}.json" for n in range(1, 1000))
     return next(path for path in numbered if not path.exists())
 
 
-def save(path: Path, found: dict[str, Any]) -> None:
-    """Write a file of results, which is whole at any moment."""
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Write a file of results, which is complete at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    scratch.write_text(json.dumps(results, indent=1) + "\n")
     scratch.replace(path)

@@ -4,10 +4,10 @@
                                            [--results DIR]
 
 Random weights, sequences of 4096, products in bf16, float32 masters, AdamW, gradients clipped. Every variant runs in a process
-of its own, at the first of its settings (micro-batch, what is computed again, whether a second copy of the weights stays) that
-fits in memory; the fastest come first. Told of each: tokens per second, MFU in both conventions, the most memory it took, and
-where the time goes. A shape that does not fit as a whole is measured with fewer of its layers, and that is said. The file of
-results is written after every variant. Exit status: 0 all ran, 1 some did not or were not reached, 2 this cannot run here.
+of its own, at the fastest of its settings (micro-batch, recompute, whether the bf16 copy of the weights stays) that fits in
+memory. Reported are tokens per second, MFU in both conventions, the peak of memory, and where the time goes. A shape that does
+not fit as a whole is measured with fewer of its layers, and the report says so. The file of results is written after every
+variant. The exit status is 0 if all ran, 1 if some did not or were not reached, and 2 if this cannot run here.
 
 --dry-run prints what would run, with what memory, and runs every variant once on a tiny shape on the CPU.
 """
@@ -58,23 +58,23 @@ def measure(variant: str, shape: Shape, memory: float, device_name: str, out: Pa
 
     device = torch.device(device_name)
     tried: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"variant": variant, "shape": asdict(shape), "tried": tried}
+    entry: dict[str, Any] = {"variant": variant, "shape": asdict(shape), "tried": tried}
     chosen = arithmetic.candidates(variant, shape, memory * TO_SPARE)
     if not chosen:
-        parts.write(out, {**found, "failed": f"no setting should fit in {memory / GB:.0f} GB"})
+        parts.write(out, {**entry, "failed": f"no setting should fit in {memory / GB:.0f} GB"})
     for setting in chosen:
         try:
             measured, run, tokens = timed(variant, shape, setting, device)
         except Absent as absent:
-            parts.write(out, {**found, "failed": str(absent)})
+            parts.write(out, {**entry, "failed": str(absent)})
             return
         except RuntimeError as error:
             if not isinstance(error, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
                 raise
             tried.append({**asdict(setting), "why": str(error).partition("\n")[0]})
-            parts.write(out, {**found, "failed": "it fits at no setting that was tried"})
+            parts.write(out, {**entry, "failed": "it fits at no setting that was tried"})
         else:
-            parts.write(out, found | measured)
+            parts.write(out, entry | measured)
             parts.write(out, where(run, tokens, device))
             return
         gc.collect()
@@ -138,7 +138,7 @@ def timed(variant: str, shape: Shape, setting: Setting, device: Any) -> tuple[di
 
 def planned(shapes: Sequence[str], variants: Sequence[str], memory: float, device: str, folder: Path) -> list[Part]:
     """The processes, in order: all variants of the first shape first."""
-    script, found = str(Path(__file__).resolve()), []
+    script, planned_parts = str(Path(__file__).resolve()), []
     for shape in shapes:
         for variant in variants:
             out = folder / f"{shape}-{variant}.jsonl"
@@ -155,43 +155,43 @@ def planned(shapes: Sequence[str], variants: Sequence[str], memory: float, devic
                 "--bytes",
                 str(memory),
             )
-            found.append(Part(f"{shape} {variant}", words, LIMITS.get(variant, LIMIT), out))
-    return found
+            planned_parts.append(Part(f"{shape} {variant}", words, LIMITS.get(variant, LIMIT), out))
+    return planned_parts
 
 
 def result(ended: Ended) -> dict[str, Any]:
-    """What a process found, as one entry: how it ended, and what it measured before it did."""
+    """The result of a process as one entry: how it ended, and what it measured before."""
     shape, _, variant = ended.part.name.partition(" ")
-    found: dict[str, Any] = {"shape_name": shape, "variant": variant, **ended.as_dict()}
-    for each in ended.found:
-        found.pop("failed", None)
-        found |= each
-    return found
+    entry: dict[str, Any] = {"shape_name": shape, "variant": variant, **ended.as_dict()}
+    for measured in ended.found:
+        entry.pop("failed", None)
+        entry |= measured
+    return entry
 
 
-def told(found: dict[str, Any]) -> str:
+def told(entry: dict[str, Any]) -> str:
     """One line on a variant."""
-    line = f"{found['part']}: "
-    if "step" in found:
-        setting, step, used = found["setting"], found["step"], found["mfu"]
-        line += f"{found['tokens_per_second']:,.0f} tokens/s, step {step['median']:.3f} s ± {step['spread']:.3f}"
+    line = f"{entry['part']}: "
+    if "step" in entry:
+        setting, step, used = entry["setting"], entry["step"], entry["mfu"]
+        line += f"{entry['tokens_per_second']:,.0f} tokens/s, step {step['median']:.3f} s ± {step['spread']:.3f}"
         if used["causal"] is not None:
             line += f", MFU {used['full_attention']:.1%} ({used['causal']:.1%} with causal attention)"
-        if found["peak_memory"] is not None:
-            line += f", {found['peak_memory'] / GB:.1f} GB"
+        if entry["peak_memory"] is not None:
+            line += f", {entry['peak_memory'] / GB:.1f} GB"
         line += f", micro-batch {setting['micro_batch']}, recompute {setting['recompute']}"
-    if "failed" in found:
-        line += found["failed"]
-    if found["state"] != "done":
-        line += f" {found['state']}: {found['why'].splitlines()[-1] if found['why'] else ''}"
+    if "failed" in entry:
+        line += entry["failed"]
+    if entry["state"] != "done":
+        line += f" {entry['state']}: {entry['why'].splitlines()[-1] if entry['why'] else ''}"
     return line
 
 
-def tried(found: dict[str, Any]) -> str:
+def tried(entry: dict[str, Any]) -> str:
     """One line on a variant that was only tried, without numbers that could be taken for measurements."""
-    if "step" not in found:
-        return told(found)
-    return f"{found['part']}: {found['state']}, loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
+    if "step" not in entry:
+        return told(entry)
+    return f"{entry['part']}: {entry['state']}, loss {entry['losses'][0]:.4f} to {entry['losses'][-1]:.4f}"
 
 
 def alternatives(shape: Shape, memory: float) -> list[str]:
@@ -210,23 +210,23 @@ def alternatives(shape: Shape, memory: float) -> list[str]:
     return lines
 
 
-def say_plan(asked: argparse.Namespace, memories: Mapping[str, float]) -> None:
+def say_plan(args: argparse.Namespace, memories: Mapping[str, float]) -> None:
     """What would run, and what it should take."""
-    order = ", ".join(f"{shape} {variant}" for shape in asked.shapes for variant in asked.variants)
+    order = ", ".join(f"{shape} {variant}" for shape in args.shapes for variant in args.variants)
     print("a dry run: nothing is measured")
-    print(f"on a GPU this would run, within {asked.minutes:g} minutes, in this order: {order}")
-    for variant in asked.variants:
+    print(f"on a GPU this would run, within {args.minutes:g} minutes, in this order: {order}")
+    for variant in args.variants:
         print(f"  {variant:<18} at most {LIMITS.get(variant, LIMIT):.0f} s: {MEANING[variant]}")
     for name, memory in memories.items():
         print(f"\n{name}, {memory / GB:.0f} GB")
-        for shape in (SHAPES[each] for each in asked.shapes):
+        for shape in (SHAPES[name] for name in args.shapes):
             for line in alternatives(shape, memory):
                 print(line)
             part = fit(shape, memory)
             print(f"  {part.sequences} sequences of {part.seq} tokens a step; tried in turn, with the memory it should take:")
-            for variant in asked.variants:
+            for variant in args.variants:
                 chosen = arithmetic.candidates(variant, part, memory * TO_SPARE)
-                print(f"    {variant:<18} {'; '.join(_shown(variant, part, each) for each in chosen)}")
+                print(f"    {variant:<18} {'; '.join(_shown(variant, part, setting) for setting in chosen)}")
 
 
 def _shown(variant: str, shape: Shape, setting: Setting) -> str:
@@ -235,7 +235,7 @@ def _shown(variant: str, shape: Shape, setting: Setting) -> str:
     return f"micro-batch {setting.micro_batch}, recompute {setting.recompute}{copy}: {total / GB:.0f} GB"
 
 
-def summary(found: Sequence[dict[str, Any]], about: dict[str, Any], where: str) -> Any:
+def summary(entries: Sequence[dict[str, Any]], about: dict[str, Any], where: str) -> Any:
     """The short table."""
     from rich.table import Table
 
@@ -244,24 +244,24 @@ def summary(found: Sequence[dict[str, Any]], about: dict[str, Any], where: str) 
         table.add_column(column)
     for column in ("tokens/s", "step s", "±", "MFU", "causal", "GB", "micro-batch", "recompute", "where the time goes"):
         table.add_column(column, justify="right" if column not in ("recompute", "where the time goes") else "left")
-    for each in found:
-        if "step" not in each:
-            why = each.get("failed") or f"{each['state']}: {each['why'].splitlines()[-1] if each['why'] else ''}"
-            table.add_row(each["shape_name"], each["variant"], *[""] * 8, why[:100])
+    for entry in entries:
+        if "step" not in entry:
+            why = entry.get("failed") or f"{entry['state']}: {entry['why'].splitlines()[-1] if entry['why'] else ''}"
+            table.add_row(entry["shape_name"], entry["variant"], *[""] * 8, why[:100])
             continue
-        used, step, shape = each["mfu"], each["step"], each["shape"]
-        name = each["shape_name"] + (f", {shape['layers']} of {shape['full']} layers" if shape["full"] else "")
+        used, step, shape = entry["mfu"], entry["step"], entry["shape"]
+        name = entry["shape_name"] + (f", {shape['layers']} of {shape['full']} layers" if shape["full"] else "")
         table.add_row(
             name,
-            each["variant"],
-            f"{each['tokens_per_second']:,.0f}",
+            entry["variant"],
+            f"{entry['tokens_per_second']:,.0f}",
             f"{step['median']:.3f}",
             f"{step['spread']:.3f}",
             *("" if used[key] is None else f"{used[key]:.1%}" for key in ("full_attention", "causal")),
-            "" if each["peak_memory"] is None else f"{each['peak_memory'] / GB:.1f}",
-            str(each["setting"]["micro_batch"]),
-            each["setting"]["recompute"],
-            shares(each.get("time", {})),
+            "" if entry["peak_memory"] is None else f"{entry['peak_memory'] / GB:.1f}",
+            str(entry["setting"]["micro_batch"]),
+            entry["setting"]["recompute"],
+            shares(entry.get("time", {})),
         )
     return table
 
@@ -269,7 +269,7 @@ def summary(found: Sequence[dict[str, Any]], about: dict[str, Any], where: str) 
 def shares(times: dict[str, float]) -> str:
     """Where the time of kernels goes, the largest share first."""
     total = sum(times.values())
-    ordered = sorted(times.items(), key=lambda each: -each[1])
+    ordered = sorted(times.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in ordered if seconds) if total else ""
 
 
@@ -285,50 +285,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=parts.RESULTS, metavar="DIR", help="where the JSON file goes")
     for hidden, kind in (("--child", str), ("--out", Path), ("--bytes", float)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         parts.prepare()
-        if asked.child:
+        if args.child:
             os.environ.setdefault(ALLOCATED_BY, ALLOCATOR)
-            [name], [variant] = asked.shapes, asked.variants
-            measure(variant, fit(SHAPES[name], asked.bytes), asked.bytes, asked.child, asked.out)
+            [name], [variant] = args.shapes, args.variants
+            measure(variant, fit(SHAPES[name], args.bytes), args.bytes, args.child, args.out)
             return 0
-        parts.need_gpu(asked.dry_run)
+        parts.need_gpu(args.dry_run)
     except Refused as refused:
         print(f"train_benchmark.py: {refused}", file=sys.stderr)
         return 2
     about = parts.about()
-    if asked.dry_run:
-        say_plan(asked, arithmetic.MEMORY)
+    if args.dry_run:
+        say_plan(args, arithmetic.MEMORY)
         print("\nevery variant once, on a tiny shape on the CPU, which says nothing of speed:", flush=True)
         shapes, device, memory, path = ["tiny"], "cpu", 80 * GB, None
     else:
-        shapes, device, memory = asked.shapes, "cuda", float(about["memory"])
-        path = parts.result_file(asked.results, "train", about)
+        shapes, device, memory = args.shapes, "cuda", float(about["memory"])
+        path = parts.result_file(args.results, "train", about)
         print(f"{about['device']}, driver {about['driver']}, torch {about['versions']['torch']}, commit {about['commit']}")
         for shape in shapes:
             print("\n".join(alternatives(SHAPES[shape], memory)), flush=True)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
 
     def after(ended: Ended) -> None:
-        found.append(result(ended))
-        print(told(found[-1]) if path else tried(found[-1]), flush=True)
+        entries.append(result(ended))
+        print(told(entries[-1]) if path else tried(entries[-1]), flush=True)
         if ended.state == "failed":
             print(ended.why, flush=True)
         if path is not None:
-            parts.save(path, {**about, "allocator": os.environ.get(ALLOCATED_BY, ALLOCATOR), "variants": found})
+            parts.save(path, {**about, "allocator": os.environ.get(ALLOCATED_BY, ALLOCATOR), "variants": entries})
 
     with tempfile.TemporaryDirectory() as folder:
-        budget = Budget(asked.minutes * 60, least=20.0)
-        budget.run(planned(shapes, asked.variants, memory, device, Path(folder)), after)
+        budget = Budget(args.minutes * 60, least=20.0)
+        budget.run(planned(shapes, args.variants, memory, device, Path(folder)), after)
     if path is None:
         print("nothing was measured")
     else:
         from rich.console import Console
 
         console = Console()
-        (console if console.is_terminal else Console(width=170)).print(summary(found, about, str(path)))
-    return 0 if all(each["state"] == "done" and (path is None or "step" in each or "failed" in each) for each in found) else 1
+        (console if console.is_terminal else Console(width=170)).print(summary(entries, about, str(path)))
+    ran = (entry["state"] == "done" and (path is None or "step" in entry or "failed" in entry) for entry in entries)
+    return 0 if all(ran) else 1
 
 
 if __name__ == "__main__":

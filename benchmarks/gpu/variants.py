@@ -1,5 +1,8 @@
-"""Who trains: HuggingFace as it is, compiled or patched by Liger-Kernel, FSDP2, and shardcomp; one rank each, with products in
-bf16, float32 masters, AdamW and gradients clipped to a norm of 1. And where a step's time goes."""
+"""The variants: HuggingFace as it is, compiled, or patched by Liger-Kernel; FSDP2; and shardcomp.
+
+All train on one rank, with products in bf16, float32 masters, AdamW, and gradients clipped to a norm of 1. Also where the time
+of a step goes.
+"""
 
 from __future__ import annotations
 
@@ -51,19 +54,19 @@ def trainer(variant: str, shape: Shape, setting: Setting, device: torch.device) 
 
 def drawn(shape: tuple[int, ...] | torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Initial weights: ones for what scales, small random numbers for the rest, the same in every dtype but for rounding."""
-    made = torch.empty(shape, device=device)
-    return (made.fill_(1) if len(shape) < 2 else made.normal_(0, 0.02)).to(dtype)
+    tensor = torch.empty(shape, device=device)
+    return (tensor.fill_(1) if len(shape) < 2 else tensor.normal_(0, 0.02)).to(dtype)
 
 
 def dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """HuggingFace's model on the device, made there."""
+    """HuggingFace's model, built on the device."""
     model = presets.build(shape.config(), dtype)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
+    drawn_params: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
     for module in model.modules():
-        for name, held in module._parameters.items():
-            if held is not None:
-                made[held] = made.get(held) or nn.Parameter(drawn(held.shape, device, dtype))
-                module._parameters[name] = made[held]
+        for name, param in module._parameters.items():
+            if param is not None:
+                drawn_params[param] = drawn_params.get(param) or nn.Parameter(drawn(param.shape, device, dtype))
+                module._parameters[name] = drawn_params[param]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.train()
@@ -71,7 +74,7 @@ def dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers."""
-    return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 class MasterAdamW:
@@ -100,9 +103,9 @@ def _mean_loss(model: nn.Module, setting: Setting) -> Callable[[Tensor], Tensor]
     """Forward and backward of a HuggingFace model, in micro-batches."""
 
     def gradients(tokens: Tensor) -> Tensor:
-        pieces, losses = tokens.split(setting.micro_batch), []
-        for piece in pieces:
-            loss = model(input_ids=piece, labels=piece, use_cache=False).loss / len(pieces)
+        micro_batches, losses = tokens.split(setting.micro_batch), []
+        for micro_batch in micro_batches:
+            loss = model(input_ids=micro_batch, labels=micro_batch, use_cache=False).loss / len(micro_batches)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
@@ -191,7 +194,7 @@ def _shardcomp(shape: Shape, setting: Setting, device: torch.device, compiled: b
     lowered = lower(presets.build(shape.config()), policy, 1, seq=shape.seq, micro_batch=setting.micro_batch)
 
     def weights(name: str, index: tuple[slice, ...]) -> Tensor:
-        return drawn(torch.Size(each.stop - each.start for each in index), device, torch.float32)
+        return drawn(torch.Size(slice_.stop - slice_.start for slice_ in index), device, torch.float32)
 
     sharded = allocate(lowered, weights)
     optimizer = shardcomp.AdamW(sharded.parameters(), **ADAMW)
@@ -233,8 +236,8 @@ def where(run: Trainer, tokens: Tensor, device: torch.device) -> dict[str, Any]:
             time[of_all or kind(name)] += seconds
             named[name][0] += seconds
             named[name][1] += 1
-    longest = sorted(named.items(), key=lambda each: -each[1][0])[:LONGEST]
-    return {"time": dict(time), "longest": [[name[:200], *held] for name, held in longest]}
+    longest = sorted(named.items(), key=lambda entry: -entry[1][0])[:LONGEST]
+    return {"time": dict(time), "longest": [[name[:200], *total] for name, total in longest]}
 
 
 def _seen(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:

@@ -116,8 +116,8 @@ class Setting:
 
 
 def draw(setting: Setting, *shape: int, graded: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    made = torch.randn(shape, device=setting.device, dtype=dtype or setting.dtype)
-    return made.requires_grad_(graded)
+    tensor = torch.randn(shape, device=setting.device, dtype=dtype or setting.dtype)
+    return tensor.requires_grad_(graded)
 
 
 def hf_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def compiled(call: Call) -> Call:
     return torch.compile(call, dynamic=False)
 
 
-def cases(name: str, setting: Setting, wanted: set[str], shape: Shape | None = None) -> Iterator[Case]:
+def cases(name: str, setting: Setting, operators: set[str], shape: Shape | None = None) -> Iterator[Case]:
     """The operators at one shape, those that are asked for. shape: one that SHAPES has not, of this name."""
     shape, device, rows = shape or SHAPES[name], setting.device, setting.rows
     size = torch.empty((), dtype=setting.dtype).itemsize
@@ -198,25 +198,25 @@ def cases(name: str, setting: Setting, wanted: set[str], shape: Shape | None = N
         calls |= {key.replace("_", " "): call for key, call in others.items()}
         return Case(operator, name, operands, least, {**calls, "Liger": liger(operator, device)})
 
-    if "rms_norm" in wanted:
+    if "rms_norm" in operators:
         yield case(
             "rms_norm", lambda: [make(rows, h), make(h)], (2 * rows * h * size, 3 * rows * h * size),
             lambda x, w: kernels.rms_norm(x, w, eps=EPS, round_first=True),
             HuggingFace=hf_norm, F_rms_norm=f_norm,
         )  # fmt: skip
-    if "add_rms_norm" in wanted:
+    if "add_rms_norm" in operators:
         yield case(
             "add_rms_norm", lambda: [make(rows, h), make(rows, h), make(h)], (4 * rows * h * size, 4 * rows * h * size),
             lambda x, r, w: kernels.add_rms_norm(x, r, w, eps=EPS, round_first=True),
             HuggingFace=partial(added_norm, hf_norm), F_rms_norm=partial(added_norm, f_norm),
         )  # fmt: skip
-    if "layer_norm" in wanted:
+    if "layer_norm" in operators:
         yield case(
             "layer_norm", lambda: [make(rows, h), make(h), make(h)], (2 * rows * h * size, 3 * rows * h * size),
             lambda x, w, b: kernels.layer_norm(x, w, b, eps=EPS),
             HuggingFace=lambda x, w, b: functional.layer_norm(x, (h,), w, b, EPS),
         )  # fmt: skip
-    if "rotary" in wanted:
+    if "rotary" in operators:
         moved = rows * d * (shape.heads + shape.key_heads) * size
 
         def turned() -> Operands:
@@ -229,18 +229,18 @@ def cases(name: str, setting: Setting, wanted: set[str], shape: Shape | None = N
             lambda q, k, cos, sin: kernels.rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1), round_each=True),
             HuggingFace=apply_rotary_pos_emb,
         )  # fmt: skip
-    if "swiglu" in wanted:
+    if "swiglu" in operators:
         yield case(
             "swiglu", lambda: [make(rows, f), make(rows, f)], (3 * rows * f * size, 5 * rows * f * size),
             partial(kernels.swiglu, round_first=True), HuggingFace=hf_gate,
         )  # fmt: skip
-    if "cross_entropy" in wanted:
+    if "cross_entropy" in operators:
         yield case(
             "cross_entropy", lambda: [make(rows, v), labels()], (rows * v * size, 2 * rows * v * size),
             lambda logits, labels: kernels.cross_entropy(logits, labels, -100).sum() / labels.numel(), HuggingFace=hf_loss,
             F_cross_entropy=functional.cross_entropy,
         )  # fmt: skip
-    if "linear_cross_entropy" in wanted:
+    if "linear_cross_entropy" in operators:
         chunks = math.ceil(v / (2 * h))
         yield case(
             "linear_cross_entropy", lambda: [make(rows, h), (make(v, h, graded=False) / h**0.5).requires_grad_(), labels()],
@@ -251,7 +251,7 @@ def cases(name: str, setting: Setting, wanted: set[str], shape: Shape | None = N
             HuggingFace=hf_head,
             F_linear_cross_entropy=getattr(functional, "linear_cross_entropy", f"torch {torch.__version__} has none"),
         )  # fmt: skip
-    if "adamw" in wanted:
+    if "adamw" in operators:
         yield adamw(name, setting, 4 * h * h)
 
 
@@ -319,18 +319,18 @@ def timed(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
         return timed_on_gpu(call, setting)
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=setting.threads)
-    found = timer.blocked_autorange(min_run_time=setting.seconds)
-    return found.median, found.iqr
+    times = timer.blocked_autorange(min_run_time=setting.seconds)
+    return times.median, times.iqr
 
 
-def results(made: Any) -> list[Tensor]:
-    every = made if isinstance(made, (tuple, list)) else (made,)
-    return [each for each in every if isinstance(each, Tensor) and each.requires_grad]
+def results(output: Any) -> list[Tensor]:
+    outputs = output if isinstance(output, (tuple, list)) else (output,)
+    return [tensor for tensor in outputs if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
-def seed(made: Tensor) -> Tensor:
+def seed(output: Tensor) -> Tensor:
     """A gradient for a result: that of a loss is 1."""
-    return torch.randn_like(made) if made.dim() else torch.ones_like(made)
+    return torch.randn_like(output) if output.dim() else torch.ones_like(output)
 
 
 def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: float) -> Row:
@@ -343,12 +343,12 @@ def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: floa
         if case.backward:
             graphs = []
             for operands in sets:
-                made = results(call(*operands))
-                graded = [held for held in operands if held.requires_grad]
-                graphs.append((made, graded, [seed(each) for each in made]))
+                outputs = results(call(*operands))
+                graded = [operand for operand in operands if operand.requires_grad]
+                graphs.append((outputs, graded, [seed(output) for output in outputs]))
             turned = itertools.cycle(graphs)
             row.backward, row.backward_spread = timed(lambda: torch.autograd.grad(*next(turned), retain_graph=True), setting)
-            del graphs, made, turned
+            del graphs, outputs, turned
             row.peak = peak(call, sets[0], setting.device)
         if case.least is not None:
             row.forward_share = case.least[0] / row.forward / bandwidth
@@ -360,11 +360,11 @@ def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: floa
 
 def peak(call: Call, operands: Operands, device: torch.device) -> int:
     """The most that a forward and a backward hold at a time beside their operands, results and gradients included."""
-    graded = [held for held in operands if held.requires_grad]
+    graded = [operand for operand in operands if operand.requires_grad]
 
     def run() -> None:
-        made = results(call(*operands))
-        torch.autograd.grad(made, graded, [seed(each) for each in made])
+        outputs = results(call(*operands))
+        torch.autograd.grad(outputs, graded, [seed(output) for output in outputs])
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -405,24 +405,24 @@ OPERATORS = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "cros
 
 
 def table(rows: list[Row], title: str) -> Table:
-    found = Table(title=title, title_justify="left")
-    found.add_column("operator")
-    found.add_column("shape")
-    found.add_column("implementation")
+    result = Table(title=title, title_justify="left")
+    result.add_column("operator")
+    result.add_column("shape")
+    result.add_column("implementation")
     for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "peak MB"):
-        found.add_column(column, justify="right")
+        result.add_column(column, justify="right")
     before = None
     for row in (row for row in rows if not row.failed):
         if before not in (None, (row.operator, row.shape)):
-            found.add_section()
+            result.add_section()
         before = row.operator, row.shape
         numbers = [
             _number(row.forward, 1e3, 3), _number(row.forward_spread, 1e3, 3), _number(row.forward_share, 100, 0, "%"),
             _number(row.backward, 1e3, 3), _number(row.backward_spread, 1e3, 3), _number(row.backward_share, 100, 0, "%"),
             _number(row.peak, 1e-6, 0),
         ]  # fmt: skip
-        found.add_row(row.operator, row.shape, row.implementation, *numbers)
-    return found
+        result.add_row(row.operator, row.shape, row.implementation, *numbers)
+    return result
 
 
 def _number(value: float | None, times: float, digits: int, unit: str = "") -> str:
@@ -498,22 +498,22 @@ def main() -> None:
         setting = Setting(torch.device(asked.device), DTYPES[dtype], asked.rows, asked.seconds)
         bandwidth = copied(setting)
         every = [case for name in asked.shapes for case in cases(name, setting, set(asked.operators))]
-        found = []
+        measured = []
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("", total=sum(len(case.calls) for case in every))
             for row in rows(every, setting, bandwidth, lambda text: progress.update(task, description=text)):  # noqa: B023
-                found.append(row)
+                measured.append(row)
                 progress.advance(task)
         about = described(setting, bandwidth)
         where = f"{about['device']}, {about['threads']} threads, {dtype}, {asked.rows} rows"
         title = f"{where}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
-        console.print(table(found, title))
-        for row in (row for row in found if row.failed):
+        console.print(table(measured, title))
+        for row in (row for row in measured if row.failed):
             console.print(f"{row.operator}, {row.shape}, {row.implementation}: {row.failed}", highlight=False)
-        written.append({**about, "rows_measured": [asdict(row) for row in found]})
+        written.append({**about, "rows_measured": [asdict(row) for row in measured]})
         if asked.chart:
             stem, dot, suffix = asked.chart.rpartition(".")
-            chart(found, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
+            chart(measured, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
     if asked.json:
         Path(asked.json).write_text(json.dumps(written, indent=1) + "\n")
 

@@ -1,7 +1,9 @@
-"""Two tables about checkpoints: `PYTHONPATH=.:tests python benchmarks/measure/checkpoints.py`, with `--help` for what it takes.
+"""Two tables about checkpoints.
 
-Topologies: a run that goes through five, and drawn pairs of them, in float64 beside a run on one rank that nothing interrupts.
-Corruption: drawn damage of every kind in every file, and how often it was loaded all the same.
+    PYTHONPATH=.:tests python benchmarks/measure/checkpoints.py [--pairs 20] [--corruptions 200] [--seed 0]
+
+Topologies: a run that is resumed on five topologies, and runs on random pairs of them, in float64 beside an uninterrupted run
+on one rank. Corruption: random damage of every kind in every file, and how often it was loaded in silence.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from shardcomp.checkpoint import directory
 
 
 def words(options: dict[str, Any]) -> str:
-    return " ".join(f"{key} {held}" for key, held in options.items()) or "one rank"
+    return " ".join(f"{key} {value}" for key, value in options.items()) or "one rank"
 
 
 def row(name: str, leg: Leg, whole: Leg) -> tuple[list[str], bool]:
-    """A run's steps, whether its batches are those of the uninterrupted run, and how far its losses and weights are."""
+    """A row of the table: whether a run has the batches of the uninterrupted one, and how far its losses and weights are."""
     first = leg.restored.step if leg.restored else 0
     exact = whole.losses[first : first + len(leg.losses)]
     batches = leg.digests == whole.digests[first : first + len(leg.digests)]
     losses = max(abs(a - b) / abs(b) for a, b in zip(leg.losses, exact, strict=True))
-    weights = max(float((held - whole.weights[n]).norm() / whole.weights[n].norm()) for n, held in leg.weights.items())
+    weights = max(float((weight - whole.weights[n]).norm() / whole.weights[n].norm()) for n, weight in leg.weights.items())
     ok = batches and losses <= 1e-9 and weights <= 1e-9
     return [name, "yes" if batches else "NO", f"{losses:.1e}", f"{weights:.1e}", "yes" if ok else "NO"], ok
 
@@ -64,30 +66,34 @@ def topologies(pairs: int, seed: int, folder: Path) -> tuple[Table, bool]:
     return table, fine
 
 
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in corruption.files(checkpoint)}
+
+
 def corruptions(count: int, seed: int, folder: Path) -> tuple[Table, bool]:
-    """Each kind of damage in each file: how often it was done, refused with the checkpoint's name, and loaded in silence."""
+    """Kinds of damage by file: how often each was tried, refused with the checkpoint's name, and loaded in silence."""
     run = folder / "run"
     train(corruption.LOWERED, 1, save=run / directory.name_of(1))
     train(corruption.LOWERED, 2, load=run, save=run / directory.name_of(2))
     draw = random.Random(seed)
-    done: Counter[tuple[str, str]] = Counter()
+    tried: Counter[tuple[str, str]] = Counter()
     silent: Counter[tuple[str, str]] = Counter()
-    while done.total() < count:
+    while tried.total() < count:
         shutil.copytree(run, folder / "copy")
         path = folder / "copy" / directory.name_of(2)
         victim, way = draw.choice(corruption.files(path)), draw.choice(corruption.WAYS)
-        before = {each.name: each.read_bytes() for each in corruption.files(path)}
+        before = contents(path)
         way(victim, draw)
-        if {each.name: each.read_bytes() for each in corruption.files(path)} != before:
+        if contents(path) != before:
             said = corruption.attempt(folder / "copy")
             kind = (way.__name__, "rank-*.safetensors" if victim.suffix == ".safetensors" else victim.name)
-            done[kind] += 1
+            tried[kind] += 1
             silent[kind] += said is None or str(path) not in said
         shutil.rmtree(folder / "copy")
     table = Table("damage", "file", "times", "refused by name", "loaded in silence")
-    for kind in sorted(done):
-        table.add_row(*kind, str(done[kind]), str(done[kind] - silent[kind]), str(silent[kind]))
-    table.add_row("all", "", str(done.total()), str(done.total() - silent.total()), str(silent.total()))
+    for kind in sorted(tried):
+        table.add_row(*kind, str(tried[kind]), str(tried[kind] - silent[kind]), str(silent[kind]))
+    table.add_row("all", "", str(tried.total()), str(tried.total() - silent.total()), str(silent.total()))
     return table, not any(silent.values())
 
 
@@ -97,12 +103,12 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--corruptions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     console, fine = Console(), True
-    for measure, count in ((corruptions, asked.corruptions), (topologies, asked.pairs)):
+    for measure, count in ((corruptions, args.corruptions), (topologies, args.pairs)):
         if count:
             with tempfile.TemporaryDirectory() as folder:
-                table, ok = measure(count, asked.seed, Path(folder))
+                table, ok = measure(count, args.seed, Path(folder))
             console.print(table)
             fine = fine and ok
     return 0 if fine else 1

@@ -1,8 +1,10 @@
-"""A run of the driver that is killed again and again: `python benchmarks/measure/kills.py --help`.
+"""Kill a run of the driver again and again.
 
-Every process of it gets SIGKILL at a drawn moment, in the steps or within a save, and the same command is given again. At the
-end every loss, norm and batch, and every byte of the last checkpoint (weights, optimizer, generators) must be those of a run
-that nobody disturbed.
+    python benchmarks/measure/kills.py [--kills 30] [--inside 10] [--plan "--tensor 2"] [--ranks 2] [--seed 0]
+
+Every process of the run gets SIGKILL at a random moment, in a step or within a save. Then the same command resumes it. At the
+end every loss, norm and batch, and every byte of the last checkpoint (weights, optimizer, generators), must be those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ CONFIG = {
 
 @dataclass
 class Kill:
-    """One kill: the step that was done last, the hidden directory of a save that was under way, and where the next run went
-    on from."""
+    """One kill: the last step before it, the hidden directory of a checkpoint that was being written, and the step that the
+    run then resumed from."""
 
     step: int
     partial: str
@@ -54,7 +56,7 @@ class Kill:
 
 @dataclass
 class Result:
-    """The kills, and whether the disturbed run ended as the other one did."""
+    """The kills, and whether the run ended as the undisturbed one did."""
 
     kills: list[Kill]
     losses_equal: bool
@@ -66,7 +68,7 @@ class Result:
 
 
 class Job(Trace):
-    """The driver under torchrun, on a directory of its own."""
+    """A run of the driver under torchrun, in a directory of its own."""
 
     def __init__(self, folder: Path, steps: int, plan: str, ranks: int) -> None:
         super().__init__(folder)
@@ -78,7 +80,7 @@ class Job(Trace):
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
-        """Give the command, the same every time, with `more` at its end."""
+        """Start the run or resume it: the command is the same, with `more` at its end."""
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         words += [str(ROOT / "examples/llama/pretrain.py"), "-c", str(self.config)]
         words += ["-d", str(self.text), "-l", "64", "-b", "4", "--steps", str(self.steps), "--warmup", "3"]
@@ -90,124 +92,124 @@ class Job(Trace):
             self.process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
 
     def wait(self) -> None:
-        """Until it ends by itself. Raises RuntimeError where it fails."""
+        """Wait until the run ends by itself. Raises RuntimeError if it fails."""
         assert self.process is not None
         if self.process.wait(600):
             raise RuntimeError(f"the run failed:\n{self.output()[-3000:]}")
 
     def until(self, condition: Callable[[], bool], patience: float = 300.0) -> bool:
-        """Wait for a condition; whether it came before the run's end."""
+        """Wait for a condition. Returns whether it was true before the run ended."""
         assert self.process is not None
-        ends = time.monotonic() + patience
+        deadline = time.monotonic() + patience
         while not condition():
             if self.process.poll() is not None:
                 return False
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 raise RuntimeError(f"nothing happens:\n{self.output()[-3000:]}")
             time.sleep(0.0005)
         return True
 
     def output(self) -> str:
-        """What it printed."""
+        """What the run has printed."""
         return (self.folder / "output.txt").read_text()
 
     def ranks_of(self) -> list[int]:
-        """The processes that are ranks, in their order."""
+        """The processes of the ranks, in the order of the ranks."""
         assert self.process is not None
-        found = {}
-        for each in descendants(self.process.pid):
-            words = Path(f"/proc/{each}/environ").read_bytes().split(b"\0")
-            held = {word.partition(b"=")[0]: word.partition(b"=")[2] for word in words}
-            if b"LOCAL_RANK" in held:
-                found[int(held[b"RANK"])] = each
-        return [found[rank] for rank in sorted(found)]
+        processes = {}
+        for process in descendants(self.process.pid):
+            words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            environment = {word.partition(b"=")[0]: word.partition(b"=")[2] for word in words}
+            if b"LOCAL_RANK" in environment:
+                processes[int(environment[b"RANK"])] = process
+        return [processes[rank] for rank in sorted(processes)]
 
     def kill(self) -> None:
-        """SIGKILL for the launcher and all ranks."""
+        """Send SIGKILL to the launcher and all ranks."""
         assert self.process is not None
-        for each in reversed([self.process.pid, *descendants(self.process.pid)]):
+        for process in reversed([self.process.pid, *descendants(self.process.pid)]):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
         self.process.wait()
 
 
 def descendants(process: int) -> list[int]:
-    """The children of a process, theirs, and so on."""
+    """The children of a process, their children, and so on."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
         except OSError:
             continue
-    found, left = [], [process]
+    result, left = [], [process]
     while left:
         children = parents.get(left.pop(), [])
-        found += children
+        result += children
         left += children
-    return found
+    return result
 
 
 def measure(folder: Path, kills: int, inside: int, plan: str, ranks: int, seed: int, say: Callable[[str], None]) -> Result:
-    """`kills` kills, at least `inside` of them within a save."""
+    """Run the driver undisturbed, and run it with `kills` kills, of which at least `inside` are within a save."""
     draw = random.Random(seed)
     steps = 6 * kills + 4
     undisturbed = Job(folder / "undisturbed", steps, plan, ranks)
     undisturbed.start()
     undisturbed.wait()
     job = Job(folder / "killed", steps, plan, ranks)
-    found: list[Kill] = []
+    killed: list[Kill] = []
     job.start()
-    while len(found) < kills:
+    while len(killed) < kills:
         began = len(list(job.entries()))
         started = job.until(lambda: len(list(job.entries())) > began)  # noqa: B023
         first = list(job.entries())[began] if started else {}
-        if found and started:
-            found[-1].resumed = first["step"]
-        done = sum(bool(each.partial) for each in found)
-        within = kills - len(found) <= inside - done or draw.random() < 0.5
+        if killed and started:
+            killed[-1].resumed = first["step"]
+        missing = inside - sum(bool(kill.partial) for kill in killed)
+        within = kills - len(killed) <= missing or draw.random() < 0.5
         more = draw.randrange(5)
-        alive = job.until(lambda: sum("loss" in each for each in list(job.entries())[began:]) >= more)  # noqa: B023
+        alive = job.until(lambda: sum("loss" in entry for entry in list(job.entries())[began:]) >= more)  # noqa: B023
         if within:
             alive = alive and job.until(lambda: bool(job.partials()))
             time.sleep(draw.random() * 0.004)
         else:
             time.sleep(draw.random() * 0.2)
         if not alive:
-            raise RuntimeError(f"the run ended after {len(found)} kills")
+            raise RuntimeError(f"the run ended after {len(killed)} kills")
         job.kill()
-        found.append(Kill(max(job.numbers(), default=0), ", ".join(job.partials())))
-        say(f"kill {len(found)} of {kills}: after step {found[-1].step}, {found[-1].partial or 'between saves'}")
+        killed.append(Kill(max(job.numbers(), default=0), ", ".join(job.partials())))
+        say(f"kill {len(killed)} of {kills}: after step {killed[-1].step}, {killed[-1].partial or 'between saves'}")
         job.start()
     began = len(list(job.entries()))
     job.until(lambda: len(list(job.entries())) > began)
-    found[-1].resumed = list(job.entries())[began]["step"]
+    killed[-1].resumed = list(job.entries())[began]["step"]
     job.wait()
-    return Result(found, job.numbers() == undisturbed.numbers(), job.last() == undisturbed.last())
+    return Result(killed, job.numbers() == undisturbed.numbers(), job.last() == undisturbed.last())
 
 
 def main() -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--inside", type=int, default=10, help="at least so many of them within a save")
+    parser.add_argument("--inside", type=int, default=10, help="how many of them, at least, are within a save")
     parser.add_argument("--plan", default="--tensor 2", help="the driver's flags of the plan")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(
-            Path(folder), asked.kills, asked.inside, asked.plan, asked.ranks, asked.seed, lambda line: print(line, flush=True)
+        result = measure(
+            Path(folder), args.kills, args.inside, args.plan, args.ranks, args.seed, lambda line: print(line, flush=True)
         )
-    table = Table("kill", "after step", "within a save", "went on from step")
-    for number, kill in enumerate(found.kills, 1):
+    table = Table("kill", "after step", "within a save", "resumed from step")
+    for number, kill in enumerate(result.kills, 1):
         table.add_row(str(number), str(kill.step), kill.partial or "no", str(kill.resumed))
     console.print(table)
-    inside = sum(bool(kill.partial) for kill in found.kills)
-    console.print(f"{len(found.kills)} kills, {inside} of them within a save")
-    console.print(f"losses, norms and batches equal bit for bit: {'yes' if found.losses_equal else 'NO'}")
-    console.print(f"all files of the last checkpoint equal: {'yes' if found.files_equal else 'NO'}")
-    return 0 if found.ok else 1
+    inside = sum(bool(kill.partial) for kill in result.kills)
+    console.print(f"{len(result.kills)} kills, {inside} of them within a save")
+    console.print(f"losses, norms and batches equal bit for bit: {'yes' if result.losses_equal else 'NO'}")
+    console.print(f"all files of the last checkpoint equal: {'yes' if result.files_equal else 'NO'}")
+    return 0 if result.ok else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What one rank of four reads and holds while it loads a checkpoint of about 1 GB: `python benchmarks/measure/loading.py`.
+"""Measure what one rank of four reads, and how much memory it takes, while it loads a checkpoint of about 1 GB.
 
-The checkpoint has random weights and is written for the measurement. A fresh process then lowers the model on meta and reads
+    python benchmarks/measure/loading.py [--scratch DIRECTORY]
+
+The checkpoint has random weights and is written for the measurement. A fresh process then lowers the model on meta, and reads
 the parameters of rank 0 as `shard(checkpoint=...)` does, without a process group. Linux only: it reads /proc.
 """
 
@@ -39,14 +41,14 @@ CONFIG = LlamaConfig(
 
 
 def write(directory: Path) -> None:
-    """A checkpoint in bfloat16, of which no more than one file is held."""
-    where: dict[str, str] = {}
+    """Write a checkpoint in bfloat16, one file after the other, so that no more than one is in memory."""
+    file_of: dict[str, str] = {}
     for number, names in enumerate(_shards(), 1):
         file = f"model-{number:05d}.safetensors"
         shapes = {name: shape for name, shape in _shapes().items() if name in names}
         save_file({name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}, directory / file)
-        where |= dict.fromkeys(names, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        file_of |= dict.fromkeys(names, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
     CONFIG.save_pretrained(directory)
 
 
@@ -55,39 +57,40 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _shards() -> Iterator[list[str]]:
+    """The names of the weights of every file."""
     names: list[str] = []
-    held = 0
+    size = 0
     for name, shape in _shapes().items():
         nbytes = 2 * torch.Size(shape).numel()
-        if names and held + nbytes > SHARD:
+        if names and size + nbytes > SHARD:
             yield names
-            names, held = [], 0
+            names, size = [], 0
         names.append(name)
-        held += nbytes
+        size += nbytes
     yield names
 
 
 def load(directory: Path) -> dict[str, float]:
-    """Read the parameters of rank 0 and tell what that took."""
+    """Read the parameters of rank 0. Returns the bytes that this took, and the seconds."""
     lowered = shardcomp.lower(presets.build(CONFIG), shardcomp.Policy.load("llama", tensor=TENSOR), TENSOR, seq=64)
     plans, mesh = lowered.blueprint().parameters, lowered.mesh
     weights = weights_of(lowered, directory)
     Path("/proc/self/clear_refs").write_text("5")  # forget the largest size so far
     resident, read, start = _resident(), _read(), time.perf_counter()
-    file = 0
-    held = {}
+    mapped = 0
+    params = {}
     for name, plan in plans.items():
-        held[name] = weights(name, local_index(plan, mesh, dict.fromkeys(("pp", "dp", "cp", "tp"), 0)))
-        file = max(file, _resident()["RssFile"] - resident["RssFile"])
+        params[name] = weights(name, local_index(plan, mesh, dict.fromkeys(("pp", "dp", "cp", "tp"), 0)))
+        mapped = max(mapped, _resident()["RssFile"] - resident["RssFile"])
     seconds = time.perf_counter() - start
     now = _resident()
     return {
-        "parameters": sum(tensor.nbytes for tensor in held.values()),
-        "asked": sum(2 * tensor.numel() for tensor in held.values()),
+        "parameters": sum(tensor.nbytes for tensor in params.values()),
+        "asked": sum(2 * tensor.numel() for tensor in params.values()),
         "disk": _read() - read,
         "peak": now["VmHWM"] - resident["VmRSS"],
         "anonymous": now["RssAnon"] - resident["RssAnon"],
-        "mapped": file,
+        "mapped": mapped,
         "seconds": seconds,
     }
 
@@ -98,13 +101,13 @@ def _resident() -> dict[str, int]:
 
 
 def _read() -> int:
-    """Bytes that this process had fetched from the disk, read-ahead included."""
+    """Bytes that were read from the disk for this process, read-ahead included."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["read_bytes"])
 
 
 def _forget(directory: Path) -> None:
-    """Drop the files from the page cache, so that reading them means reading the disk."""
+    """Drop the files from the page cache, so that they are read from the disk."""
     for path in directory.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -112,14 +115,14 @@ def _forget(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _fresh(directory: Path) -> dict[str, float]:
+def _load_in_a_fresh_process(directory: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--load", str(directory)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, help="only load this directory, and print what that took")
     parser.add_argument("--scratch", type=Path, help="where to write the checkpoint, by default the temporary directory")
     arguments = parser.parse_args()
@@ -132,8 +135,8 @@ def main() -> None:
         write(directory)
         total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
         _forget(directory)
-        cold = _fresh(directory)
-        warm = _fresh(directory)
+        cold = _load_in_a_fresh_process(directory)
+        warm = _load_in_a_fresh_process(directory)
     rows = {
         "files, bfloat16": ("", total, total),
         "asked for by rank 0": ("asked", cold["asked"], warm["asked"]),
@@ -144,8 +147,8 @@ def main() -> None:
         "  of it mapped files (most seen)": ("", cold["mapped"], warm["mapped"]),
     }
     print(f"{'tensor = ' + str(TENSOR):38} {'cold cache':>16} {'warm cache':>16}")
-    for what, (key, *found) in rows.items():
-        cells = [f"{size / 2**20:8.1f} MiB" + (f" {size / total:4.0%}" if key else "") for size in found]
+    for what, (key, *sizes) in rows.items():
+        cells = [f"{size / 2**20:8.1f} MiB" + (f" {size / total:4.0%}" if key else "") for size in sizes]
         print(f"{what:38} " + " ".join(f"{cell:>17}" for cell in cells))
     print(f"{'seconds':38} {cold['seconds']:15.2f} s {warm['seconds']:14.2f} s")
 

@@ -1,4 +1,4 @@
-// The CPU's implementations of shardcomp's operators.
+// The CPU's implementations of shardcomp's operators: the split over threads, and the operators on lists of tensors.
 
 #include <cmath>
 #include <numeric>
@@ -9,23 +9,25 @@
 namespace shardcomp {
 namespace {
 
-// So many elements are worth a thread.
+// The elements that are worth a thread: fewer take less time than waking it up.
 constexpr int64_t grain = 1 << 14;
 
+// Runs a kernel over `count` items of `item_size` elements each on torch's threads.
 template <class Kernel, class Arguments>
-void parallel(Kernel kernel, const Arguments& arguments, int64_t count, int64_t each) {
+void parallel(Kernel kernel, const Arguments& arguments, int64_t count, int64_t item_size) {
   if (count == 0) return;
-  const int64_t least = std::max<int64_t>(1, grain / std::max<int64_t>(1, each));
+  const int64_t least = std::max<int64_t>(1, grain / std::max<int64_t>(1, item_size));
   torch::stable::parallel_for(0, count, least, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
 struct Cpu {
-  // Torch's layer norm and gelu have the bits of whatever library it was built with.
+  // The bits of torch's layer norm and gelu depend on the vector library that it was built with, so torch computes them here.
   static constexpr bool own_layer_norm = false, own_gelu = false;
 
   explicit Cpu(const Tensor&) {}
 
-  // A norm's rows are cut into as many blocks whatever the number of threads, so that a weight's gradient has the same bits.
+  // At most 64 blocks, whatever the number of threads: then the weight's gradient has the same bits on every machine. At least
+  // 16 rows for each, since a block writes h sums.
   static int64_t block_rows(DType, const Rows& rows, int) { return std::max<int64_t>(16, (rows.count + 63) / 64); }
 
   static Vector factor(const Maybe& vector, const Tensor& x, double offset, bool round_first) {
@@ -51,10 +53,10 @@ struct Cpu {
   }
 };
 
-// So many elements of one tensor are a block of a kernel over many.
+// The elements of a block in a kernel over a list of tensors.
 constexpr int64_t shard_block = 1 << 13;
 
-// Put a shard's first block behind those before it, of which there are `blocks`.
+// Appends a shard and numbers its blocks after the `blocks` before it.
 template <class Shard>
 void append(std::vector<Shard>& shards, Shard shard, int64_t& blocks) {
   shard.first_block = blocks;
@@ -72,8 +74,8 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
             double weight_decay, bool maximize, const Maybe& scale, const Maybe& found_inf) {
   if (found_inf && number(*found_inf) != 0) return;
   const double rate = number(lr), factor = scale ? number(*scale) : 1;
-  Tensors kept;                                   // what the shards point to
-  std::vector<std::pair<Tensor, Tensor>> packed;  // what is to be written to, and what that is then
+  Tensors alive;                                  // tensors that shards point into
+  std::vector<std::pair<Tensor, Tensor>> packed;  // a tensor and the dense copy of it that the kernel updates
   std::vector<AdamWShard> shards;
   int64_t blocks = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -100,7 +102,7 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
     shard.size = rate / (1 - std::pow(beta1, double(step)));
     shard.root = std::sqrt(1 - std::pow(beta2, double(step)));
     append(shards, shard, blocks);
-    kept.insert(kept.end(), all.begin(), all.end());
+    alive.insert(alive.end(), all.begin(), all.end());
   }
   const AdamW arguments{shard_block, int64_t(shards.size()), shards.data(), beta1, beta2, eps, 1 - rate * weight_decay,
                         maximize ? -factor : factor};
@@ -109,19 +111,19 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
 }
 
 Tensor grad_norm(const Tensors& gradients) {
-  Tensors kept;
+  Tensors alive;
   std::vector<SquaresShard> shards;
   int64_t blocks = 0;
   ScalarType dtype = ScalarType::Float;
-  for (const Tensor& each : gradients) {
-    Tensors held{each};
+  for (const Tensor& gradient : gradients) {
+    Tensors dense{gradient};
     SquaresShard shard{};
-    shard.rows = shard_rows(held);
-    shard.dtype = dtype_of(each);
-    shard.x = data(held[0]);
+    shard.rows = shard_rows(dense);
+    shard.dtype = dtype_of(gradient);
+    shard.x = data(dense[0]);
     if (shard.dtype == DType::fp64) dtype = ScalarType::Double;
     append(shards, shard, blocks);
-    kept.push_back(held[0]);
+    alive.push_back(dense[0]);
   }
   std::vector<double> partial(blocks);
   const Squares arguments{shard_block, int64_t(shards.size()), shards.data(), partial.data()};

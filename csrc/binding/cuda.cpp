@@ -1,4 +1,8 @@
-// The CUDA implementations of shardcomp's operators. Also those of the emulation, on tensors of the CPU.
+// CUDA's implementations of shardcomp's operators; under SHARDCOMP_EMULATED those of the emulated device, on tensors of the
+// CPU.
+//
+// The library links its own static CUDA runtime and none of torch's CUDA libraries, so that it builds and loads without a GPU
+// and beside any version of torch's runtime. Both runtimes share the context of the device.
 
 #include <algorithm>
 #include <mutex>
@@ -30,18 +34,19 @@ class Place {
 void check_cuda(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); }
 
 int64_t attribute(cudaDeviceAttr which, int device) {
-  int found = 0;
-  check_cuda(cudaDeviceGetAttribute(&found, which, device));
-  return found;
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, device));
+  return value;
 }
 
-// The stream that torch uses now. Only a torch with CUDA has the function, which is looked up so that the library can be loaded
-// by any.
+// The current stream of torch. Only a torch with CUDA has the function; it is looked up at run time, so that the library also
+// loads in a torch without. dlopen with RTLD_NOLOAD gives the copy that is loaded already, because torch loads its libraries
+// privately.
 void* current_stream(int device) {
   typedef int32_t (*Function)(int32_t, void**);
   static const Function function = [] {
-    void* held = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return held == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(held, "aoti_torch_get_current_cuda_stream"));
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
   }();
   void* stream = nullptr;
   STD_TORCH_CHECK(function != nullptr && function(device, &stream) == 0, "this torch has no CUDA streams");
@@ -51,7 +56,7 @@ void* current_stream(int device) {
 class Place {
  public:
   explicit Place(const Tensor& x) : index_(x.get_device_index()), guard_(index_), device_(facts(index_)) {
-    check_cuda(cudaSetDevice(index_));  // for this library's own runtime; the guard is for torch's, and restores both
+    check_cuda(cudaSetDevice(index_));  // for this library's own runtime; the guard sets torch's, and restores the device of both
   }
   static bool has(const Tensor& x) { return x.is_cuda(); }
 
@@ -87,7 +92,8 @@ struct Cuda : Place {
 
   int64_t block_rows(DType dtype, const Rows& rows, int sums) const { return cuda::block_rows(dtype, rows, sums, device_); }
 
-  // Kernels add the offset themselves to what has the dtype of `x` or the one that this is computed in.
+  // A vector in the dtype of `x`, or in that of computation, goes to the kernel as it is; the kernel widens it and adds the
+  // offset.
   static Vector factor(const Maybe& vector, const Tensor& x, double offset, bool round_first) {
     if (!vector) return {};
     const bool narrow = vector->scalar_type() == x.scalar_type();
@@ -105,11 +111,11 @@ struct Cuda : Place {
   }
 };
 
-// What lies in one piece, in the order of memory that the first of some tensors of one shape has; copies take the place of those
-// that lie otherwise.
-void one_piece(Tensors& tensors) {
+// Makes tensors of one shape dense, all in one order of memory, so that a kernel can go over them without strides. Copies
+// replace those that are not.
+void make_dense(Tensors& tensors) {
   if (shard_rows(tensors).dims == 0) return;
-  for (Tensor& each : tensors) each = torch::stable::contiguous(each);
+  for (Tensor& tensor : tensors) tensor = torch::stable::contiguous(tensor);
 }
 
 cuda::Number number(const Maybe& x) {
@@ -118,9 +124,9 @@ cuda::Number number(const Maybe& x) {
   return {data(x), dtype_of(*x)};
 }
 
-// Calls `start` with as many shards as fit in one call, for all of them. Those without elements are left out.
+// Calls `start` as often as it takes for all shards, each time with as many as one launch holds. Empty shards are left out.
 template <class Arguments, class Shard, class Start>
-void in_calls(Arguments& a, const std::vector<Shard>& shards, const Start& start) {
+void in_launches(Arguments& a, const std::vector<Shard>& shards, const Start& start) {
   a.count = 0;
   a.blocks = 0;
   for (size_t at = 0; at < shards.size(); ++at) {
@@ -151,8 +157,8 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
       of_tensors.count = 0;
     }
   }
-  Tensors kept;                                   // what the shards point to
-  std::vector<std::pair<Tensor, Tensor>> packed;  // what is to be written to, and what that is then
+  Tensors alive;                                  // tensors that shards point into
+  std::vector<std::pair<Tensor, Tensor>> packed;  // a tensor and the dense copy of it that the kernel updates
   std::vector<cuda::AdamWShard> shards[2];        // of float and of double
   for (int64_t i = 0; i < count; ++i) {
     const bool wide = dtype_of(weights[i]) == DType::fp64, copied = !copies.empty() && !wide;
@@ -160,7 +166,7 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
     if (!wide && dtype_of(all[0]) == DType::fp64) all[0] = as(all[0], ScalarType::Float);
     if (copied) all.push_back(copies[i]);
     const Tensors before = all;
-    one_piece(all);
+    make_dense(all);
     for (size_t t = 1; t < all.size(); ++t) {
       if (data(all[t]) != data(before[t])) packed.emplace_back(before[t], all[t]);
     }
@@ -168,11 +174,11 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
     shards[wide].push_back({data(all[0]), all[1].mutable_data_ptr(), all[2].mutable_data_ptr(), all[3].mutable_data_ptr(),
                             copied ? all[4].mutable_data_ptr() : nullptr, weights[i].numel(), 0, int16_t(dtype_of(all[0])),
                             int16_t(copied ? dtype_of(all[4]) : DType::bf16), int32_t(i)});
-    kept.insert(kept.end(), all.begin(), all.end());
+    alive.insert(alive.end(), all.begin(), all.end());
   }
   for (bool wide : {false, true}) {
     cuda::AdamW a{wide ? DType::fp64 : DType::fp32, 0, 0, beta1, beta2, eps, static_cast<const double*>(data(numbers)), {}};
-    in_calls(a, shards[wide], [&] {
+    in_launches(a, shards[wide], [&] {
       device.run(a);
       a.count = 0;
       a.blocks = 0;
@@ -184,34 +190,35 @@ void adamw_(const Tensors& weights, const Tensors& copies, const Tensors& gradie
 Tensor grad_norm(const Tensors& gradients) {
   STD_TORCH_CHECK(!gradients.empty(), "grad_norm: no gradients");
   const Cuda device(gradients[0]);
-  Tensors kept;
+  Tensors alive;
   std::vector<cuda::SquaresShard> shards;
   int64_t blocks = 0;
   ScalarType dtype = ScalarType::Float;
-  for (const Tensor& each : gradients) {
-    Tensors held{each};
-    one_piece(held);
-    if (dtype_of(each) == DType::fp64) dtype = ScalarType::Double;
-    shards.push_back({data(held[0]), each.numel(), 0, int32_t(dtype_of(each))});
-    blocks += (each.numel() + cuda::list_block - 1) / cuda::list_block;
-    kept.push_back(held[0]);
+  for (const Tensor& gradient : gradients) {
+    Tensors dense{gradient};
+    make_dense(dense);
+    if (dtype_of(gradient) == DType::fp64) dtype = ScalarType::Double;
+    shards.push_back({data(dense[0]), gradient.numel(), 0, int32_t(dtype_of(gradient))});
+    blocks += (gradient.numel() + cuda::list_block - 1) / cuda::list_block;
+    alive.push_back(dense[0]);
   }
-  Tensor partial = with_shape(gradients[0], {blocks}, ScalarType::Double), made = with_shape(gradients[0], {}, dtype);
+  Tensor partial = with_shape(gradients[0], {blocks}, ScalarType::Double), sum = with_shape(gradients[0], {}, dtype);
   cuda::Squares a{0, 0, static_cast<double*>(partial.mutable_data_ptr()), {}};
-  in_calls(a, shards, [&] {
+  in_launches(a, shards, [&] {
     device.run(a);
     a.partial += a.blocks;
     a.count = 0;
     a.blocks = 0;
   });
-  device.run(cuda::SquaresSum{blocks, static_cast<const double*>(data(partial)), dtype_of(made), made.mutable_data_ptr()});
-  return made;
+  device.run(cuda::SquaresSum{blocks, static_cast<const double*>(data(partial)), dtype_of(sum), sum.mutable_data_ptr()});
+  return sum;
 }
 
 }  // namespace
 }  // namespace shardcomp
 
-// Where they can be called, and where they take the place of references once they have been found to be right there.
+// The kernels register in a namespace of their own. shardcomp/kernels/device_check.py compares each with its reference on the
+// device at hand and only then has it registered as the operator itself.
 #if defined(SHARDCOMP_EMULATED)
 #define SHARDCOMP_CANDIDATES shardcomp_emulated
 #define SHARDCOMP_KEY CPU
@@ -234,12 +241,13 @@ void implement_all(Library& library) {
 
 using torch::stable::detail::StableLibrary;
 
+// A library that registers the one operator `name`.
 struct One {
   StableLibrary* library;
   const std::string name;
 
-  void impl(const char* each, void (*function)(StableIValue*, uint64_t, uint64_t)) {
-    if (each == name) library->impl(each, function);
+  void impl(const char* operator_name, void (*function)(StableIValue*, uint64_t, uint64_t)) {
+    if (operator_name == name) library->impl(operator_name, function);
   }
 };
 
@@ -248,7 +256,7 @@ struct One {
 
 STABLE_TORCH_LIBRARY_IMPL(SHARDCOMP_CANDIDATES, SHARDCOMP_KEY, library) { shardcomp::implement_all(library); }
 
-// Puts a kernel in its place among the operators, until the process ends.
+// Registers a kernel as the implementation of its operator, until the process ends.
 extern "C" __attribute__((visibility("default"))) void shardcomp_put_in_place(const char* name) {
   using shardcomp::StableLibrary;
   static auto* const library =

@@ -1,4 +1,8 @@
-// The kernels of the CPU for the best instruction set that this processor has, or those of the one level that was compiled.
+// The CPU's kernels for the best instruction set of this processor, or those of the one level that was compiled.
+//
+// A library that was built ahead of time has three levels and runs on any x86-64 processor; one that was built just in time has
+// its own processor's level. All levels give the same bits. The choice is an explicit table, not GCC's target_clones, which
+// clang and other systems lack and which does not carry over to inlined helpers.
 #pragma once
 
 #include "../cpu/kernels.h"
@@ -9,7 +13,7 @@ namespace shardcomp::cpu {
 #define SHARDCOMP_CHOOSE(name, Arguments) \
   inline void name(const Arguments& a, int64_t begin, int64_t end) { SHARDCOMP_ONE_LEVEL::name(a, begin, end); }
 #else
-// An index into base, v3 and v4.
+// An index into base, v3 (AVX2) and v4 (AVX-512).
 inline int best_level() {
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&

@@ -1,4 +1,8 @@
-// From torch's tensors to what the kernels take: dtypes, rows and strides. For every device.
+// From torch's tensors to the kernels' arguments: dtypes, rows and strides. For every device.
+//
+// The binding uses torch's stable ABI alone (torch/csrc/stable), a C interface that later versions keep. One library, built
+// with the headers of any torch from 2.11 on, CPU-only or not, then loads in all of them; with ATen's C++ interface a build
+// fits one version of torch and takes a minute to compile instead of seconds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +36,7 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
-// The dtype that operators compute in.
+// The dtype of computation.
 inline ScalarType wide_of(const Tensor& x) { return dtype_of(x) == DType::fp64 ? ScalarType::Double : ScalarType::Float; }
 
 inline Tensor as(const Tensor& x, ScalarType dtype) { return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype); }
@@ -46,21 +50,23 @@ inline Tensor with_shape(const Tensor& like, const std::vector<int64_t>& shape, 
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-// A tensor whose last dimension lies one element after the other, for kernels that go through rows.
+// `x`, or a contiguous copy if its last dimension is not adjacent in memory, which the kernels need for vector loads.
 inline Tensor with_rows(const Tensor& x) {
   return x.dim() == 0 || x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// A vector of a norm, in the dtype that the norm of `x` is computed in.
+// A norm's weight or bias in the dtype in which the norm of `x` is computed.
 inline Maybe widened(const Maybe& vector, const Tensor& x) {
   if (!vector) return vector;
   return torch::stable::contiguous(as(*vector, wide_of(x)));
 }
 
-// The rows of some tensors, each of the first one's sizes or broadcast to them but for the last dimension, in the order in which
-// the last tensor lies in memory; with `whole`, dimensions that lie one after the other in all of them become one, the last
-// included. Empty where the tensors have more dimensions left than a kernel takes.
-inline std::optional<Rows> rows_of(const std::vector<Tensor>& tensors, bool ordered, bool whole) {
+// The rows of some tensors, each with the sizes of the first or broadcast to them except in the last dimension. Adjacent
+// dimensions merge where all tensors have one stride for both, so that most calls have one leading dimension and need no
+// division for an offset. ordered: dimensions are sorted by the strides of the last tensor, so that its memory is written in
+// order. merge_last: the last dimension may merge too, for elementwise kernels. Empty if more dimensions remain than a kernel
+// takes.
+inline std::optional<Rows> rows_of(const std::vector<Tensor>& tensors, bool ordered, bool merge_last) {
   const std::vector<int64_t> sizes = sizes_of(tensors[0]);
   const int dims = int(sizes.size()), count = int(tensors.size());
   struct Dim {
@@ -79,17 +85,17 @@ inline std::optional<Rows> rows_of(const std::vector<Tensor>& tensors, bool orde
   Rows rows;
   if (all.empty()) all.push_back(Dim{1, {}});
   if (ordered) {
-    std::stable_sort(all.begin(), all.end() - (whole ? 0 : 1), [&](const Dim& a, const Dim& b) {
+    std::stable_sort(all.begin(), all.end() - (merge_last ? 0 : 1), [&](const Dim& a, const Dim& b) {
       return a.strides[count - 1] > b.strides[count - 1];
     });
   }
   const Dim last = all.back();
-  for (int t = 0; whole && t < count; ++t) {
+  for (int t = 0; merge_last && t < count; ++t) {
     if (last.size > 1 && last.strides[t] != 1) return std::nullopt;
   }
   std::vector<Dim> merged;
   for (size_t d = 0; d < all.size(); ++d) {
-    bool joins = !merged.empty() && (whole || d + 1 < all.size());
+    bool joins = !merged.empty() && (merge_last || d + 1 < all.size());
     for (int t = 0; joins && t < count; ++t) joins = merged.back().strides[t] == all[d].strides[t] * all[d].size;
     if (joins) {
       merged.back().size *= all[d].size;
@@ -110,26 +116,26 @@ inline std::optional<Rows> rows_of(const std::vector<Tensor>& tensors, bool orde
   return rows;
 }
 
-// The rows of tensors of one shape, which become contiguous where a kernel could not go through them.
+// The rows of tensors of one shape. Tensors that a kernel cannot read in place are replaced by contiguous copies.
 inline Rows norm_rows(std::vector<Tensor*> tensors) {
-  std::vector<Tensor> held;
-  for (Tensor* each : tensors) {
-    *each = with_rows(*each);
-    held.push_back(*each);
+  std::vector<Tensor> rowed;
+  for (Tensor* tensor : tensors) {
+    *tensor = with_rows(*tensor);
+    rowed.push_back(*tensor);
   }
-  if (const auto rows = rows_of(held, false, false)) return *rows;
-  held.clear();
-  for (Tensor* each : tensors) {
-    *each = torch::stable::contiguous(*each);
-    held.push_back(*each);
+  if (const auto rows = rows_of(rowed, false, false)) return *rows;
+  rowed.clear();
+  for (Tensor* tensor : tensors) {
+    *tensor = torch::stable::contiguous(*tensor);
+    rowed.push_back(*tensor);
   }
-  return *rows_of(held, false, false);
+  return *rows_of(rowed, false, false);
 }
 
-// `made`, with the strides of `like`, which it has the shape of.
-inline void copy_into(Tensor& like, const Tensor& made) { torch::stable::copy_(like, made); }
+// Copies `source` into `target`, a tensor of its shape with strides of its own.
+inline void copy_into(Tensor& target, const Tensor& source) { torch::stable::copy_(target, source); }
 
-// One of torch's own operators.
+// Calls one of torch's own operators through the dispatcher: the stable ABI has functions for a few of them only.
 template <class... Arguments>
 Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};

@@ -1,42 +1,52 @@
-// The statistics of a softmax over each row, and the gradient of its cross entropy.
+// Cross entropy of logits [rows, columns] in two kernels: statistics of a softmax over each row, and the gradient of the
+// logits.
+//
+//   statistics:  m = max(x), s = Σ exp(x - m), and the label's logit; the loss is log(s) + m - x[label]
+//   gradient:    (exp(x - m) / s - [column is the label]) · scale, zero for rows that do not count
+//
+// Memory traffic for an element: 1 read for the statistics, 1 read and 1 write for the gradient, which may overwrite the
+// logits. Maximum and sum are two passes, because a loop without a rescaling in it is faster; the row is taken in parts that
+// stay in the cache between them, and only at the border of two parts is the sum rescaled (online softmax,
+// https://arxiv.org/abs/1805.02867).
 
 #include "functions.h"
 #include "sums.h"
 
 namespace shardcomp::cpu::SHARDCOMP_LEVEL {
 
-// So many logits are still in the cache when their exponentials are added up.
-constexpr int64_t piece = 1 << 15;
+// Logits that are still in the cache when their exponentials are added up: 64 to 256 KiB.
+constexpr int64_t cached_logits = 1 << 15;
 
 template <class W>
 INLINE W exponential_of(W x) {
   return exponential(Vec<W>{} + x)[0];
 }
 
-// The largest of some logits that are no NaN, and -inf where there are none.
+// The largest logit, which skips NaN (a comparison with NaN is false); -inf if there is none. Four maxima at a time, since each
+// comparison waits for the one before it.
 template <class W, class T>
 INLINE W largest_of(const T* x, int64_t size) {
   constexpr int lanes = Lanes<W>::count;
   constexpr W least = -W(__builtin_inff());
   typedef Vec<W> V;
-  V held[4] = {V{} + least, V{} + least, V{} + least, V{} + least};
+  V maxima[4] = {V{} + least, V{} + least, V{} + least, V{} + least};
   int64_t at = 0;
   for (; at + 4 * lanes <= size; at += 4 * lanes) {
     for (int k = 0; k < 4; ++k) {
       const V v = load(x + at + k * lanes, lanes);
-      held[k] = v > held[k] ? v : held[k];
+      maxima[k] = v > maxima[k] ? v : maxima[k];
     }
   }
-  W made = least;
+  W result = least;
   for (; at < size; at += lanes) {
     const int n = size - at < lanes ? int(size - at) : lanes;
     const V v = load(x + at, n);
-    for (int k = 0; k < n; ++k) made = v[k] > made ? v[k] : made;
+    for (int k = 0; k < n; ++k) result = v[k] > result ? v[k] : result;
   }
-  for (const V& each : held) {
-    for (int k = 0; k < lanes; ++k) made = each[k] > made ? each[k] : made;
+  for (const V& vector : maxima) {
+    for (int k = 0; k < lanes; ++k) result = vector[k] > result ? vector[k] : result;
   }
-  return made;
+  return result;
 }
 
 template <class W, class T>
@@ -48,7 +58,7 @@ INLINE bool any_nan(const T* x, int64_t size) {
   return false;
 }
 
-// The column of a row's label, or -1 where it is not here.
+// The column of a row's label, or -1 if another rank has it or the row does not count.
 template <class Arguments>
 INLINE int64_t column_of(const Arguments& a, int64_t row) {
   const int64_t column = a.labels[row] - a.first;
@@ -56,8 +66,8 @@ INLINE int64_t column_of(const Arguments& a, int64_t row) {
 }
 
 void cross_entropy_statistics(const CrossEntropyStatistics& a, int64_t begin, int64_t end) {
-  of_dtype(a.dtype, [&](auto held) INLINED {
-    typedef decltype(held) T;
+  of_dtype(a.dtype, [&](auto element) INLINED {
+    typedef decltype(element) T;
     typedef Wide<T> W;
     const int64_t width = a.rows.width;
     W* statistics = static_cast<W*>(a.statistics);
@@ -65,17 +75,18 @@ void cross_entropy_statistics(const CrossEntropyStatistics& a, int64_t begin, in
     for (int64_t row = begin; row < end; ++row, cursor.next()) {
       const T* x = static_cast<const T*>(a.logits) + cursor.offset[0];
       W largest = -W(__builtin_inff()), total = 0;
-      for (int64_t at = 0; at < width; at += piece) {
-        const int64_t size = width - at < piece ? width - at : piece;
+      for (int64_t at = 0; at < width; at += cached_logits) {
+        const int64_t size = width - at < cached_logits ? width - at : cached_logits;
         const W here = largest_of<W>(x + at, size);
         if (here > largest) {
           if (at > 0) total *= exponential_of(largest - here);
           largest = here;
         }
-        // As long as it is -inf there is nothing to add up but NaN: e^(-inf - 0) is zero.
+        // While the maximum is -inf, x - m would be NaN. With zero in its place all exponentials are zero but those of NaN.
         const W below = largest == -W(__builtin_inff()) ? W(0) : largest;
         total += sum<W>(size, [&](int64_t i, int n) INLINED { return exponential(load(x + at + i, n) - below); });
       }
+      // Only a NaN logit makes the maximum NaN; a NaN total may also come from an infinite logit. This second look is rare.
       if (total != total && any_nan<W>(x, width)) largest = total;
       const int64_t column = column_of(a, row);
       statistics[row] = largest;
@@ -86,8 +97,8 @@ void cross_entropy_statistics(const CrossEntropyStatistics& a, int64_t begin, in
 }
 
 void cross_entropy_gradient(const CrossEntropyGradient& a, int64_t begin, int64_t end) {
-  of_dtype(a.dtype, [&](auto held) INLINED {
-    typedef decltype(held) T;
+  of_dtype(a.dtype, [&](auto element) INLINED {
+    typedef decltype(element) T;
     typedef Wide<T> W;
     typedef Vec<W> V;
     const W* normaliser = static_cast<const W*>(a.normaliser);
@@ -101,10 +112,10 @@ void cross_entropy_gradient(const CrossEntropyGradient& a, int64_t begin, int64_
       }
       const W largest = normaliser[row], total = normaliser[a.rows.count + row], scale = static_cast<const W*>(a.scale)[row];
       const auto share = [&](V logits) INLINED { return exponential(logits - largest) / total; };
-      // y may lie where x does.
+      // The gradient may overwrite the logits, so the label's logit is read first.
       const int64_t column = column_of(a, row);
       const V chosen = column < 0 ? V{} : load(x + column, 1);
-      each<W>(a.rows.width, [&](int64_t i, int n) INLINED { store(y + i, share(load(x + i, n)) * scale, n); });
+      for_vectors<W>(a.rows.width, [&](int64_t i, int n) INLINED { store(y + i, share(load(x + i, n)) * scale, n); });
       if (column >= 0) store(y + column, (share(chosen) - W(1)) * scale, 1);
     }
   });

@@ -1,5 +1,5 @@
-// Instructions that no expression becomes. <immintrin.h> takes a compiler as long as a kernel, so that where it is GCC they are the
-// built-in functions which that header itself calls.
+// Instructions that the compiler makes of no expression on vectors. GCC gets the built-in functions that <immintrin.h> itself
+// calls: that header takes as long to compile as a whole kernel. Other compilers include it.
 #pragma once
 
 #if defined(__AVX2__) && (defined(__clang__) || !defined(__GNUC__))
@@ -20,7 +20,7 @@
 #elif defined(__AVX512F__)
 typedef short Shorts16 __attribute__((vector_size(32)));
 typedef int Ints16 __attribute__((vector_size(64)));
-// All lanes, in the rounding that is set.
+// Mask -1: all lanes. Rounding 4: the current mode, which is to the nearest.
 #define INSTRUCTION_FMAF(a, b, c) __builtin_ia32_vfmaddps512_mask((a), (b), (c), -1, 4)
 #define INSTRUCTION_FMA(a, b, c) __builtin_ia32_vfmaddpd512_mask((a), (b), (c), -1, 4)
 #define INSTRUCTION_SQRTF(x) __builtin_ia32_sqrtps512_mask((x), (x), -1, 4)

@@ -1,14 +1,15 @@
-// The kernels of the CPU: the same for every instruction set that they are compiled for.
+// The interface of the CPU's kernels, the same for every instruction set that they are compiled for.
 //
-// A kernel does rows, blocks or elements [begin, end) of its work, whichever its arguments count; any split into such ranges
-// gives the same bits.
+// A kernel does the rows, blocks, columns or elements [begin, end) of its work, whichever its arguments count. The binding
+// splits the whole over torch's threads. Any split gives the same bits: no sum crosses a border, and blocks depend on the shape
+// alone.
 #pragma once
 
 #include "../core/arguments.h"
 
 namespace shardcomp {
 
-// Kernels over many tensors: they count blocks of `block` elements, of which a tensor's last one may have fewer.
+// Kernels over lists of tensors count blocks of `block` elements; the last block of a tensor may have fewer.
 struct AdamWShard {
   Rows rows;  // of gradient, weight, exp_avg, exp_avg_sq and copy
   int64_t first_block;
@@ -30,8 +31,8 @@ struct AdamW {
   double beta1;
   double beta2;
   double eps;
-  double decay;  // what a weight is multiplied by
-  double scale;  // what a gradient is multiplied by
+  double decay;  // of each weight: 1 - lr · weight_decay
+  double scale;  // of each gradient
 };
 
 struct SquaresShard {
@@ -48,7 +49,7 @@ struct Squares {
   double* partial;  // [blocks]
 };
 
-// Every kernel, with its arguments.
+// Every kernel with its arguments: from this one list come the declarations of all levels and the choice between them.
 #define SHARDCOMP_CPU_KERNELS(kernel)                      \
   kernel(rms_norm, RmsNorm)                                \
   kernel(rms_norm_bwd, RmsNormBwd)                         \

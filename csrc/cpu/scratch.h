@@ -1,4 +1,4 @@
-// Memory of one thread, and sums over the rows of a block.
+// Scratch memory of one call, and sums over the rows of a block.
 #pragma once
 
 #include <cstdlib>
@@ -7,50 +7,53 @@
 
 namespace shardcomp::cpu::SHARDCOMP_LEVEL {
 
+// Uninitialised memory for `size` numbers. There is nothing to return an error through, so a failed allocation ends the
+// process.
 template <class W>
 struct Scratch {
-  W* held;
-  INLINED explicit Scratch(int64_t size) : held(static_cast<W*>(malloc(size * sizeof(W) + 1))) {
-    if (held == nullptr) abort();
+  W* data;
+  INLINED explicit Scratch(int64_t size) : data(static_cast<W*>(malloc(size * sizeof(W) + 1))) {
+    if (data == nullptr) abort();
   }
-  INLINED ~Scratch() { free(held); }
+  INLINED ~Scratch() { free(data); }
   Scratch(const Scratch&) = delete;
 };
 
-// Adds up rows of h numbers into a block's row of `partial`, in two steps so that many rows do not drown in one sum. A null
-// `partial` asks for none.
+// Adds up rows of h numbers into a block's row of `partial`. Groups of 32 rows are summed first and the groups then: with n
+// rows in one running sum the last ones would lose about log2(n) bits. A block belongs to one thread and its rows come in
+// order, so the bits do not depend on the number of threads. A null `partial` means that no sum is needed.
 template <class W>
 struct BlockSum {
   static constexpr int group = 32;
-  W* made;
-  W* part;
+  W* out;
+  W* group_sum;
   int64_t h;
-  int held = 0;
+  int group_rows = 0;
 
   INLINED BlockSum(void* partial, W* scratch, int64_t block, int64_t h)
-      : made(partial == nullptr ? nullptr : static_cast<W*>(partial) + block * h), part(scratch), h(h) {
-    if (made != nullptr) {
-      memset(made, 0, h * sizeof(W));
-      memset(part, 0, h * sizeof(W));
+      : out(partial == nullptr ? nullptr : static_cast<W*>(partial) + block * h), group_sum(scratch), h(h) {
+    if (out != nullptr) {
+      memset(out, 0, h * sizeof(W));
+      memset(group_sum, 0, h * sizeof(W));
     }
   }
-  INLINED explicit operator bool() const { return made != nullptr; }
+  INLINED explicit operator bool() const { return out != nullptr; }
 
-  // What the next row is to be added to.
+  // The sums that the next row is added to.
   INLINED W* row() {
-    if (held++ == group) {
+    if (group_rows++ == group) {
       flush();
-      held = 1;
+      group_rows = 1;
     }
-    return part;
+    return group_sum;
   }
   INLINED void finish() {
-    if (made != nullptr) flush();
+    if (out != nullptr) flush();
   }
   INLINED void flush() {
-    each<W>(h, [&](int64_t i, int n) INLINED {
-      store(made + i, load(made + i, n) + load(part + i, n), n);
-      store(part + i, Vec<W>{}, n);
+    for_vectors<W>(h, [&](int64_t i, int n) INLINED {
+      store(out + i, load(out + i, n) + load(group_sum + i, n), n);
+      store(group_sum + i, Vec<W>{}, n);
     });
   }
 };

@@ -1,4 +1,8 @@
-// The sum of the squares of many tensors.
+// The sum of the squares of a list of tensors, for the norm of the gradient: one number in double for each block. Each element
+// is read once.
+//
+// Squares are taken and added in double: the square of a float is exact there, nothing overflows on the way, and the result
+// does not depend on how parameters are split but for its last rounding.
 
 #include "shards.h"
 
@@ -17,7 +21,8 @@ INLINE void add_squares(Doubles* sums, Floats x) {
 }
 INLINE void add_squares(Doubles* sums, Doubles x) { sums[0] += x * x; }
 
-// The sum of the squares of `size` elements, of which every 32nd are added up first, whatever the vectors.
+// The sum of the squares of `size` elements. 32 running sums, each over every 32nd element, at every level: the bits do not
+// depend on the width of the processor's vectors.
 template <class T>
 INLINE double squares_of(const T* x, int64_t size) {
   typedef Wide<T> W;
@@ -31,22 +36,22 @@ INLINE double squares_of(const T* x, int64_t size) {
     const int64_t rest = size - at - k;
     add_squares(sums + k / wide_lanes, load(x + at + k, rest < lanes ? int(rest) : lanes));
   }
-  double made = 0;
-  for (const Doubles& each : sums) {
-    for (int k = 0; k < wide_lanes; ++k) made += each[k];
+  double total = 0;
+  for (const Doubles& vector : sums) {
+    for (int k = 0; k < wide_lanes; ++k) total += vector[k];
   }
-  return made;
+  return total;
 }
 
 void squares(const Squares& a, int64_t begin, int64_t end) {
   blocks(a.shards, a.count, a.block, begin, end, [&](const SquaresShard& shard, int64_t at, int64_t first, int64_t last) INLINED {
-    of_dtype(shard.dtype, [&](auto held) INLINED {
-      typedef decltype(held) T;
-      double made = 0;
-      pieces(shard.rows, first, last, [&](const int64_t* offset, int64_t size) INLINED {
-        made += squares_of(static_cast<const T*>(shard.x) + offset[0], size);
+    of_dtype(shard.dtype, [&](auto element) INLINED {
+      typedef decltype(element) T;
+      double total = 0;
+      row_segments(shard.rows, first, last, [&](const int64_t* offset, int64_t size) INLINED {
+        total += squares_of(static_cast<const T*>(shard.x) + offset[0], size);
       });
-      a.partial[at] = made;
+      a.partial[at] = total;
     });
   });
 }

@@ -1,15 +1,20 @@
-// Sums in the order in which torch adds up the innermost dimension, so that they have its bits: 8 lanes of float or 4 of double,
-// four vectors at a time, in a cascade of four levels that keeps the error small for long rows.
+// Sums in the order in which torch's CPU kernel adds up the innermost dimension, so that they have its bits (cascade_sum in
+// ATen's SumKernel.cpp): vectors of 32 bytes, four at a time, in a cascade of four levels.
+//
+// Why a cascade: an accumulator is emptied into the next level after 2^power groups, so every number passes through a few short
+// sums instead of one long one, and the error grows with the logarithm of the length. Floating-point addition is not
+// associative, so the 64-byte vectors of AVX-512 here only pair two of torch's vectors; lanes never mix before the end.
 #pragma once
 
 #include "vectors.h"
 
 namespace shardcomp::cpu::SHARDCOMP_LEVEL {
 
-// log2(count) upwards, at least 1.
+// log2(count), rounded up, at least 1.
 INLINE int log2_up(int64_t count) { return count <= 2 ? 1 : 64 - __builtin_clzll(uint64_t(count) - 1); }
 
-// The sum of f(at, n), the vectors of [0, size).
+// The sum over [0, size) of f(at, n), which gives the vector of elements [at, at + n). f is called in place of a load, so that
+// a square or a product is summed without a pass of its own.
 template <class W, class F>
 INLINE W sum(int64_t size, F f) {
   constexpr int lanes = 32 / sizeof(W), count = Lanes<W>::count;
@@ -17,16 +22,16 @@ INLINE W sum(int64_t size, F f) {
   const int64_t groups = size / (4 * lanes), vectors = size / lanes;
   const int rest = int(size % lanes);
   const V last = rest == 0 ? V{} : f(vectors * lanes, rest);
-  W made = 0;
+  W total = 0;
   if (vectors == 0) {
-    W part[4] = {};
-    for (int k = 0; k < rest; ++k) part[k < rest / 4 * 4 ? k % 4 : 0] += last[k];
-    return ((part[0] + part[1]) + part[2]) + part[3];
+    W lane_sums[4] = {};
+    for (int k = 0; k < rest; ++k) lane_sums[k < rest / 4 * 4 ? k % 4 : 0] += last[k];
+    return ((lane_sums[0] + lane_sums[1]) + lane_sums[2]) + lane_sums[3];
   }
-  for (int k = 0; k < rest; ++k) made += last[k];
+  for (int k = 0; k < rest; ++k) total += last[k];
   const int power = log2_up(groups) / 4 > 4 ? log2_up(groups) / 4 : 4;
   const int64_t step = int64_t(1) << power;
-  // A group's four vectors of `lanes`, in four vectors of this level or in two.
+  // The four accumulators of a group: four vectors of 32 bytes, or two of 64.
   V a{}, b{}, c{}, d{};
   V upper[3][4] = {};
   for (int64_t i = 0; i < groups;) {
@@ -52,17 +57,19 @@ INLINE W sum(int64_t size, F f) {
   for (int level = 0; level < 3; ++level) {
     a += upper[level][0], b += upper[level][1], c += upper[level][2], d += upper[level][3];
   }
-  W part[4 * count];
-  memcpy(part, &a, sizeof(V));
-  memcpy(part + count, &b, sizeof(V));
-  memcpy(part + 2 * count, &c, sizeof(V));
-  memcpy(part + 3 * count, &d, sizeof(V));
+  W lane_sums[4 * count];
+  memcpy(lane_sums, &a, sizeof(V));
+  memcpy(lane_sums + count, &b, sizeof(V));
+  memcpy(lane_sums + 2 * count, &c, sizeof(V));
+  memcpy(lane_sums + 3 * count, &d, sizeof(V));
   for (int64_t at = groups * 4 * lanes; at < vectors * lanes; at += lanes) {
     const V more = f(at, lanes);
-    for (int k = 0; k < lanes; ++k) part[k] += more[k];
+    for (int k = 0; k < lanes; ++k) lane_sums[k] += more[k];
   }
-  for (int k = 0; k < lanes; ++k) made += ((part[k] + part[lanes + k]) + part[2 * lanes + k]) + part[3 * lanes + k];
-  return made;
+  for (int k = 0; k < lanes; ++k) {
+    total += ((lane_sums[k] + lane_sums[lanes + k]) + lane_sums[2 * lanes + k]) + lane_sums[3 * lanes + k];
+  }
+  return total;
 }
 
 }  // namespace shardcomp::cpu::SHARDCOMP_LEVEL

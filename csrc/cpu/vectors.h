@@ -1,7 +1,12 @@
-// Vectors, and the four dtypes to and from them. All is computed in float, or in double for fp64.
+// SIMD vectors, the conversions of the four dtypes to and from them, and loops over rows. Arithmetic is in float, or in double
+// for fp64.
 //
-// Everything lies in the level's namespace and is inlined, so that no function that was compiled for one instruction set is
-// ever called from code for another.
+// The vectors are GCC's and clang's vector types, not loops left to the vectorizer: which additions happen, and in which order,
+// is then part of the source, and so are the bits. The build turns contraction off (-ffp-contract=off): a * b + c rounds twice
+// unless the code calls `fma`.
+//
+// Every source is compiled once for each instruction set (level), into the level's namespace, and everything is inlined.
+// Without that, the linker could keep the AVX-512 copy of a shared function and crash an older processor with it.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +22,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-// A function that becomes long where the processor lacks vectors of this size: called there, else every use of it takes its
-// compilation again.
+// A function that the compiler splits into long code where the level has no vectors of this size (base). There it is a call,
+// since inlining it at every use makes the compilation several times as long.
 #if defined(__x86_64__) && !defined(__AVX2__)
 #define LONG static __attribute__((noinline, unused))
 #else
@@ -54,7 +59,7 @@ typedef uint32_t Bits __attribute__((vector_size(SHARDCOMP_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(SHARDCOMP_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(SHARDCOMP_BYTES / 2)));
 
-// The type that a dtype is computed in.
+// The dtype of computation: float for everything but double.
 template <class T>
 struct Widened {
   typedef float type;
@@ -69,7 +74,7 @@ using Wide = typename Widened<T>::type;
 INLINE Floats as_floats(Bits bits) { return (Floats)bits; }
 INLINE Bits as_bits(Floats x) { return (Bits)x; }
 
-// What a comparison of vectors gives chooses between two.
+// `yes` where the mask of a comparison is set, else `no`.
 template <class V>
 INLINE V pick(Ints mask, V yes, V no) {
   return mask ? yes : no;
@@ -90,17 +95,19 @@ INLINE Halves shortened(Bits bits) {
 #endif
 }
 
-// bf16, as torch rounds to it: to nearest, ties to even, one NaN.
+// bf16 is the upper half of a float. Rounding is torch's: to the nearest, ties to even, every NaN becomes 0x7fc0.
 INLINE Floats widen(Halves bits, bf16) { return as_floats(lengthened(bits) << 16); }
 
-// Its bits in the upper halves, and anything in the lower ones; not for every NaN.
+// Rounds to bf16 in the upper halves and leaves anything in the lower ones. Adding just under half a unit, and one more for odd
+// bits, carries where it must; a NaN with all low bits set would carry into the sign, hence `narrow` treats NaN apart.
 INLINE Bits rounded(Floats x) {
   const Bits bits = as_bits(x);
   return bits + (((bits >> 16) & 1u) + 0x7fffu);
 }
 LONG Halves narrow(Floats x, bf16) { return shortened(pick(x != x, Bits{} + 0x7fc00000u, rounded(x)) >> 16); }
 
-// fp16: its exponents are put right by one product, which is exact, subnormal ones as well.
+// fp16: exponents are biased by 15, those of float by 127. A product with 2^112 corrects that, exactly, subnormals too. AVX2
+// has an instruction for it (F16C), but the base level does not, and all levels give the same bits.
 LONG Floats widen(Halves bits, fp16) {
   Bits wide = lengthened(bits);
   Bits magnitude = (wide & 0x7fffu) << 13;
@@ -109,19 +116,22 @@ LONG Floats widen(Halves bits, fp16) {
   return as_floats(unbiased | infinite | ((wide & 0x8000u) << 16));
 }
 
+// Normal results round as bf16 does, but 13 bits away. For subnormal ones, adding 0.5 puts the last bit of the float where the
+// last bit of fp16 is, so that the processor's own addition rounds. From 2^16 on the result is infinite, and so are normal ones
+// that carry.
 LONG Halves narrow(Floats x, fp16) {
   Bits bits = as_bits(x);
   Bits sign = (bits >> 16) & 0x8000u;
   Bits magnitude = bits & 0x7fffffffu;
   Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   Bits subnormal = as_bits(as_floats(magnitude) + 0.5f) - 0x3f000000u;
-  Bits made = pick(magnitude < (Bits{} + 0x38800000u), subnormal, normal);
-  made = pick(magnitude >= (Bits{} + 0x47800000u), Bits{} + 0x7c00u, made);
-  made = pick(magnitude > (Bits{} + 0x7f800000u), Bits{} + 0x7e00u, made);
-  return shortened(made | sign);
+  Bits result = pick(magnitude < (Bits{} + 0x38800000u), subnormal, normal);
+  result = pick(magnitude >= (Bits{} + 0x47800000u), Bits{} + 0x7c00u, result);
+  result = pick(magnitude > (Bits{} + 0x7f800000u), Bits{} + 0x7e00u, result);
+  return shortened(result | sign);
 }
 
-// The first n elements at `p`, zeros behind them.
+// The first n elements at `p`, then zeros. memcpy makes no assumption about alignment, and compiles to one unaligned load.
 template <class T>
 INLINE Floats load(const T* p, int n) {
   Halves bits{};
@@ -165,7 +175,8 @@ INLINE void store_wide(W* p, Vec<W> x, int n) {
 INLINE void store(float* p, Floats x, int n) { store_wide<float>(p, x, n); }
 INLINE void store(double* p, Vec<double> x, int n) { store_wide<double>(p, x, n); }
 
-// As a T holds it. What is rounded was made of numbers of that type alone: then the lower half of a NaN is empty.
+// The value of `x` after a round trip through T. For bf16 without the case of NaN: here `x` comes from bf16 values alone, whose
+// NaN has an empty lower half.
 template <class T>
 struct Round {
   static INLINED inline Floats to(Floats x) { return widen(narrow(x, T{}), T{}); }
@@ -183,7 +194,7 @@ struct Round<double> {
   static INLINED inline Vec<double> to(Vec<double> x) { return x; }
 };
 
-// a · b + c, rounded once.
+// a · b + c, rounded once, at every level: without the instruction the C library computes it, slowly but with the same bits.
 LONG Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX2__)
   return (Floats)INSTRUCTION_FMAF(a, b, c);
@@ -215,12 +226,12 @@ LONG Vec<double> square_root(Vec<double> x) {
   return x;
 }
 
-// f(at, n) for the elements [at, at + n) of each vector in [0, size).
+// Calls f(at, n) for the elements [at, at + n) of each vector in [0, size). The last one may have fewer than a vector's lanes.
 template <class W, class F>
-INLINE void each(int64_t size, F f) {
+INLINE void for_vectors(int64_t size, F f) {
   constexpr int lanes = Lanes<W>::count;
 #if defined(__x86_64__) && !defined(__AVX2__)
-  // A second body is not worth what it takes to compile where the vectors are not the processor's own.
+  // One body for full and partial vectors: a second one would double a long compilation for the slowest level.
   for (int64_t at = 0; at < size; at += lanes) f(at, int(size - at < lanes ? size - at : lanes));
 #else
   int64_t at = 0;
@@ -229,7 +240,7 @@ INLINE void each(int64_t size, F f) {
 #endif
 }
 
-// Run `body` with a value of the dtype's type.
+// Calls `body` with a value of the dtype's type.
 template <class F>
 INLINE void of_dtype(DType dtype, F body) {
   switch (dtype) {
@@ -240,19 +251,20 @@ INLINE void of_dtype(DType dtype, F body) {
   }
 }
 
-// A value that the compiler knows.
-template <class Kind, Kind held>
+// A compile-time value as an argument.
+template <class Kind, Kind constant>
 struct Constant {
-  static constexpr Kind value = held;
+  static constexpr Kind value = constant;
 };
 
-// Goes through rows in order, with the place of each in every tensor.
+// Visits rows in order and keeps the offset of each in every tensor. A step is additions alone, like an odometer; only the
+// first row needs divisions.
 struct Cursor {
   const Rows& rows;
   int64_t at[most_dims];
   int64_t offset[most_tensors];
 
-  INLINED explicit Cursor(const Rows& given, int64_t row) : rows(given) {
+  INLINED explicit Cursor(const Rows& all_rows, int64_t row) : rows(all_rows) {
     for (int t = 0; t < most_tensors; ++t) offset[t] = 0;
     for (int d = rows.dims - 1; d >= 0; --d) {
       at[d] = row % rows.sizes[d];
@@ -270,9 +282,10 @@ struct Cursor {
   }
 };
 
-// f(offsets, size) for the pieces of rows that lie in the elements [begin, end).
+// Calls f(offsets, size) for each run of adjacent elements in [begin, end), which counts elements over all rows: a thread's
+// share of elementwise work may begin and end within a row.
 template <class F>
-INLINE void pieces(const Rows& rows, int64_t begin, int64_t end, F f) {
+INLINE void row_segments(const Rows& rows, int64_t begin, int64_t end, F f) {
   if (begin >= end) return;
   Cursor cursor(rows, begin / rows.width);
   int64_t column = begin % rows.width;

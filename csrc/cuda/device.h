@@ -1,7 +1,15 @@
-// What every CUDA kernel is made of: the four dtypes to and from what they are computed in, 16 bytes at a time where that can be,
-// rows and their places, and sums over threads that have the same bits every time.
+// The building blocks of every CUDA kernel: conversions between the four dtypes and the dtype of computation, loads and stores
+// of 16 bytes, offsets of rows, sums over threads, and the launch.
 //
-// Plain C++ but for a few words that the emulation gives a meaning on the host, so that the same sources run there.
+// Every kernel here is bound by memory bandwidth: a few operations for each element. So the rules are the same everywhere. Each
+// element moves once in each direction, in the widest access that a thread has (16 bytes), with several accesses in flight.
+// Sums are in float32 or wider and in a fixed order, without atomics, so that a call gives the same bits every time.
+//
+// Numerics: nvcc runs with --fmad=false, so that a * b + c rounds twice as it does in the reference. Where one rounding is
+// right, the code says so with `fused`.
+//
+// The language is plain C++ with a few CUDA words, to which csrc/emulation gives a meaning on the host: the tests run these
+// same sources without a GPU. PTX stays behind __CUDA_ARCH__, each time beside the same arithmetic in C++.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +32,7 @@ extern __shared__ __align__(16) unsigned char shardcomp_shared_memory[];
 #define DEVICE static __device__ __forceinline__
 
 namespace shardcomp::cuda {
-// Each source has its own, so that a linker never takes a function of one for that of another.
+// Unnamed: each source has its own copy, so that the linker never merges functions of two sources that have one name.
 namespace {
 
 struct bf16 {
@@ -34,7 +42,7 @@ struct fp16 {
   uint16_t bits;
 };
 
-// The type that a dtype is computed in.
+// The dtype of computation: float32 for everything but float64.
 template <class T>
 struct Widened {
   typedef float type;
@@ -46,19 +54,22 @@ struct Widened<double> {
 template <class T>
 using Wide = typename Widened<T>::type;
 
-// So many elements are 16 bytes, and what a thread takes at a time.
+// The elements in 16 bytes, the widest load or store of one thread. Narrower accesses need more instructions for the same bytes
+// and do not reach the memory bandwidth.
 template <class T>
 constexpr int lanes = 16 / sizeof(T);
 
 DEVICE float widen(float x) { return x; }
 DEVICE double widen(double x) { return x; }
+// A bf16 is the upper half of a float.
 DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 DEVICE float widen(fp16 x) {
 #if defined(__CUDA_ARCH__)
-  float made;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(made) : "h"(x.bits));
-  return made;
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
 #else
+  // The exponents of fp16 are biased by 15, those of float by 127: a product with 2^112 corrects it, exactly, subnormals too.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
   const uint32_t infinite = magnitude >= 0x0f800000u ? 0x7f800000u : 0;
   const uint32_t unbiased = __float_as_uint(__uint_as_float(magnitude) * 0x1p112f);
@@ -66,7 +77,7 @@ DEVICE float widen(fp16 x) {
 #endif
 }
 
-// To nearest, ties to even.
+// Rounding to the nearest, ties to even, as torch rounds.
 template <class T>
 struct Narrow {
   static __device__ __forceinline__ T of(Wide<T> x) { return x; }
@@ -75,10 +86,11 @@ template <>
 struct Narrow<bf16> {
   static __device__ __forceinline__ bf16 of(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    bf16 made;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(made.bits) : "f"(x));
-    return made;
+    bf16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
 #else
+    // Adding just under half a unit in the last place, and one more where the kept bits are odd, carries where it must.
     const uint32_t bits = __float_as_uint(x);
     return {uint16_t(x != x ? 0x7fc0u : (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16)};
 #endif
@@ -88,21 +100,22 @@ template <>
 struct Narrow<fp16> {
   static __device__ __forceinline__ fp16 of(float x) {
 #if defined(__CUDA_ARCH__)
-    fp16 made;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(made.bits) : "f"(x));
-    return made;
+    fp16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    return result;
 #else
     const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
-    uint32_t made = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    if (magnitude < 0x38800000u) made = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
-    if (magnitude >= 0x47800000u) made = 0x7c00u;
-    if (magnitude > 0x7f800000u) made = 0x7e00u;
-    return {uint16_t(made | ((bits >> 16) & 0x8000u))};
+    uint32_t result = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    if (magnitude < 0x38800000u) result = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+    if (magnitude >= 0x47800000u) result = 0x7c00u;
+    if (magnitude > 0x7f800000u) result = 0x7e00u;
+    return {uint16_t(result | ((bits >> 16) & 0x8000u))};
 #endif
   }
 };
 
-// As a T holds it.
+// The value of `x` after a round trip through T: where a model in 16 bits rounds between two operations, so does a fused
+// kernel.
 template <class T>
 DEVICE Wide<T> rounded(Wide<T> x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -110,10 +123,12 @@ DEVICE Wide<T> rounded(Wide<T> x) {
 #else
   constexpr bool as_upper = false;
 #endif
-  if constexpr (as_upper) {  // of two numbers, which is this number; one alone is converted by a unit that is four times as slow
-    uint32_t made;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(x), "f"(0.0f));
-    return __uint_as_float(made);
+  if constexpr (as_upper) {
+    // A conversion of two numbers, the lower one zero, leaves x in the upper half, where it already is a float. The conversion
+    // of a single number goes through a unit with a quarter of the throughput.
+    uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(x), "f"(0.0f));
+    return __uint_as_float(result);
   } else {
     return widen(Narrow<T>::of(x));
   }
@@ -126,8 +141,9 @@ DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE double reciprocal_root(double x) { return 1 / sqrt(x); }
 
-// 1 / √x for rows of T. rsqrtf may be off in its last two bits, which all of a row then shares: it is what a model computes rows of
-// 16 bits with, but those of 32 bits have one step of Newton's behind it, from what is left over of x·rsqrt².
+// 1 / √x, the scale of a row of T. rsqrtf may be wrong in its last two bits, an error that the whole row shares. For 16-bit
+// rows it is what a model calls too, and T is coarser. For float32 one Newton step follows, from the remainder 1 - x · rsqrt²
+// in extra precision. The step is skipped where it gives NaN (x is 0 or infinite).
 template <class T>
 DEVICE Wide<T> root_of_row(Wide<T> x) {
   const Wide<T> guess = reciprocal_root(x);
@@ -139,7 +155,7 @@ DEVICE Wide<T> root_of_row(Wide<T> x) {
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE double exponential(double x) { return exp(x); }
 
-// What so many bytes are moved as, at most 16 at once.
+// The word that a pack of so many bytes moves in: 16 bytes, or 8 for 16-bit elements beside float32 ones.
 template <int bytes>
 struct Moved {
   typedef uint4 type;
@@ -149,31 +165,32 @@ struct Moved<8> {
   typedef uint2 type;
 };
 
-// n elements that lie together.
+// n adjacent elements.
 template <class T, int n>
 struct Pack {
   static constexpr int bytes = sizeof(T) * n;
   typedef typename Moved<bytes>::type Word;
   static constexpr int count = bytes / sizeof(Word);
   static_assert(bytes % sizeof(Word) == 0, "a pack is of whole words");
-  T held[n];
+  T elements[n];
 };
 
-// What a pack holds, and back.
+// The values of a pack, and back. 16-bit elements are taken two at a time as one 32-bit word: half-word accesses would cost a
+// shift and a mask each.
 template <class T, int n, class W>
-DEVICE void widen(W (&made)[n], const Pack<T, n>& pack) {
+DEVICE void widen(W (&values)[n], const Pack<T, n>& pack) {
   if constexpr (std::is_same_v<T, bf16> && n % 2 == 0) {
     uint32_t pairs[n / 2];
     memcpy(pairs, &pack, sizeof(pairs));
 #pragma unroll
-    for (int j = 0; j < n; ++j) made[j] = __uint_as_float(j % 2 == 0 ? pairs[j / 2] << 16 : pairs[j / 2] & 0xffff0000u);
+    for (int j = 0; j < n; ++j) values[j] = __uint_as_float(j % 2 == 0 ? pairs[j / 2] << 16 : pairs[j / 2] & 0xffff0000u);
   } else {
 #pragma unroll
-    for (int j = 0; j < n; ++j) made[j] = widen(pack.held[j]);
+    for (int j = 0; j < n; ++j) values[j] = widen(pack.elements[j]);
   }
 }
 template <class T, int n, class W>
-DEVICE void narrow(Pack<T, n>& pack, const W (&made)[n]) {
+DEVICE void narrow(Pack<T, n>& pack, const W (&values)[n]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr bool by_two = sizeof(T) == 2 && n % 2 == 0;
 #else
@@ -184,37 +201,38 @@ DEVICE void narrow(Pack<T, n>& pack, const W (&made)[n]) {
 #pragma unroll
     for (int j = 0; j < n; j += 2) {
       if constexpr (std::is_same_v<T, bf16>) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(made[j + 1]), "f"(made[j]));
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(values[j + 1]), "f"(values[j]));
       } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(made[j + 1]), "f"(made[j]));
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[j / 2]) : "f"(values[j + 1]), "f"(values[j]));
       }
     }
     memcpy(&pack, pairs, sizeof(pairs));
   } else {
 #pragma unroll
-    for (int j = 0; j < n; ++j) pack.held[j] = Narrow<T>::of(made[j]);
+    for (int j = 0; j < n; ++j) pack.elements[j] = Narrow<T>::of(values[j]);
   }
 }
 
-// The first `left` of n elements at `p`, zeros behind them. whole: `p` is aligned to as much as is moved at once.
+// The first `left` of the n elements at `p`, then zeros, which change no sum. vectorized: `p` is aligned to a word. The tail of
+// a row and unaligned rows take the second branch, one element at a time.
 template <int n, class T, class W>
-DEVICE void load(W (&made)[n], const T* p, int64_t left, bool whole) {
+DEVICE void load(W (&values)[n], const T* p, int64_t left, bool vectorized) {
   typedef Pack<T, n> P;
   P pack;
-  if (whole && left >= n) {
+  if (vectorized && left >= n) {
     typename P::Word words[P::count];
 #pragma unroll
     for (int k = 0; k < P::count; ++k) words[k] = reinterpret_cast<const typename P::Word*>(p)[k];
     memcpy(&pack, words, sizeof(pack));
   } else {
 #pragma unroll
-    for (int j = 0; j < n; ++j) pack.held[j] = j < left ? p[j] : T{};
+    for (int j = 0; j < n; ++j) pack.elements[j] = j < left ? p[j] : T{};
   }
-  widen(made, pack);
+  widen(values, pack);
 }
 
-// One word into the device's memory. Were it written in C++, a compiler would find the same elements stored one by one in what
-// is done where they are not aligned, and do that in either case.
+// Stores one word to global memory. It is PTX because nvcc merges a C++ store with the element-wise stores of the unaligned
+// branch, and then stores element by element in both (tests/kernels/test_cuda_build.py counts the 16-byte stores).
 DEVICE void write(uint4* p, uint4 x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
@@ -233,22 +251,23 @@ DEVICE void write(uint2* p, uint2 x) {
 #endif
 }
 
-// 16 bytes as they lie, and what they hold: several can be on their way before the first are looked at.
+// 16 bytes, and their values, in two steps: a thread issues several loads before it uses the first, which hides the latency of
+// memory (hundreds of cycles) without more threads.
 DEVICE uint4 fetched(const void* p) { return *static_cast<const uint4*>(ALIGNED(p, 16)); }
 template <class T, class W>
-DEVICE void unpack(W (&made)[lanes<T>], uint4 word) {
+DEVICE void unpack(W (&values)[lanes<T>], uint4 word) {
   Pack<T, lanes<T>> pack;
   memcpy(&pack, &word, sizeof(pack));
-  widen(made, pack);
+  widen(values, pack);
 }
 
-// Into shared memory, or into what may be that: n elements, and where they are not `whole` no more than `left`.
+// Stores n elements to shared memory, or to memory that may be either kind: not `vectorized`, the first `left` one by one.
 template <int n, class T, class W>
-DEVICE void keep(T* p, const W (&made)[n], int64_t left = n, bool whole = true) {
+DEVICE void keep(T* p, const W (&values)[n], int64_t left = n, bool vectorized = true) {
   typedef Pack<T, n> P;
   P pack;
-  narrow(pack, made);
-  if (whole && left >= n) {
+  narrow(pack, values);
+  if (vectorized && left >= n) {
     typename P::Word words[P::count];
     memcpy(words, &pack, sizeof(pack));
 #pragma unroll
@@ -256,55 +275,59 @@ DEVICE void keep(T* p, const W (&made)[n], int64_t left = n, bool whole = true) 
   } else {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      if (j < left) p[j] = pack.held[j];
+      if (j < left) p[j] = pack.elements[j];
     }
   }
 }
 
+// Stores the first `left` of n elements to global memory.
 template <int n, class T, class W>
-DEVICE void store(T* p, const W (&made)[n], int64_t left, bool whole) {
+DEVICE void store(T* p, const W (&values)[n], int64_t left, bool vectorized) {
   typedef Pack<T, n> P;
-  if (!whole || left < n) return keep(p, made, left, false);
+  if (!vectorized || left < n) return keep(p, values, left, false);
   P pack;
-  narrow(pack, made);
+  narrow(pack, values);
   typename P::Word words[P::count];
   memcpy(words, &pack, sizeof(pack));
 #pragma unroll
   for (int k = 0; k < P::count; ++k) write(reinterpret_cast<typename P::Word*>(p) + k, words[k]);
 }
 
-// The numbers of a factor that n elements of a row meet, the first of them at `at`.
+// n values of a factor from column `at` on. An offset is added in the dtype of computation; with `rounded` the sum is then
+// rounded to T, as 1 + weight is in a model whose weight is a T.
 template <class T, int n>
-DEVICE void load_factor(Wide<T> (&made)[n], const Factor& factor, int64_t at, int64_t left, bool whole) {
+DEVICE void load_factor(Wide<T> (&values)[n], const Factor& factor, int64_t at, int64_t left, bool vectorized) {
   typedef Wide<T> W;
   if (factor.narrow) {
-    load(made, static_cast<const T*>(factor.held) + at, left, whole);
+    load(values, static_cast<const T*>(factor.values) + at, left, vectorized);
   } else {
-    load(made, static_cast<const W*>(factor.held) + at, left, whole);
+    load(values, static_cast<const W*>(factor.values) + at, left, vectorized);
   }
   if (factor.offset != 0) {
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      made[j] += W(factor.offset);
-      if (factor.narrow && factor.rounded) made[j] = rounded<T>(made[j]);
+      values[j] += W(factor.offset);
+      if (factor.narrow && factor.rounded) values[j] = rounded<T>(values[j]);
     }
   }
 }
 
-// at becomes at / size, and what is left is returned.
+// Divides `at` by `size` in place and returns the remainder. A GPU has no integer division: for 64 bits it is a long
+// subroutine, for 32 bits a fraction of that, so the short one runs whenever both fit.
 DEVICE int64_t divided(int64_t& at, int64_t size) {
-  const int64_t whole = at;
-  if (((whole | size) >> 31) == 0) {
-    at = uint32_t(whole) / uint32_t(size);
+  const int64_t dividend = at;
+  if (((dividend | size) >> 31) == 0) {
+    at = uint32_t(dividend) / uint32_t(size);
   } else {
-    at = whole / size;
+    at = dividend / size;
   }
-  return whole - at * size;
+  return dividend - at * size;
 }
 
-// Where a row lies in each of some tensors.
+// The offset of a row in each of `count` tensors, from its index over all leading dimensions. The loop over dimensions stays
+// rolled: there are one or two of them, and unrolled copies of a division would cost registers.
 template <int count>
-DEVICE void place(int64_t (&offset)[count], const Rows& rows, int64_t row) {
+DEVICE void row_offsets(int64_t (&offset)[count], const Rows& rows, int64_t row) {
 #pragma unroll
   for (int t = 0; t < count; ++t) offset[t] = 0;
 #pragma unroll 1
@@ -315,13 +338,14 @@ DEVICE void place(int64_t (&offset)[count], const Rows& rows, int64_t row) {
   }
 }
 
-// A row is the work of blockDim.x threads, either a warp, of which a block has blockDim.y, or a whole block.
+// A row is the work of blockDim.x threads: one warp (blockDim.y of them in a block, each with a row of its own), or a whole
+// block. 512 threads at most leave each thread 128 of a multiprocessor's 64k registers.
 constexpr int warp = 32;
 constexpr int most_threads = 512;
 
 DEVICE bool alone() { return blockDim.x == warp; }
 
-// Shared memory begins with a few numbers of each warp.
+// Shared memory begins with two numbers for each warp, through which warps exchange their sums; `stage` is the rest.
 constexpr int64_t exchange_bytes = most_threads / warp * 2 * sizeof(double);
 
 template <class W>
@@ -330,42 +354,45 @@ DEVICE W* exchange() {
 }
 DEVICE unsigned char* stage() { return SHARED_MEMORY + exchange_bytes; }
 
+// Sums over a warp. In this butterfly every lane adds the same pairs, so all lanes get the same bits.
 template <int count, class W>
 DEVICE void warp_sum(W (&x)[count]) {
 #pragma unroll
-  for (int apart = warp / 2; apart > 0; apart /= 2) {
+  for (int distance = warp / 2; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) x[k] += __shfl_xor_sync(0xffffffffu, x[k], apart);
+    for (int k = 0; k < count; ++k) x[k] += __shfl_xor_sync(0xffffffffu, x[k], distance);
   }
 }
 
-// The sums over the threads of a row, which all of them get.
+// The sums over the threads of a row; all of them get the result. Each warp reduces what the warps left, in the same order, so
+// that one barrier serves both the sum and its broadcast.
 template <int count, class W>
 DEVICE void row_sum(W (&x)[count]) {
   warp_sum(x);
   if (alone()) return;
-  W* held = exchange<W>();
+  W* slots = exchange<W>();
   const int lane = threadIdx.x % warp, warps = blockDim.x / warp;
   if (lane == 0) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) held[threadIdx.x / warp * count + k] = x[k];
+    for (int k = 0; k < count; ++k) slots[threadIdx.x / warp * count + k] = x[k];
   }
   __syncthreads();
 #pragma unroll
-  for (int k = 0; k < count; ++k) x[k] = lane < warps ? held[lane * count + k] : W(0);
+  for (int k = 0; k < count; ++k) x[k] = lane < warps ? slots[lane * count + k] : W(0);
   warp_sum(x);
-  __syncthreads();  // what was exchanged may be written over
+  __syncthreads();  // all have read: the next sum may overwrite the exchange
 }
 
-// On the host: how kernels are started.
+// On the host: the launch of kernels.
 
 struct Shape {
   int64_t blocks;
-  int threads;  // of a row
-  int rows;     // of a block at a time
+  int threads;  // for each row
+  int rows;     // that a block takes at a time
   int64_t shared;
 
-  // As many threads as a row of so many vectors keeps busy.
+  // As many threads as a row of so many vectors keeps busy: 4 to 8 vectors for each. A short row is left to one warp,
+  // which needs no barrier.
   static Shape of_rows(int64_t vectors) {
     if (vectors <= 4 * warp) return {0, warp, 4, exchange_bytes};
     return {0, vectors <= 512 ? 128 : vectors <= 2048 ? 256 : most_threads, 1, exchange_bytes};
@@ -374,10 +401,10 @@ struct Shape {
 
 inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether rows may be moved 16 bytes at a time.
+// Whether every row of these tensors begins at a multiple of 16 bytes.
 inline bool aligned(const Rows& rows, int64_t size, std::initializer_list<const void*> pointers, int tensors) {
-  for (const void* each : pointers) {
-    if (reinterpret_cast<uintptr_t>(each) % 16 != 0) return false;
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
   }
   for (int t = 0; t < tensors; ++t) {
     for (int d = 0; d < rows.dims; ++d) {
@@ -387,6 +414,7 @@ inline bool aligned(const Rows& rows, int64_t size, std::initializer_list<const 
   return true;
 }
 
+// The limit of a grid's first dimension.
 constexpr int64_t most_blocks = (int64_t(1) << 31) - 1;
 
 template <class... Parameters, class... Arguments>
@@ -396,6 +424,7 @@ void start([[maybe_unused]] const Device& device, void (*kernel)(Parameters...),
   emulation::run(shape.blocks, shape.threads, shape.rows, shape.shared, [&] { kernel(arguments...); });
 #else
   cudaError_t error = cudaSuccess;
+  // More than 48 KiB of dynamic shared memory must be requested for each kernel.
   if (shape.shared > 48 << 10) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared));
   }
@@ -408,7 +437,7 @@ void start([[maybe_unused]] const Device& device, void (*kernel)(Parameters...),
 #endif
 }
 
-// Run `body` with a value of the dtype's type.
+// Calls `body` with a value of the dtype's type.
 template <class F>
 void of_dtype(DType dtype, F body) {
   switch (dtype) {

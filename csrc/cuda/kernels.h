@@ -1,6 +1,7 @@
-// The kernels of CUDA devices: what starts each of them on a stream. Nothing here or in the kernels knows torch, waits for the
-// device or takes memory of it. Sums are made in an order that depends on the device and the shape alone, so that a call gives
-// the same bits every time.
+// The interface of CUDA's kernels: `run` launches the kernel of its arguments on a stream.
+//
+// Nothing here or in the kernels includes torch, waits for the device or allocates memory, so that every call can be recorded
+// in a CUDA graph. The order of a sum depends on the device and the shape alone: a call gives the same bits every time.
 #pragma once
 
 #include <initializer_list>
@@ -9,14 +10,14 @@
 
 namespace shardcomp::cuda {
 
-// Where kernels are started, and what there is of it.
+// A stream, and the facts about its device that decide a launch.
 struct Device {
   void* stream;
   int multiprocessors;
-  int64_t shared;  // bytes of shared memory that a block can have
+  int64_t shared;  // bytes of shared memory that one block can request
 };
 
-// Rows that each block of a norm's backward goes through; so many sums are made of each column.
+// The rows of each block in a norm's backward, which makes `sums` sums of each column (1 for a weight, 2 with a bias).
 int64_t block_rows(DType dtype, const Rows& rows, int sums, const Device& device);
 
 void run(const RmsNorm& a, const Device& device);
@@ -30,18 +31,24 @@ void run(const GatedBwd& a, const Device& device);
 void run(const CrossEntropyStatistics& a, const Device& device);
 void run(const CrossEntropyGradient& a, const Device& device);
 
-// Kernels over many tensors, each of which lies in one piece. They count blocks of as many elements as follow, of which a
-// tensor's last one may have fewer; a call is given the tensors that fit in a kernel's parameters.
+// Kernels over lists of tensors, each of them dense in memory. One launch covers many tensors: a model has hundreds of
+// parameters, and a launch for each costs more than the small ones take. A block does `list_block` elements of one tensor (128
+// KiB of float32), the last block of a tensor fewer.
+//
+// The pointers travel in the kernel's parameters, not in a table in device memory, which would need a copy from the host and
+// memory that outlives it. Parameters hold 4 KiB, which gives the most tensors of a launch; the binding starts as many launches
+// as it takes.
 constexpr int64_t list_block = 1 << 15;
 
-// A number that is read on the device; null: there is none.
+// A scalar in device memory, such as the learning rate, read by the kernel so that the host never waits for it; null: there is
+// none.
 struct Number {
-  const void* held;
+  const void* value;
   DType dtype;
 };
 
-// What a step is made of beside the tensors; `made` gets found_inf, the gradients' factor and the weights', and then for each
-// tensor lr / (1 - beta1^t) and sqrt(1 - beta2^t).
+// The scalars of a step, which a kernel of one thread per tensor computes first, in float64. `numbers` gets found_inf, the
+// scale of the gradients and the decay of the weights, and then for each tensor lr / (1 - beta1^t) and sqrt(1 - beta2^t).
 struct AdamWNumbers {
   static constexpr int most = 256;
   int count;
@@ -53,7 +60,7 @@ struct AdamWNumbers {
   Number lr;
   Number scale;
   Number found_inf;
-  double* made;
+  double* numbers;
   float* steps[most];
 };
 
@@ -67,7 +74,7 @@ struct AdamWShard {
   int32_t first_block;
   int16_t gradient_dtype;
   int16_t copy_dtype;
-  int32_t place;  // of its numbers
+  int32_t place;  // of the tensor in the whole list, which finds its numbers
 };
 
 struct AdamW {
@@ -104,6 +111,7 @@ struct SquaresSum {
   void* sum;
 };
 
+// The limit on every architecture that is built for.
 constexpr int most_parameter_bytes = 4096;
 static_assert(sizeof(AdamWNumbers) <= most_parameter_bytes && sizeof(AdamW) <= most_parameter_bytes &&
               sizeof(Squares) <= most_parameter_bytes);

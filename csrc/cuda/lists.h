@@ -1,4 +1,4 @@
-// Going through the blocks of many tensors as if they were one.
+// The blocks of a list of tensors, counted as if the tensors were one.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,8 @@
 namespace shardcomp::cuda {
 namespace {
 
-// The tensor that a block is of: the last one that begins no later.
+// The tensor of a block: the last one whose first block is no later. A binary search in the kernel's parameters, which are in
+// constant memory and cached; all threads of a block take the same path.
 template <class Arguments>
 DEVICE int shard_of(const Arguments& a, int64_t block) {
   int at = 0;
@@ -23,6 +24,7 @@ DEVICE int shard_of(const Arguments& a, int64_t block) {
   return at;
 }
 
+// Tensors are often views of a flat buffer, which may begin anywhere: each tensor chooses its path for itself.
 DEVICE bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace

@@ -1,4 +1,8 @@
-// What norms have in common: which rows are whose, what stays in shared memory, and sums over the rows of a block.
+// The common parts of RMS norm and layer norm: rows of a block, rows in shared memory or registers, sums over rows.
+//
+// Each norm has two kernels for each direction. The general one takes any width, alignment and dtype; it keeps a row in shared
+// memory if it fits, else it reads the row twice. The one called `_held` takes rows that are whole vectors of 16 bytes and
+// short enough: each thread keeps its vectors in registers, and shared memory is free to prefetch the next rows.
 #pragma once
 
 #include <algorithm>
@@ -11,72 +15,73 @@ namespace {
 DEVICE int64_t first_row() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
 DEVICE int64_t row_step() { return int64_t(gridDim.x) * blockDim.y; }
 
-// Elements of a row in shared memory, a multiple of what is moved at once.
+// The elements of a row in shared memory, rounded up to whole vectors so that the next row is aligned.
 template <class T>
 __host__ __device__ __forceinline__ int64_t padded(int64_t h) {
   return (h + lanes<T> - 1) / lanes<T> * lanes<T>;
 }
 
-// Sums of `count` kinds over the rows of a block, for the gradients of what rows are multiplied by and added to: in shared memory
-// where that is enough, each thread its own columns, else where they are to end. Null pointers ask for none.
+// Sums over the rows of a block, `count` for each column: the gradients of weight and bias, in the wide dtype. They grow in
+// shared memory where it suffices, else in `partial` itself. Each thread owns its columns, so that adding a row needs no
+// barrier and no atomic, and the order of additions is fixed. A null pointer means that its gradient is not needed.
 template <class T, int count>
 struct BlockSums {
   typedef Wide<T> W;
   static constexpr int n = lanes<T>;
   int64_t h;
   bool staged;
-  W* made[count];
-  W* held[count];
+  W* out[count];   // where the sums of this block end
+  W* sums[count];  // where they grow
 
   static int64_t bytes(int64_t h) { return count * padded<T>(h) * int64_t(sizeof(W)); }
 
   __device__ __forceinline__ BlockSums(W* const (&partial)[count], int64_t h, bool staged) : h(h), staged(staged) {
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      made[k] = partial[k] == nullptr ? nullptr : partial[k] + blockIdx.x * h;
-      held[k] = made[k];
-      if (staged) held[k] = reinterpret_cast<W*>(stage()) + (int64_t(threadIdx.y) * count + k) * padded<T>(h);
-      if (made[k] == nullptr) continue;
+      out[k] = partial[k] == nullptr ? nullptr : partial[k] + blockIdx.x * h;
+      sums[k] = out[k];
+      if (staged) sums[k] = reinterpret_cast<W*>(stage()) + (int64_t(threadIdx.y) * count + k) * padded<T>(h);
+      if (out[k] == nullptr) continue;
       for (int64_t at = threadIdx.x * n; at < h; at += int64_t(blockDim.x) * n) {
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          if (at + j < h) held[k][at + j] = 0;
+          if (at + j < h) sums[k][at + j] = 0;
         }
       }
     }
   }
 
-  // What lies behind the sums of all rows.
-  __device__ __forceinline__ unsigned char* behind() const { return stage() + blockDim.y * count * padded<T>(h) * sizeof(W); }
+  // The shared memory after the sums.
+  __device__ __forceinline__ unsigned char* end() const { return stage() + blockDim.y * count * padded<T>(h) * sizeof(W); }
 
-  __device__ __forceinline__ void add(int k, const W (&x)[n], int64_t at, int64_t left, bool whole) {
-    if (made[k] == nullptr) return;
+  __device__ __forceinline__ void add(int k, const W (&x)[n], int64_t at, int64_t left, bool vectorized) {
+    if (out[k] == nullptr) return;
     W total[n];
-    load(total, held[k] + at, left, whole || staged);
+    load(total, sums[k] + at, left, vectorized || staged);
 #pragma unroll
     for (int j = 0; j < n; ++j) total[j] += x[j];
-    keep(held[k] + at, total, left, whole || staged);
+    keep(sums[k] + at, total, left, vectorized || staged);
   }
 
-  // Every thread of the block comes here.
+  // Adds up the sums of the block's warps, in order. All threads of the block must call it: it has a barrier.
   __device__ __forceinline__ void finish() {
     if (!staged) return;
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      if (made[k] == nullptr) continue;
-      const W* all = reinterpret_cast<const W*>(stage()) + k * padded<T>(h);
+      if (out[k] == nullptr) continue;
+      const W* first_row = reinterpret_cast<const W*>(stage()) + k * padded<T>(h);
       for (int64_t at = threadIdx.y * blockDim.x + threadIdx.x; at < h; at += blockDim.x * blockDim.y) {
         W total = 0;
-        for (int row = 0; row < blockDim.y; ++row) total += all[int64_t(row) * count * padded<T>(h) + at];
-        made[k][at] = total;
+        for (int row = 0; row < blockDim.y; ++row) total += first_row[int64_t(row) * count * padded<T>(h) + at];
+        out[k][at] = total;
       }
     }
   }
 };
 
-// On the host: whether so many bytes of each row at a time fit in shared memory, which is then asked for; else a block has one
-// row at a time, since its sums are then made where they end.
+// On the host: whether `bytes` for each row fit in shared memory; if so, the shape requests them. Else a block takes one row at
+// a time, because two warps would then add to the same sums in global memory.
 inline bool stages(Shape& shape, int64_t bytes, int64_t shared) {
   const bool fits = shape.rows * bytes <= shared - exchange_bytes;
   if (fits) {
@@ -87,16 +92,17 @@ inline bool stages(Shape& shape, int64_t bytes, int64_t shared) {
   return fits;
 }
 
-// Where rows are whole vectors of 16 bytes, each thread of a block holds a few of them, and shared memory is left to what is on its
-// way: a kernel's `held` says how many at most, the k-th `k * blockDim.x` vectors behind the first.
+// The kernels that keep rows in registers. A thread has up to `thread_vectors` vectors of 16 bytes of a row, `blockDim.x`
+// vectors apart, so that neighbouring threads read neighbouring vectors and a warp's load is 512 contiguous bytes.
 
+// The first column of a thread's k-th vector.
 template <class T>
-DEVICE int place_of(int k) {
+DEVICE int vector_column(int k) {
   return (int(threadIdx.x) + k * int(blockDim.x)) * lanes<T>;
 }
 
-// The pair of numbers in a word, the first one in its lower half, and the word of two numbers: what a compiler makes of halves by
-// themselves takes several times as long.
+// Two 16-bit numbers in one 32-bit word, the first in the lower half. Both are converted together: nvcc's code for single
+// halves takes several times as long.
 template <class T>
 struct Pair;
 template <>
@@ -107,9 +113,9 @@ struct Pair<bf16> {
   }
   static __device__ __forceinline__ uint32_t narrowed(float a, float b) {
 #if defined(__CUDA_ARCH__)
-    uint32_t made;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(b), "f"(a));
-    return made;
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+    return word;
 #else
     return Narrow<bf16>::of(a).bits | uint32_t(Narrow<bf16>::of(b).bits) << 16;
 #endif
@@ -123,9 +129,9 @@ struct Pair<fp16> {
   }
   static __device__ __forceinline__ uint32_t narrowed(float a, float b) {
 #if defined(__CUDA_ARCH__)
-    uint32_t made;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(b), "f"(a));
-    return made;
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+    return word;
 #else
     return Narrow<fp16>::of(a).bits | uint32_t(Narrow<fp16>::of(b).bits) << 16;
 #endif
@@ -133,15 +139,15 @@ struct Pair<fp16> {
 };
 
 template <class T>
-DEVICE void widen_vector(float (&made)[lanes<T>], uint4 vector) {
+DEVICE void widen_vector(float (&values)[lanes<T>], uint4 vector) {
   uint32_t words[4];
   memcpy(words, &vector, sizeof(words));
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) Pair<T>::widened(made[2 * j], made[2 * j + 1], words[j]);
+    for (int j = 0; j < 4; ++j) Pair<T>::widened(values[2 * j], values[2 * j + 1], words[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) made[j] = __uint_as_float(words[j]);
+    for (int j = 0; j < 4; ++j) values[j] = __uint_as_float(words[j]);
   }
 }
 
@@ -160,111 +166,115 @@ DEVICE uint4 narrow_vector(const float (&x)[lanes<T>]) {
 }
 
 template <class T>
-DEVICE uint4 vector_at(const T* p, int at, int h) {
+DEVICE uint4 load_vector(const T* p, int at, int h) {
   return at < h ? *reinterpret_cast<const uint4*>(p + at) : uint4{};
 }
 
 template <class T>
-DEVICE void put_vector(T* p, const float (&x)[lanes<T>], int at, int h) {
+DEVICE void store_vector(T* p, const float (&x)[lanes<T>], int at, int h) {
   if (at < h) write(reinterpret_cast<uint4*>(p + at), narrow_vector<T>(x));
 }
 
 template <class T>
-DEVICE void put_sums(float* p, const float (&x)[lanes<T>], int at, int h) {
+DEVICE void store_sums(float* p, const float (&x)[lanes<T>], int at, int h) {
 #pragma unroll
   for (int j = 0; j < lanes<T>; j += 4) {
     const float four[4] = {x[j], x[j + 1], x[j + 2], x[j + 3]};
-    put_vector(p, four, at + j, h);
+    store_vector(p, four, at + j, h);
   }
 }
 
-// The numbers of a factor that a vector meets, in two steps: what is narrow is asked for early and waited for late. Where there is
-// no factor they are `none`, which T can hold.
+// The values of a factor for one vector, in two steps. The first issues the load of a narrow factor before the sums of a row,
+// the second widens it after them, so that the load overlaps the reduction. Without a factor the values are `none`, which T
+// represents.
 template <class T>
-DEVICE uint4 ask_factor(const Factor& factor, int at, int h, float none) {
+DEVICE uint4 prefetch_factor(const Factor& factor, int at, int h, float none) {
   float x[lanes<T>];
 #pragma unroll
   for (int j = 0; j < lanes<T>; ++j) x[j] = none;
   const uint4 nothing = narrow_vector<T>(x);
-  const bool there = factor.held != nullptr;
-  const uint4 asked = there && factor.narrow && at < h ? fetched(static_cast<const T*>(factor.held) + at) : uint4{};
-  return {there ? asked.x : nothing.x, there ? asked.y : nothing.y, there ? asked.z : nothing.z, there ? asked.w : nothing.w};
+  const bool present = factor.values != nullptr;
+  const uint4 packed = present && factor.narrow && at < h ? fetched(static_cast<const T*>(factor.values) + at) : uint4{};
+  return {present ? packed.x : nothing.x, present ? packed.y : nothing.y,
+          present ? packed.z : nothing.z, present ? packed.w : nothing.w};
 }
-// plain: as below, so that what is asked for is all there is to it.
+// plain: the factor is narrow and has no offset (see is_plain), so that the code for the other kinds is left out.
 template <class T, bool plain>
-DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, uint4 asked, int at, int h) {
+DEVICE void factor_at(float (&values)[lanes<T>], const Factor& factor, uint4 packed, int at, int h) {
   constexpr int n = lanes<T>;
-  widen_vector<T>(made, asked);
-  if (plain || factor.held == nullptr) return;
+  widen_vector<T>(values, packed);
+  if (plain || factor.values == nullptr) return;
   if (!factor.narrow) {
 #pragma unroll
     for (int j = 0; j < n; j += 4) {
       float four[4];
-      widen_vector<float>(four, at < h ? vector_at(static_cast<const float*>(factor.held), at + j, h) : uint4{});
+      widen_vector<float>(four, at < h ? load_vector(static_cast<const float*>(factor.values), at + j, h) : uint4{});
 #pragma unroll
-      for (int i = 0; i < 4; ++i) made[j + i] = four[i];
+      for (int i = 0; i < 4; ++i) values[j + i] = four[i];
     }
   }
   if (factor.offset != 0) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) made[j] += float(factor.offset);
-    if (factor.narrow && factor.rounded) widen_vector<T>(made, narrow_vector<T>(made));
+    for (int j = 0; j < n; ++j) values[j] += float(factor.offset);
+    if (factor.narrow && factor.rounded) widen_vector<T>(values, narrow_vector<T>(values));
   }
 }
 template <class T, bool plain>
-DEVICE void factor_at(float (&made)[lanes<T>], const Factor& factor, int at, int h, float none) {
-  factor_at<T, plain>(made, factor, ask_factor<T>(factor, at, h, none), at, h);
+DEVICE void factor_at(float (&values)[lanes<T>], const Factor& factor, int at, int h, float none) {
+  factor_at<T, plain>(values, factor, prefetch_factor<T>(factor, at, h, none), at, h);
 }
 
-// On the host: whether a factor, if there is one, is just what its memory holds as a T.
-inline bool is_plain(const Factor& factor) { return factor.held == nullptr || (factor.narrow && factor.offset == 0); }
+// On the host: whether the values of a factor, if there is one, are used as they are, as a T.
+inline bool is_plain(const Factor& factor) { return factor.values == nullptr || (factor.narrow && factor.offset == 0); }
 
-// The sum of a few numbers, in pairs.
+// The sum of n numbers as a tree: log2(n) dependent additions instead of n, and a smaller rounding error.
 template <int n>
 DEVICE float sum_of(const float (&x)[n]) {
-  float held[n];
+  float sums[n];
 #pragma unroll
-  for (int j = 0; j < n; ++j) held[j] = x[j];
+  for (int j = 0; j < n; ++j) sums[j] = x[j];
 #pragma unroll
-  for (int apart = n / 2; apart > 0; apart /= 2) {
+  for (int distance = n / 2; distance > 0; distance /= 2) {
 #pragma unroll
-    for (int j = 0; j < apart; ++j) held[j] += held[j + apart];
+    for (int j = 0; j < distance; ++j) sums[j] += sums[j + distance];
   }
-  return held[0];
+  return sums[0];
 }
 
-// The sums over a block, which all threads get. One call and the next have places of their own in shared memory, so that one
-// barrier is enough: a thread that comes to the next but one has seen that all were at the next.
+// The sums over a block; all threads get them. Successive calls alternate between two places in shared memory, so that one
+// barrier per call is enough: a thread that overwrites a place, two calls later, has passed the barrier of the call between,
+// and so all threads have read it.
 template <int count>
 DEVICE void block_sum(float (&x)[count], int& calls) {
   static_assert(2 * count * most_threads / warp * sizeof(float) <= exchange_bytes);
   warp_sum(x);
   if (alone()) return;
   const int warps = blockDim.x / warp;
-  float* const held = exchange<float>() + calls++ % 2 * count * (most_threads / warp);
+  float* const slots = exchange<float>() + calls++ % 2 * count * (most_threads / warp);
   if (threadIdx.x % warp == 0) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) held[threadIdx.x / warp * count + k] = x[k];
+    for (int k = 0; k < count; ++k) slots[threadIdx.x / warp * count + k] = x[k];
   }
   __syncthreads();
 #pragma unroll
-  for (int k = 0; k < count; ++k) x[k] = held[k];
+  for (int k = 0; k < count; ++k) x[k] = slots[k];
   for (int at = 1; at < warps; ++at) {
 #pragma unroll
-    for (int k = 0; k < count; ++k) x[k] += held[at * count + k];
+    for (int k = 0; k < count; ++k) x[k] += slots[at * count + k];
   }
 }
 
-// Copies of 16 bytes from the device's memory into shared memory that go on beside what a thread does, in groups; zeros where there
-// is nothing.
-DEVICE void copy(uint4* to, const void* from, bool there) {
+// Asynchronous copies of 16 bytes from global to shared memory (cp.async, sm_80 and later), in groups. They pass no register,
+// so rows can be prefetched without taking registers from the row at hand. Not `present`: zeros are written, and nothing is
+// read.
+DEVICE void copy(uint4* to, const void* from, bool present) {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+               : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(__cvta_generic_to_global(from)), "r"(present ? 16 : 0)
                : "memory");
 #elif defined(SHARDCOMP_EMULATED)
-  emulation::block().copy(to, there ? from : nullptr);
+  emulation::block().copy(to, present ? from : nullptr);
 #endif
 }
 DEVICE void end_group() {
@@ -274,7 +284,7 @@ DEVICE void end_group() {
   emulation::block().end_group();
 #endif
 }
-// Until all groups have come but the last few.
+// Waits until all groups have arrived but the last few. The number must be an immediate of the instruction.
 template <int but>
 DEVICE void await_groups() {
 #if defined(__CUDA_ARCH__)
@@ -284,61 +294,63 @@ DEVICE void await_groups() {
 #endif
 }
 
-// The rows of a block: how many there are and where each lies in some tensors, from the first one on.
+// The rows of a block, in order, with their offsets in `count` tensors.
 template <int count>
 struct Walk {
   const Rows& rows;
   const int64_t first;
-  const int many;
+  const int row_count;
   int at = 0;
   int64_t offset[count];
 
   __device__ __forceinline__ Walk(const Rows& rows, int64_t block_rows)
       : rows(rows),
         first(blockIdx.x * block_rows),
-        many(int(rows.count - first < block_rows ? rows.count - first : block_rows)) {
-    place(offset, rows, first);
+        row_count(int(rows.count - first < block_rows ? rows.count - first : block_rows)) {
+    row_offsets(offset, rows, first);
   }
   __device__ __forceinline__ void step() {
     ++at;
-    if (rows.dims > 1) return place(offset, rows, first + at);
+    // With one leading dimension, which is the rule, a step is one addition instead of divisions.
+    if (rows.dims > 1) return row_offsets(offset, rows, first + at);
 #pragma unroll
     for (int t = 0; t < count; ++t) offset[t] += rows.strides[t][0];
   }
 };
 
-// A number of each row of a block, of which each lane of a warp holds one. Were it read row by row, a compiler would see that all
-// threads read the same, and would wait for it there.
+// One number for each row of a block, such as rstd. The lanes of a warp load those of 32 rows at once and pass them round by
+// shuffles. Loading the number row by row stalls every row for the latency of memory.
 struct RowNumbers {
   const float* const numbers;  // that of the block's first row
-  const int many;
-  float mine;
+  const int row_count;
+  float lane_number;
 
-  __device__ __forceinline__ RowNumbers(const void* numbers, int64_t first, int many)
-      : numbers(static_cast<const float*>(numbers) + first), many(many) {
-    hold(0);
+  __device__ __forceinline__ RowNumbers(const void* numbers, int64_t first, int row_count)
+      : numbers(static_cast<const float*>(numbers) + first), row_count(row_count) {
+    refill(0);
   }
-  __device__ __forceinline__ void hold(int at) {
+  __device__ __forceinline__ void refill(int at) {
     at += threadIdx.x % warp;
-    mine = at < many ? numbers[at] : 0;
+    lane_number = at < row_count ? numbers[at] : 0;
   }
-  // All threads of a block take one row after another.
+  // The number of row `at`. All threads of a warp must ask for the same rows, in order.
   __device__ __forceinline__ float of(int at) {
     const int lane = at % warp;
-    if (lane == 0 && at != 0) hold(at);
-    return __shfl_sync(0xffffffffu, mine, lane);
+    if (lane == 0 && at != 0) refill(at);
+    return __shfl_sync(0xffffffffu, lane_number, lane);
   }
 };
 
-// The rows that a block goes through, those of a few tensors side by side: while it is at one, the next ones are on their way. Each
-// thread reads what it has copied itself, so that none waits for another.
-template <int held>
+// A ring of `depth` rows in shared memory, each with its vectors of several tensors: while a block computes one row, the copies
+// of the next ones are in flight. Each thread reads only what it copied itself, so that no barrier is needed.
+template <int thread_vectors>
 struct Stages {
-  int tensors, depth;  // so many rows have a place in shared memory
+  int tensors, depth;  // depth: rows of the ring
 
-  // A thread's first vector of a row, the others follow `blockDim.x` apart, those of one tensor before those of the next.
+  // A thread's first vector of a row. Its others follow at steps of `blockDim.x`, one tensor after the other: neighbouring
+  // threads then access neighbouring 16 bytes, without bank conflicts.
   __device__ __forceinline__ uint4* row(int slot) const {
-    return reinterpret_cast<uint4*>(stage()) + slot * tensors * held * int(blockDim.x) + int(threadIdx.x);
+    return reinterpret_cast<uint4*>(stage()) + slot * tensors * thread_vectors * int(blockDim.x) + int(threadIdx.x);
   }
   __device__ __forceinline__ int after(int slot) const { return slot + 1 == depth ? 0 : slot + 1; }
 
@@ -346,9 +358,9 @@ struct Stages {
   __device__ __forceinline__ void fetch(uint4* to, int tensor, const void* base, int64_t offset, int h) const {
     const T* const from = static_cast<const T*>(base) + offset;
 #pragma unroll
-    for (int k = 0; k < held; ++k) {
-      const int at = place_of<T>(k);
-      copy(to + (tensor * held + k) * int(blockDim.x), from + at, at < h);
+    for (int k = 0; k < thread_vectors; ++k) {
+      const int at = vector_column<T>(k);
+      copy(to + (tensor * thread_vectors + k) * int(blockDim.x), from + at, at < h);
     }
   }
   __device__ __forceinline__ void await() const {
@@ -358,44 +370,51 @@ struct Stages {
   }
 };
 
-// A vector of a row.
-template <class T, int held>
-DEVICE void staged_vector(float (&made)[lanes<T>], const uint4* row, int tensor, int k) {
-  widen_vector<T>(made, row[(tensor * held + k) * int(blockDim.x)]);
+// The k-th vector of a tensor in a staged row.
+template <class T, int thread_vectors>
+DEVICE void staged_vector(float (&values)[lanes<T>], const uint4* row, int tensor, int k) {
+  widen_vector<T>(values, row[(tensor * thread_vectors + k) * int(blockDim.x)]);
 }
 
-// On the host: how a block holds rows of so many vectors; `depth` is 0 where it cannot.
+// On the host: the launch of a backward that keeps rows in registers; `depth` is 0 where two rows do not fit in shared memory.
 constexpr int most_depth = 4;
 
-struct Holding {
+struct RegisterPlan {
   Shape shape;
   int depth;
 };
 
-inline int holding_threads(int64_t vectors, int held) { return int(quotient_up(vectors, held * warp) * warp); }
+inline int register_threads(int64_t vectors, int thread_vectors) {
+  return int(quotient_up(vectors, thread_vectors * warp) * warp);
+}
 
-// Vectors of a thread in a backward, which has registers for a factor and so many sums of its columns beside, and the threads of a
-// multiprocessor that have them.
-__host__ __device__ constexpr int held_back(int sums) { return sums == 1 ? 4 : 2; }
-__host__ __device__ constexpr int held_threads(int sums) { return sums == 1 ? 512 : 768; }
+// The vectors of a thread in a backward, and the threads of a block that its launch bounds allow. Beside a row, registers hold
+// a factor and `sums` float32 sums for each column: 4 vectors of bf16 are 32 columns, so two sums leave room for half as many
+// vectors.
+__host__ __device__ constexpr int backward_vectors(int sums) { return sums == 1 ? 4 : 2; }
+__host__ __device__ constexpr int backward_threads(int sums) { return sums == 1 ? 512 : 768; }
 
-// Elements of more bytes are computed in float64, which a thread has no registers to hold.
-constexpr int most_held_bytes = 4;
+// Wider elements (float64) would need twice the registers.
+constexpr int most_register_bytes = 4;
 
-// Whether rows are held; those of a few vectors are left to single warps, several of which are a block.
-inline bool holds(int64_t vectors, int held) { return vectors > 2 * warp && vectors <= int64_t(held) * most_threads; }
+// Whether rows fit in the registers of a block. Short rows (up to 64 vectors) are left to the general kernel, where a block has
+// a row for each of its warps, or fewer threads.
+inline bool fits_registers(int64_t vectors, int thread_vectors) {
+  return vectors > 2 * warp && vectors <= int64_t(thread_vectors) * most_threads;
+}
 
-// As many rows on their way as the blocks of a multiprocessor have shared memory for, each of `tensors` tensors.
-inline Holding holding(int64_t vectors, int held, int64_t blocks, int tensors, const Device& device) {
-  const int threads = holding_threads(vectors, held);
-  const int64_t row = int64_t(threads) * held * 16 * tensors, beside = quotient_up(blocks, device.multiprocessors);
+// As many rows in flight, up to 4, as the shared memory of a multiprocessor allows the blocks that run on it side by side.
+inline RegisterPlan register_plan(int64_t vectors, int thread_vectors, int64_t blocks, int tensors, const Device& device) {
+  const int threads = register_threads(vectors, thread_vectors);
+  const int64_t row = int64_t(threads) * thread_vectors * 16 * tensors, beside = quotient_up(blocks, device.multiprocessors);
+  // A block also takes 1 KiB that the system reserves.
   const int64_t shared = device.shared / std::max<int64_t>(1, beside) - exchange_bytes - (1 << 10);
   const int64_t depth = std::min<int64_t>(most_depth, std::max<int64_t>(2, shared / row));
   const bool fits = depth * row <= device.shared - exchange_bytes;
   return {{blocks, threads, 1, exchange_bytes + depth * row}, fits ? int(depth) : 0};
 }
 
-// A backward has more to do for each element.
+// Twice the threads of a forward: a backward reads two or three tensors and does more work for each element.
 inline Shape backward_shape(int64_t width, int n) {
   Shape shape = Shape::of_rows(quotient_up(width, n));
   if (shape.threads > warp) shape.threads = std::min(2 * shape.threads, most_threads);

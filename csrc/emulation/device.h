@@ -1,11 +1,16 @@
-// What stands for a CUDA device where there is none: kernels are compiled for the host, and a block's threads are fibers that take
-// turns. Where several could go on, a generator of random numbers says which one does, so that a schedule is told by its seed:
-// the first of an order that is drawn for each block, whole warps together, so that some run far ahead of others.
+// An emulated CUDA device: kernels are compiled for the host, and the threads of a block are fibers that take turns. The tests
+// run the kernels this way on machines without a GPU; it is no way to run a model.
 //
-// A fiber goes on until it waits for others, at a barrier of its block or in an exchange of its warp. A fiber that others wait
-// for and that has ended, or one that exchanges what the others of its warp do not, is an error, and so is shared memory that is
-// read before it was written: it holds NaN in every format. Each block gets its shared memory anew and of the size that was asked
-// for, so that a sanitizer of addresses sees what lies outside.
+// A fiber runs until it waits for others, at a barrier of its block or in an exchange (shuffle) of its warp. Which of the
+// waiting fibers runs next is the schedule. A seed decides it: each block draws an order of its fibers, warp by warp, so that
+// some warps run far ahead of others, as on a device. A missing barrier then gives wrong numbers under some seed, and always
+// under that seed.
+//
+// Errors that it finds: a barrier that some threads never reach; threads of one warp in different exchanges; shared memory that
+// is read before it is written (it begins as NaN in every format); and, under AddressSanitizer, accesses outside shared memory,
+// which each block gets anew and of the exact size.
+//
+// What it lacks: time, atomics, PTX, and the reordering of memory accesses within a thread.
 #pragma once
 
 #include <algorithm>
@@ -56,47 +61,49 @@ struct Index {
 };
 
 #if defined(__x86_64__)
-// Keeps where the caller stands in `from` and goes on at `to`; in device.cpp. That of the C library asks the system twice each time.
-extern "C" __attribute__((visibility("hidden"))) void shardcomp_go_on(void** from, void* to);
+// Saves the caller's stack pointer in `from` and continues at `to`; in device.cpp. swapcontext of the C library makes two
+// system calls for each switch.
+extern "C" __attribute__((visibility("hidden"))) void shardcomp_switch_fiber(void** from, void* to);
 
 struct Context {
-  void* top = nullptr;  // of its stack, where the registers lie that a call keeps
+  void* top = nullptr;  // of its stack, where the saved registers are
 
   void begin(void (*function)(), char* stack, size_t bytes) {
     void** end = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) / 16 * 16);
-    *--end = nullptr;  // whence it was called
+    *--end = nullptr;  // the return address of `function`, which never returns
     *--end = reinterpret_cast<void*>(function);
     for (int i = 0; i < 6; ++i) *--end = nullptr;
     top = end;
   }
-  void leave_for(Context& to) { shardcomp_go_on(&top, to.top); }
+  void leave_for(Context& to) { shardcomp_switch_fiber(&top, to.top); }
 };
 #else
 struct Context {
-  ucontext_t held;
+  ucontext_t saved;
 
   void begin(void (*function)(), char* stack, size_t bytes) {
-    getcontext(&held);
-    held.uc_stack.ss_sp = stack;
-    held.uc_stack.ss_size = bytes;
-    held.uc_link = nullptr;
-    makecontext(&held, function, 0);
+    getcontext(&saved);
+    saved.uc_stack.ss_sp = stack;
+    saved.uc_stack.ss_size = bytes;
+    saved.uc_link = nullptr;
+    makecontext(&saved, function, 0);
   }
-  void leave_for(Context& to) { swapcontext(&held, &to.held); }
+  void leave_for(Context& to) { swapcontext(&saved, &to.saved); }
 };
 #endif
 
 struct Fiber {
   Context context;
   Index index;
-  std::vector<uint64_t> sent;  // to others of the warp, the last two exchanges in turn
+  std::vector<uint64_t> sent;  // to others of the warp, in the last two exchanges: a fast fiber may be one exchange ahead
   int exchanges = 0;
-  std::vector<std::vector<std::pair<uint4*, const void*>>> groups;  // of copies, which are made when they are waited for
+  // Asynchronous copies by group; they happen at the wait, as late as a device may make them.
+  std::vector<std::vector<std::pair<uint4*, const void*>>> groups;
   bool ended = false;
   uint64_t order = 0;
 };
 
-// Of a warp or of a block: those who are at its barrier.
+// A barrier of a warp or of a block, and the fibers that wait at it.
 struct Barrier {
   int members, first;
   std::vector<int> waiting;
@@ -119,8 +126,8 @@ class Block {
     if (count % 32 != 0 || count > 1024) throw std::runtime_error("emulation: a block is of whole warps, at most 32");
     fibers_.resize(count);
     if (stacks_.size() < count * stack_bytes) stacks_ = std::vector<char>(count * stack_bytes);
-    for (int64_t each = 0; each < blocks; ++each) {
-      index = {unsigned(each), 0};
+    for (int64_t number = 0; number < blocks; ++number) {
+      index = {unsigned(number), 0};
       shared.reset(new unsigned char[bytes]);
       memset(shared.get(), 0xff, bytes);
       one(count);
@@ -136,14 +143,14 @@ class Block {
 
   int lane() const { return at_ % 32; }
 
-  // What the thread of a lane of this warp sends in the same exchange.
+  // Sends a value to the warp and returns the value that lane `lane` sends in the same exchange.
   uint64_t exchanged(uint64_t sent, int lane) {
     Fiber& self = fibers_[at_];
     const int other = at_ / 32 * 32 + lane, which = self.exchanges++ % 2, number = self.exchanges;
     self.sent[which] = sent;
     wait(barriers_[at_ / 32]);
     const Fiber& from = fibers_[other];
-    // It may have begun the next exchange, and waits for this thread there.
+    // The other fiber may already be in the next exchange, where it waits for this one.
     if (from.exchanges != number && from.exchanges != number + 1) fail("the threads of a warp exchange in different numbers");
     return from.sent[which];
   }
@@ -158,7 +165,7 @@ class Block {
     if (self.groups.empty()) self.groups.emplace_back();
     self.groups.emplace_back();
   }
-  // The last group is the one that has not ended.
+  // Makes the copies of all groups but the last few. The last entry is the group that has not ended.
   void await_groups(int but) {
     auto& groups = fibers_[at_].groups;
     while (int(groups.size()) > but + 1) {
@@ -184,7 +191,7 @@ class Block {
       fiber.ended = false;
       if (state_ != 0) fiber.order = i % 32 == 0 ? uint64_t(random()) << 32 : (fibers_[i - 1].order >> 32 << 32) + random();
 #if defined(__SANITIZE_ADDRESS__)
-      ASAN_UNPOISON_MEMORY_REGION(&stacks_[i * stack_bytes], stack_bytes);  // of a fiber that ended in the middle of its calls
+      ASAN_UNPOISON_MEMORY_REGION(&stacks_[i * stack_bytes], stack_bytes);  // that of a fiber that ended inside a call
 #endif
       fiber.context.begin(&Block::begin, &stacks_[i * stack_bytes], stack_bytes);
       ready(i);
@@ -204,15 +211,15 @@ class Block {
     return uint32_t(state_ >> 33);
   }
 
-  // The next fiber to go on: the first in the order, or without a seed the first that became ready.
+  // The next fiber to run: the first in the order, or without a seed the first that became ready.
   int next() {
     if (state_ != 0) std::pop_heap(ready_.begin(), ready_.end(), Later{fibers_});
-    const int found = state_ != 0 ? ready_.back() : ready_.front();
+    const int fiber = state_ != 0 ? ready_.back() : ready_.front();
     ready_.erase(state_ != 0 ? ready_.end() - 1 : ready_.begin());
-    return found;
+    return fiber;
   }
 
-  // A fiber that can go on; now and then it gets another place in the order.
+  // Makes a fiber ready. One in eight times it gets another place in the order, so that no warp stays ahead for good.
   void ready(int at) {
     ready_.push_back(at);
     if (state_ == 0) return;
@@ -228,7 +235,7 @@ class Block {
   void wait(Barrier& barrier) {
     barrier.waiting.push_back(at_);
     if (int(barrier.waiting.size()) == barrier.members) {
-      for (int each : barrier.waiting) ready(each);
+      for (int waiting : barrier.waiting) ready(waiting);
       barrier.waiting.clear();
     }
     leave(false);
@@ -239,27 +246,27 @@ class Block {
     leave(true);
   }
 
-  // From one fiber to the next, or out of the block where none can go on.
+  // Switches from one fiber to the next, or out of the block if none is ready.
   void leave(bool for_good) {
     const int from = at_;
-    void* held = nullptr;
+    void* fake_stack = nullptr;
     if (ready_.empty() || !failure_.empty()) {
 #if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_start_switch_fiber(for_good ? nullptr : &held, main_bottom_, main_size_);
+      __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, main_bottom_, main_size_);
 #endif
       fibers_[from].context.leave_for(main_);
     } else {
       at_ = next();
       if (at_ == from) return;
 #if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_start_switch_fiber(for_good ? nullptr : &held, &stacks_[at_ * stack_bytes], stack_bytes);
+      __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, &stacks_[at_ * stack_bytes], stack_bytes);
 #endif
       fibers_[from].context.leave_for(fibers_[at_].context);
     }
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(held, nullptr, nullptr);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
-    (void)held;
+    (void)fake_stack;
     (void)for_good;
   }
 
@@ -290,10 +297,10 @@ class Block {
   int at_ = 0;
 };
 
-// The one that runs, of this thread and of all sources.
+// The block that this thread of the host runs, one for all sources.
 Block& block();
 
-// A device moves nothing that is not aligned to as many bytes as are moved at once.
+// A device faults on an access that is not aligned to its size; here the process ends.
 template <class P>
 P* aligned(P* p, uintptr_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
@@ -303,10 +310,10 @@ P* aligned(P* p, uintptr_t bytes) {
   return p;
 }
 
-// What the device has, shared memory being that of a block.
+// The size of the device; `shared` is for each block.
 struct Facts {
   int multiprocessors = 3;
-  int64_t shared = 12 << 10;  // little, so that rows of tests do not all fit
+  int64_t shared = 12 << 10;  // little, so that the tests also have rows that do not fit
 };
 Facts& facts();
 
@@ -340,18 +347,18 @@ T __shfl_sync(unsigned, T value, int lane) {
   return value;
 }
 template <class T>
-T __shfl_xor_sync(unsigned all, T value, int apart) {
-  return __shfl_sync(all, value, shardcomp::emulation::block().lane() ^ apart);
+T __shfl_xor_sync(unsigned all, T value, int distance) {
+  return __shfl_sync(all, value, shardcomp::emulation::block().lane() ^ distance);
 }
 
 inline float __uint_as_float(uint32_t bits) {
-  float made;
-  memcpy(&made, &bits, sizeof(made));
-  return made;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
 }
 inline uint32_t __float_as_uint(float x) {
-  uint32_t made;
-  memcpy(&made, &x, sizeof(made));
-  return made;
+  uint32_t result;
+  memcpy(&result, &x, sizeof(result));
+  return result;
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

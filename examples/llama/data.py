@@ -1,7 +1,7 @@
-"""Text for pretraining: documents to bytes to packed sequences. `shardcomp.SampleStream` says which of them belong to which step.
+"""Text for pretraining: from documents to bytes to packed sequences. `shardcomp.SampleStream` says which belong to which step.
 
-A token is a byte (0 … 255), so no tokenizer is needed and any vocabulary of 256 or more will do. Everything is a function of
-the text, the length and the seed: no topology, no process and no run changes a sample or its place.
+A token is a byte (0 … 255). So no tokenizer is needed, and every vocabulary of 256 or more will do. The samples depend only on
+the text, the length and the seed: they are the same on every topology and in every run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 VOCABULARY = 256
 SEPARATOR = b"\0"
-"""Stands after every document. Text holds no zero byte; one that a file has nevertheless separates as well."""
+"""Follows every document. Text has no zero bytes. If a file has one, it separates as well."""
 
 LIMIT = 16 * 2**20
-"""Bytes of text that are read of the standard library, which keeps start-up to a second or two."""
+"""How many bytes of the standard library are read, at most, so that start-up takes a second or two."""
 
-PIECE = 16 * 2**10
-"""A file given by name is cut, at ends of lines, into documents of about this many bytes, so that one file can be split."""
+DOCUMENT = 16 * 2**10
+"""A text file is cut at ends of lines into documents of about this many bytes, so that even one file has held-out text."""
 
 
 @dataclass(frozen=True)
@@ -51,41 +51,46 @@ def standard_library() -> list[bytes]:
 
 def read(paths: Iterable[Path]) -> list[bytes]:
     """The documents of the named text files. Raises OSError where one cannot be read."""
-    return [piece for path in paths for piece in cut(path.read_bytes())]
+    return [document for path in paths for document in cut(path.read_bytes())]
 
 
 def cut(text: bytes) -> list[bytes]:
-    """`text` in pieces of at least `PIECE` bytes (the last may be shorter), each ending where a line ends."""
-    pieces, start = [], 0
+    """`text` in documents of at least `DOCUMENT` bytes. Each ends where a line ends; the last may be shorter."""
+    documents, start = [], 0
     while start < len(text):
-        end = text.find(b"\n", start + PIECE - 1)
+        end = text.find(b"\n", start + DOCUMENT - 1)
         end = len(text) if end < 0 else end + 1
-        pieces.append(text[start:end])
+        documents.append(text[start:end])
         start = end
-    return pieces
+    return documents
 
 
 def in_fixed_order(documents: Iterable[bytes]) -> list[bytes]:
-    """The distinct documents that are not empty, mixed by a hash of what they say: folders and file names do not matter."""
+    """The distinct documents that are not empty, ordered by their hash: folders and file names do not matter."""
     return sorted({document for document in documents if document}, key=lambda document: hashlib.sha256(document).digest())
 
 
 def build(documents: Iterable[bytes], length: int, held_out: float = 0.05) -> Corpus:
-    """Split by document, then pack: no document has a part in both. `held_out` is the share of the bytes that is kept back,
-    to which at least one document goes."""
+    """Split the documents into training and held-out ones, then pack both.
+
+    Args:
+        documents: bytes of text, in any order.
+        length: tokens of a sequence.
+        held_out: the share of all bytes that is held out, at least one document.
+    """
     ordered = in_fixed_order(documents)
-    wanted = held_out * sum(map(len, ordered))
-    kept, total = 0, 0
-    while kept < len(ordered) and total < max(wanted, 1):
-        total += len(ordered[kept])
-        kept += 1
+    target = held_out * sum(map(len, ordered))
+    count, total = 0, 0
+    while count < len(ordered) and total < max(target, 1):
+        total += len(ordered[count])
+        count += 1
     digest = hashlib.sha256(SEPARATOR.join(ordered)).hexdigest()
-    return Corpus(train=pack(ordered[kept:], length), held_out=pack(ordered[:kept], length), fingerprint=f"{digest}/{length}")
+    return Corpus(train=pack(ordered[count:], length), held_out=pack(ordered[:count], length), fingerprint=f"{digest}/{length}")
 
 
 def pack(documents: Sequence[bytes], length: int) -> Tensor:
-    """The documents, each followed by a separator, as rows of `length` tokens without padding: `uint8[n, length]`. What is
-    left at the end and fills no row is dropped."""
+    """The documents, each followed by a separator, as rows of `length` tokens without padding: `uint8[n, length]`. A remainder
+    that does not fill a row is dropped."""
     stream = b"".join(document + SEPARATOR for document in documents)
     rows = len(stream) // length
     if rows == 0:

@@ -1,4 +1,4 @@
-"""When a run stops or saves besides at its end: signals, a limit of time, an interval. Clocks that jump change nothing."""
+"""When a run stops or saves before its end: signals, a time limit, an interval. Clocks that jump do not matter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 BEGAN = time.monotonic()
-"""When this process began, nearly."""
+"""About when this process began."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Interval:
 
 
 def end_with_the_launcher() -> None:
-    """Have the system send SIGTERM to this process when torchrun is killed, which would leave it running. On Linux only."""
+    """Have Linux send SIGTERM to this process when torchrun is killed. Otherwise it would continue to run."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Interruptions:
-    """What one rank knows of it. Ranks agree on each step, by adding up what `asked` returns."""
+    """What one rank knows of them. All ranks agree after every step: they add up what `asked` returns."""
 
     def __init__(self, interval: Interval, time_limit: float | None, first: bool) -> None:
         self.interval = interval
@@ -55,7 +55,7 @@ class Interruptions:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Within, SIGTERM and SIGUSR1 end the run after the step that is under way."""
+        """Within, SIGTERM and SIGUSR1 end the run after the current step."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
@@ -67,7 +67,7 @@ class Interruptions:
         self.signal = signal.Signals(number).name
 
     def asked(self, step: int) -> tuple[int, int, int]:
-        """1 or 0 each: a signal came, time is up, a save is due."""
+        """Whether a signal came, the time is up, and a save is due: 1 or 0 for every one."""
         now = time.monotonic()
         over = self.first and self.ends is not None and now >= self.ends
         by_steps, since = self.interval.steps, now - self.saved

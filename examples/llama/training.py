@@ -27,17 +27,19 @@ from shardcomp.training.watchdog import Watchdog
 HELD_OUT_SEQUENCES = 256
 """How many held-out sequences the final loss is taken over, at most."""
 
-INTERVAL, KEPT, PATIENCE = Interval(minutes=30), 3, 60.0
-"""What --save-interval, --keep and --patience are where they are left out."""
+INTERVAL, KEEP, PATIENCE = Interval(minutes=30), 3, 60.0
+"""The defaults of --save-interval, --keep and --patience."""
 
 
 class RunError(Exception):
-    """The run failed, by no fault of what was asked for."""
+    """The run failed, although the command line was right."""
 
 
 class Log:
-    """A JSON object a line, appended: one for each step, one for each event. Of two lines of a step, in a run that went on from
-    an earlier one, the later counts. Only the first rank writes."""
+    """The log: a JSON object a line, for every step and every event.
+
+    Only the first rank writes. A resumed run appends: of two lines for a step, the later one counts.
+    """
 
     def __init__(self, path: Path | None, first: bool) -> None:
         self._file = None
@@ -48,18 +50,18 @@ class Log:
                 self._file.write("\n")
 
     def write(self, **entry: Any) -> None:
-        """One line."""
+        """Append a line."""
         if self._file is not None:
             self._file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:
-        """No more lines."""
+        """Close the file. There are no more lines."""
         if self._file is not None:
             self._file.close()
 
 
 def ends_a_line(path: Path) -> bool:
-    """Whether a file is empty or its last line whole, and not cut off by a kill."""
+    """Whether a file is empty, or its last line is complete: a kill may have cut it off."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -80,11 +82,11 @@ def adamw(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """The share of --lr at a step, counted from 0: a linear rise to 1, then half a cosine down to a tenth."""
+    """The factor of --lr at a step, counted from 0: it rises linearly to 1, then falls to 0.1 along half a cosine."""
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
 
 class Run:
@@ -113,13 +115,13 @@ class Run:
         self.failure: str | None = None  # of the last save
 
     def open(self) -> None:
-        """Take the directory of checkpoints, and go on from the newest, or as --resume says."""
+        """Open the directory of checkpoints, and resume from the newest or as --resume says."""
         args = self.args
-        found = None
+        restored = None
         if args.checkpoint_dir:
             self.saver = checkpoint.Saver(
                 args.checkpoint_dir,
-                keep=args.keep or KEPT,
+                keep=args.keep or KEEP,
                 keep_every=args.keep_every,
                 export=args.export_hf,
                 patience=PATIENCE if args.patience is None else args.patience,
@@ -127,23 +129,23 @@ class Run:
             )
             if args.resume != "never":
                 path = None if args.resume == "auto" else args.resume
-                found = self.saver.resume(self.sharded, self.optimizer, scheduler=self.schedule, path=path)
+                restored = self.saver.resume(self.sharded, self.optimizer, scheduler=self.schedule, path=path)
         elif args.resume not in ("auto", "never"):
-            found = checkpoint.load(args.resume, self.sharded, self.optimizer, scheduler=self.schedule)
-        if found is not None:
-            self.stream.load_state_dict(found.extra["stream"])
-            self.monitor.load_state_dict(found.extra["monitor"])
-            self.step = self.saved_at = found.step
-            anew = "" if found.random else "; another mesh: dropout draws other numbers"
-            self.say(f"going on from step {found.step}: {found.path}{anew}")
+            restored = checkpoint.load(args.resume, self.sharded, self.optimizer, scheduler=self.schedule)
+        if restored is not None:
+            self.stream.load_state_dict(restored.extra["stream"])
+            self.monitor.load_state_dict(restored.extra["monitor"])
+            self.step = self.saved_at = restored.step
+            note = "" if restored.random else "; another mesh: dropout draws other numbers"
+            self.say(f"resuming from step {restored.step}: {restored.path}{note}")
         mesh = {name: self.sharded.mesh[name].size() for name in self.sharded.mesh.mesh_dim_names}
-        self.log.write(event="start", step=self.step, checkpoint=str(found.path) if found else None, mesh=mesh)
+        self.log.write(event="start", step=self.step, checkpoint=str(restored.path) if restored else None, mesh=mesh)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Wait for the save in flight; let another job have the directory. An error that is leaving goes before the save's."""
+        """Wait for the save in flight, and release the directory. An error of the block has precedence over the save's."""
         try:
             if self.saver is not None:
                 self.saver.close()
@@ -155,8 +157,8 @@ class Run:
             self.log.close()
 
     def train(self) -> str | None:
-        """All steps that are left, a line for each, and the last checkpoint on the disk. Returns why it ended before the last
-        step, if it did."""
+        """Train all steps that are left, and wait for the last checkpoint. Returns why the run ended before the last step, or
+        None."""
         if self.step >= self.args.steps:
             self.say(f"step {self.step} of {self.args.steps}: nothing is left to train; give more --steps, or a new directory")
         self.sharded.train()
@@ -177,23 +179,23 @@ class Run:
         return why
 
     def advance(self, began: float, since: int) -> str | None:
-        """One step. Returns why the run is to end here, if it is."""
+        """Train one step. Returns why the run should end after it, or None."""
         sharded, args, started = self.sharded, self.args, time.perf_counter()
         tokens, digest = self.stream.next(args.batch_size)
         tokens = tokens.to(sharded.device)
         result = sharded.train_step(input_ids=tokens, labels=tokens)
         total_norm = sharded.grad_norm()
         rate = self.optimizer.param_groups[0]["lr"]
-        scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may mend what overflows
-        made = sharded.optimizer_step(self.optimizer, norm=total_norm, max_norm=args.grad_clip)
+        scaled = sharded.loss_scale.enabled and sharded.loss_scale.scale > 1  # a lower scale may prevent the overflow
+        updated = sharded.optimizer_step(self.optimizer, norm=total_norm, max_norm=args.grad_clip)
         loss, norm = float(result.loss), float(total_norm)
-        if made:
+        if updated:
             self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
         batch, signalled, over, due = self.agreed(digest)
         seconds = time.perf_counter() - started
-        if not made:
+        if not updated:
             scale = f"; the loss scale is now {sharded.loss_scale.scale:g}" if sharded.loss_scale.enabled else ""
             self.say(f"step {self.step}: gradients are not finite and nothing was changed{scale}")
         left = (time.perf_counter() - began) / (self.step - since) * (args.steps - self.step)
@@ -209,26 +211,26 @@ class Run:
             digest=batch,
             lr=rate,
             tokens=self.stream.position * args.max_length,
-            skipped=not made,
+            skipped=not updated,
             seconds=round(seconds, 4),
         )
         self.watchdog.beat(f"step {self.step}")
-        self.monitor.observe(self.step, loss, not made and not scaled)
+        self.monitor.observe(self.step, loss, not updated and not scaled)
         why = "a signal to stop" if signalled else "the time limit" if over else None
         if self.saver is not None and (due or why or self.step == args.steps):
             self.save()
         return why
 
     def agreed(self, digest: int) -> tuple[str, int, int, int]:
-        """The digest of the whole batch, and what any rank asks for: to stop by a signal, by the time, to save."""
-        mine = digest if self.speaks_for_batch else 0
-        held = torch.tensor([mine, *self.interruptions.asked(self.step)], dtype=torch.int64, device=self.sharded.device)
-        dist.all_reduce(held)
-        total, signalled, over, due = held.tolist()
+        """The digest of the whole batch, and whether any rank asks to stop by a signal, to stop by the time, or to save."""
+        own_digest = digest if self.speaks_for_batch else 0
+        sums = torch.tensor([own_digest, *self.interruptions.asked(self.step)], dtype=torch.int64, device=self.sharded.device)
+        dist.all_reduce(sums)
+        total, signalled, over, due = sums.tolist()
         return digest_text(total), signalled, over, due
 
     def save(self) -> None:
-        """Begin a checkpoint of this step. One that fails is told, and the run goes on: the ones before it stand."""
+        """Begin a checkpoint of this step. If it fails, the log says so and the run continues: earlier ones are intact."""
         assert self.saver is not None
         for attempt in (self._end_save, self._begin_save):
             try:
@@ -252,12 +254,12 @@ class Run:
         self.log.write(event="save", step=self.step, path=str(path), seconds=round(time.perf_counter() - began, 4))
 
     def _end_save(self) -> None:
-        """Wait for the save in flight, which is progress."""
+        """Wait for the save in flight, and report progress to the watchdog meanwhile."""
         if self.saver is not None:
             self.saver.wait(lambda: self.watchdog.beat(f"writing the checkpoint of step {self.saved_at}"))
 
     def finish_saves(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises RunError where it is not."""
+        """Wait until the last checkpoint is on the disk. Raises RunError if it failed."""
         try:
             self._end_save()
         except shardcomp.CheckpointError as problem:

@@ -1,6 +1,6 @@
 """A HuggingFace model as a Program: one call of it, captured as a flat graph of ATen operators and one attention operator.
 
-The parts: `twin` copies the model without its data, `interface` and `masks` stand in for its attention, `mapped` for a vmap,
+The parts: `fake_model` copies the model without its data, `hf_attention` and `masks` record its attention, `vmap` a vmap,
 `export` traces the call, `flatten` makes a plain graph of the trace and `writes` new values of what it writes in place,
 `evaluate` runs a graph, `check` compares it with the model.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -30,8 +29,10 @@ from shardcomp.capture.refusals import (
     refuse_sparse_gradients,
 )
 from shardcomp.errors import CaptureError, raise_all
+from shardcomp.ir.nodes import path_of, value
 from shardcomp.ir.precision import compute_dtype
-from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit, value
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, Body, Buffer, Degraded, Program, Signature, Unit
+from shardcomp.torch_private import FakeTensorMode
 
 __all__ = ["Exports", "capture", "self_check"]
 
@@ -86,10 +87,10 @@ def capture(
         if known is None:
             known = _first_that_exports(model, call, dtype, shape)
             exports[call, modes, known.static_shape] = known
-        found = replace(known, degraded=list(known.degraded))
-        if not set(signature.outputs) <= set(found.export.outputs):
-            raise missing(model, signature, found.export.outputs)
-        program = _program(model, signature, dtype, found)
+        captured = replace(known, degraded=list(known.degraded))
+        if not set(signature.outputs) <= set(captured.export.outputs):
+            raise missing(model, signature, captured.export.outputs)
+        program = _program(model, signature, dtype, captured)
         unchecked = check_after_capture(program, model)
         if unchecked is not None:
             program.degraded.append(unchecked)
@@ -115,19 +116,21 @@ one -> the export."""
 
 def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> Found:
     """With attention as one operator, or else with the model's own."""
-    found = _export(model, signature, dtype, sample, NAME)
-    if isinstance(found, Found):
-        return found
-    fault, failure = found, CaptureError("")
+    exported = _export(model, signature, dtype, sample, NAME)
+    if isinstance(exported, Found):
+        return exported
+    violation, failure = exported, CaptureError("")
     for attention in _own_attention(model):
         try:
-            found = _export(model, signature, dtype, sample, attention)
+            exported = _export(model, signature, dtype, sample, attention)
         except CaptureError as error:
             failure = error
             continue
-        assert isinstance(found, Found)
-        found.degraded.insert(0, Degraded("attention", f"{fault}: the model's own attention and mask are captured instead"))
-        return found
+        assert isinstance(exported, Found)
+        exported.degraded.insert(
+            0, Degraded("attention", f"{violation}: the model's own attention and mask are captured instead")
+        )
+        return exported
     raise failure
 
 
@@ -148,8 +151,8 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
         except CaptureError:
             raise
         except Exception as error:
-            if recorder.problem is not None:
-                return recorder.problem
+            if recorder.violation is not None:
+                return recorder.violation
             why = explain(error, twin.module)
             if not dynamic:
                 violations = foreign_parameters(((tensor, ()) for tensor in real.met.values()), _owned(model))
@@ -157,9 +160,9 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
                 raise CaptureError(f"{type(model).__name__} cannot be exported: {why}{lines}") from error
             first = first or why
             continue
-        fault = recorder.fault(_layers(model)) if attention == NAME else None
-        if fault is not None:
-            return fault
+        violation = recorder.check(_layers(model)) if attention == NAME else None
+        if violation is not None:
+            return violation
         degraded = [Degraded("attention", "the model makes its mask as a [b, 1, s, s] tensor")] if recorder.dense_masks else []
         eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
         if eager and recorder.padded and attention == NAME:
@@ -188,13 +191,13 @@ def _own_attention(model: nn.Module) -> list[str]:
     return list(dict.fromkeys((preferred, "eager")))
 
 
-def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: Found) -> Program:
+def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, exported: Found) -> Program:
     """The exported graph as a Program of one unit."""
     parameters = parameters_of(model, dtype)
-    wanted = [name in signature.outputs for name in found.export.outputs]
-    body = flatten(found.export.program, parameters, wanted, _known_constants(found))
+    is_output = [name in signature.outputs for name in exported.export.outputs]
+    body = flatten(exported.export.program, parameters, is_output, _known_constants(exported))
     refuse_sparse_gradients(type(model).__name__, body)
-    inputs = {node.meta["path"]: value(node) for node in body.placeholders(INPUT)}
+    inputs = {path_of(node): value(node) for node in body.placeholders(INPUT)}
     outputs = {key: value(node) for key, node in zip(signature.outputs, body.results, strict=True)}
     unit = Unit(
         path="",
@@ -202,8 +205,8 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: 
         body=body,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        parameters=tuple(node.meta["path"] for node in body.placeholders(PARAMETER)),
-        buffers=tuple(node.meta["path"] for node in body.placeholders(BUFFER)),
+        parameters=tuple(path_of(node) for node in body.placeholders(PARAMETER)),
+        buffers=tuple(path_of(node) for node in body.placeholders(BUFFER)),
     )
     return Program(
         name=type(model).__name__,
@@ -213,11 +216,11 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, found: 
         outputs={key: key for key in outputs},
         values=inputs | outputs,
         parameters=parameters,
-        buffers=buffers_of(model, dtype) | _constants(model, found, body),
-        output_type=found.export.kind,
+        buffers=buffers_of(model, dtype) | _constants(model, exported, body),
+        output_type=exported.export.kind,
         config=getattr(model, "config", None),
-        static_shape=found.static_shape,
-        degraded=found.degraded,
+        static_shape=exported.static_shape,
+        degraded=exported.degraded,
     )
 
 
@@ -226,12 +229,12 @@ def _owned(module: nn.Module) -> dict[int, str]:
     return {memory(parameter): name for name, parameter in reversed(list(module.named_parameters()))}
 
 
-def _known_constants(found: Found) -> dict[str, tuple[str, str]]:
+def _known_constants(exported: Found) -> dict[str, tuple[str, str]]:
     """The constants of an export that are parameters or buffers of the twin, which a function holds: name -> (role, name)."""
-    module = found.twin.module
+    module = exported.twin.module
     known = {_identity(buffer): (BUFFER, name) for name, buffer in module.named_buffers()}
     known |= {_identity(parameter): (PARAMETER, name) for name, parameter in module.named_parameters()}
-    constants = {name: _identity(tensor) for name, tensor in found.export.program.constants.items()}
+    constants = {name: _identity(tensor) for name, tensor in exported.export.program.constants.items()}
     return {name: known[identity] for name, identity in constants.items() if identity in known}
 
 
@@ -240,29 +243,29 @@ def _identity(tensor: Tensor) -> Hashable:
     return memory(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype
 
 
-def _constants(model: nn.Module, found: Found, body: Body) -> dict[str, Buffer]:
+def _constants(model: nn.Module, exported: Found, body: Body) -> dict[str, Buffer]:
     """Tensors that the model makes or holds outside of its buffers and that its graph reads.
 
     Raises CaptureError, with every violation, for one that is a parameter or that has no data.
     """
-    specs = found.export.program.graph_signature.input_specs
+    specs = exported.export.program.graph_signature.input_specs
     names = {str(spec.target) for spec in specs if spec.kind == InputKind.CONSTANT_TENSOR}
     constants: dict[str, Tensor] = {}
     read: dict[str, fx.Node] = {}
     for node in body.placeholders(BUFFER):
-        name = node.meta["path"]
+        name = path_of(node)
         if name in names:
-            constant: Tensor = found.export.program.constants[name]
-            original = None if has_data(constant) else found.twin.original(constant)
+            constant: Tensor = exported.export.program.constants[name]
+            original = None if has_data(constant) else exported.twin.original(constant)
             constants[name], read[name] = constant if original is None else original, node
-    users = {name: [user.meta["path"] for user in node.users if user.op == "call_function"] for name, node in read.items()}
+    users = {name: [path_of(user) for user in node.users if user.op == "call_function"] for name, node in read.items()}
     # An export detaches its constants: which of them require a gradient was noted while it ran.
-    wanting = {name for name, constant in constants.items() if memory(constant) in found.trained}
+    wanting = {name for name, constant in constants.items() if memory(constant) in exported.trained}
     met = ((c.detach().requires_grad_() if name in wanting else c, users[name]) for name, c in constants.items())
-    raise_all(CaptureError, found.twin.name, foreign_parameters(met, _owned(found.twin.module) | _owned(model)))
+    raise_all(CaptureError, exported.twin.name, foreign_parameters(met, _owned(exported.twin.module) | _owned(model)))
     absent = [name for name, constant in constants.items() if not has_data(constant)]
     advice = "is no buffer and has no data: build the model off meta"
-    raise_all(CaptureError, found.twin.name, (f"the tensor {name} {advice}" for name in absent))
+    raise_all(CaptureError, exported.twin.name, (f"the tensor {name} {advice}" for name in absent))
     return {
         name: Buffer(name, constant.detach().to("cpu", value(read[name]).dtype, copy=True), persistent=False)
         for name, constant in constants.items()

@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 from shardcomp.capture.copying import copy_model
 from shardcomp.capture.fake_model import configs, experts_of_any_dtype
 from shardcomp.errors import CaptureError
+from shardcomp.ir import operators
 from shardcomp.ir.interpreter import compute, evaluate
+from shardcomp.ir.operators import is_aten, operator_of
 from shardcomp.ir.precision import Widened
 from shardcomp.ir.program import B, Degraded, Program, S
 from shardcomp.kernels.cross_entropy import cross_entropy
@@ -20,7 +22,7 @@ LIMIT = 50_000_000
 """A capture checks itself for models up to this many parameters; a larger one is checked in its small version by `verify`."""
 
 aten = torch.ops.aten
-DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+DROPOUTS = operators.of_family("dropout", fused=False)
 """Operators that change nothing where they draw nothing."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -61,17 +63,17 @@ def self_check(program: Program, model: nn.Module) -> float:
     """
     dtype = _dtype(program)
     reference = _reference(model, dtype, program)
-    given = _random_input(program, reference)
+    batch = _random_input(program, reference)
     with torch.no_grad():
         with Widened() if dtype == torch.float64 else nullcontext():
             options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
             try:
-                expected = reference(**given, **options)
+                expected = reference(**batch, **options)
             except Exception as error:
                 raise _ModelFailure(f"{program.name} in {dtype}: {error}") from error
         parameters = dict(reference.named_parameters())
         try:
-            got = evaluate(program, given | _label_count(program, given), parameters)
+            got = evaluate(program, batch | _label_count(program, batch), parameters)
         except Exception as error:
             raise CaptureError(f"{program.name}{program.signature}: the captured graph does not run: {error}") from error
     return max(_deviation(got[name], expected[name]) for name in program.signature.outputs)
@@ -88,9 +90,9 @@ def _drops(program: Program) -> bool:
 
 def draws(node: fx.Node) -> bool:
     """Whether a call draws random numbers."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is None:
+    if not is_aten(node):
         return bool(node.kwargs.get("dropout"))
+    packet = operator_of(node)
     if packet in DROPOUTS:
         return bool(node.args[1] and node.args[2])
     if packet is aten.scaled_dot_product_attention:
@@ -104,9 +106,9 @@ def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Mod
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(_random_weight(parameter, dtype, draw), requires_grad=False)
-    for name, held in model.named_buffers():
+    for name, buffer in model.named_buffers():
         known = program.buffers.get(name)
-        memo[id(held)] = torch.zeros(held.shape, dtype=held.dtype) if known is None else known.value.clone()
+        memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype) if known is None else known.value.clone()
     twin = copy_model(model, memo)
     if program.signature.training is not None:
         twin.train(program.signature.training)
@@ -136,26 +138,26 @@ def _random_input(program: Program, model: nn.Module) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
     vocabulary = next(iter(model.get_input_embeddings().weight.shape)) if hasattr(model, "get_input_embeddings") else 2
     ids = torch.randint(0, vocabulary, (rows, length), generator=draw)
-    made = {
+    batch = {
         "input_ids": ids,
         "labels": torch.where(torch.rand((rows, length), generator=draw) < 0.2, _IGNORED, ids),
         "attention_mask": (torch.arange(length) < torch.arange(length, length - rows, -1).clamp(min=2).unsqueeze(1)).long(),
         "position_ids": (torch.arange(length) % max(2, length // 2 + 1)).expand(rows, -1).contiguous(),
     }
-    return {name: made.get(name, torch.zeros_like(ids)) for name, _ in program.signature.inputs}
+    return {name: batch.get(name, torch.zeros_like(ids)) for name, _ in program.signature.inputs}
 
 
-def _label_count(program: Program, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _label_count(program: Program, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """`num_items_in_batch` for a canonical Program: the labels that its cross entropy counts."""
     [unit] = program.units
     losses = [node for node in unit.body.calls() if node.target is cross_entropy]
-    extra = [name for name in program.inputs if name not in given]
+    extra = [name for name in program.inputs if name not in batch]
     if not losses or not extra:
         return {}
     labels, ignored = losses[0].args[1:3]
     assert isinstance(labels, fx.Node)
-    rows, length = next(iter(given.values())).shape
-    counted = compute([labels], given, {B: rows, S: length})[labels] != ignored
+    rows, length = next(iter(batch.values())).shape
+    counted = compute([labels], batch, {B: rows, S: length})[labels] != ignored
     return {extra[0]: counted.sum()}
 
 

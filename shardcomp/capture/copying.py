@@ -171,7 +171,7 @@ class _Copier:
             self._alive.append(x)
             seen, reached = {id(x): x}, [x]
             while reached and not self._own & seen.keys():
-                reached = [content for each in reached for content in _held_by(each) if id(content) not in seen]
+                reached = [content for item in reached for content in _held_by(item) if id(content) not in seen]
                 seen.update((id(content), content) for content in reached)
             self._leads[id(x)] = bool(self._own & seen.keys())
         return self._leads[id(x)]

@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +25,7 @@ from shardcomp.capture.vmap import broadcast
 from shardcomp.errors import CaptureError
 from shardcomp.ir.precision import Widened
 from shardcomp.ir.program import Signature
+from shardcomp.torch_private import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ def export(
     The export has those of `signature.outputs` that the model returns; CaptureError if it returns none.
     """
     with mode:
-        given: dict[str, Any] = {name: torch.ones(sample, dtype=torch.int64) for name, _ in signature.inputs}
+        arguments: dict[str, Any] = {name: torch.ones(sample, dtype=torch.int64) for name, _ in signature.inputs}
     shapes: dict[str, Any] = {}
     dynamic = shortest is not None
     if dynamic:
         dims = {0: Dim("b", min=1), 1: Dim("s", min=shortest)}
-        shapes = {name: dict(dims) for name in given}
+        shapes = {name: dict(dims) for name in arguments}
     parameters = inspect.signature(module.forward).parameters
     for name, setting in (("use_cache", False), ("return_dict", True)):
         if name in parameters:
-            given[name] = setting
+            arguments[name] = setting
             shapes[name] = None
-    if not given.keys() <= parameters.keys():
-        module.forward = _by_name(module.forward, list(given))
+    if not arguments.keys() <= parameters.keys():
+        module.forward = _by_name(module.forward, list(arguments))
     results = _Results(signature)
     hook = module.register_forward_hook(results)
     try:
@@ -73,7 +73,7 @@ def export(
         modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
         free = shapes if shortest is not None else None
         with broadcast(), modes[0], modes[1], modes[2], real, torch.enable_grad(), quiet[0], quiet[1]:
-            program = torch.export.export(module, (), given, strict=False, dynamic_shapes=free)
+            program = torch.export.export(module, (), arguments, strict=False, dynamic_shapes=free)
     finally:
         hook.remove()
     assert results.kind is not None
@@ -83,8 +83,8 @@ def export(
 def _by_name(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
     """`forward` with a signature of just these names: torch.export has no free sizes for what only `**kwargs` takes."""
 
-    def call(**given: Any) -> Any:
-        return forward(**given)
+    def call(**arguments: Any) -> Any:
+        return forward(**arguments)
 
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
@@ -95,9 +95,9 @@ def _by_name(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any
 _SDPA = nn.functional.scaled_dot_product_attention
 
 
-def _sdpa(*args: Any, **given: Any) -> Tensor:
+def _sdpa(*args: Any, **settings: Any) -> Tensor:
     """torch's own, which takes no comparison of sizes for `is_causal`: "more than one token" is true of every size here."""
-    return _SDPA(*(_settled(argument) for argument in args), **{key: _settled(held) for key, held in given.items()})
+    return _SDPA(*(_settled(argument) for argument in args), **{key: _settled(setting) for key, setting in settings.items()})
 
 
 def _settled(argument: Any) -> Any:
@@ -131,19 +131,19 @@ class _Results:
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> tuple[Tensor, ...]:
         self.kind = type(result)
-        found = result if isinstance(result, Mapping) else {}
-        self.outputs = tuple(name for name in self.signature.outputs if isinstance(found.get(name), Tensor))
+        results = result if isinstance(result, Mapping) else {}
+        self.outputs = tuple(name for name in self.signature.outputs if isinstance(results.get(name), Tensor))
         if not self.outputs:
-            has = tuple(key for key, held in found.items() if isinstance(held, Tensor)) or (self.kind.__name__,)
+            has = tuple(key for key, tensor in results.items() if isinstance(tensor, Tensor)) or (self.kind.__name__,)
             raise missing(module, self.signature, has)
-        return tuple(found[name] for name in self.outputs)
+        return tuple(results[name] for name in self.outputs)
 
 
 def missing(module: nn.Module, signature: Signature, has: tuple[str, ...]) -> CaptureError:
     """The error of a model that does not return all that the signature asks for."""
     lacks = " and no ".join(name for name in signature.outputs if name not in has)
-    given = ", ".join(name for name, _ in signature.inputs)
-    return CaptureError(f"{type(module).__name__}({given}) returns no {lacks}: it returns {', '.join(has)}")
+    names = ", ".join(name for name, _ in signature.inputs)
+    return CaptureError(f"{type(module).__name__}({names}) returns no {lacks}: it returns {', '.join(has)}")
 
 
 def explain(error: BaseException, module: nn.Module) -> str:

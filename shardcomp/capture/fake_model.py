@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
 
 from shardcomp import presets
 from shardcomp.capture.copying import copy_model
 from shardcomp.capture.rotary import follow_positions
 from shardcomp.errors import CaptureError
 from shardcomp.ir.program import Buffer, Parameter
+from shardcomp.torch_private import FakeTensor, FakeTensorMode
 
 _EXPERTS_OF_ANY_DTYPE = (None, "eager", "batched_mm")
 
@@ -32,10 +32,10 @@ class Twin:
             for parameter in model.parameters():
                 fake = _empty(parameter, dtype)
                 memo[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-            for held in [*model.buffers(), *_plain_tensors(model)]:
-                if id(held) not in memo:
-                    memo[id(held)] = _empty(held, buffer_dtype(dtype))
-                    self._originals[id(memo[id(held)])] = held
+            for tensor in [*model.buffers(), *_plain_tensors(model)]:
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = _empty(tensor, buffer_dtype(dtype))
+                    self._originals[id(memo[id(tensor)])] = tensor
         try:
             self.module = copy_model(model, memo)
         except Exception as error:
@@ -79,7 +79,9 @@ def configs(model: nn.Module) -> Iterator[Any]:
 def experts_of_any_dtype(model: nn.Module, name: str) -> bool:
     """Have transformers' implementation `name` compute a mixture's experts where the one that is set, such as grouped_mm,
     takes no float64. Returns whether there was one."""
-    narrow = [each for each in configs(model) if getattr(each, "_experts_implementation", None) not in _EXPERTS_OF_ANY_DTYPE]
+    narrow = [
+        config for config in configs(model) if getattr(config, "_experts_implementation", None) not in _EXPERTS_OF_ANY_DTYPE
+    ]
     for config in narrow:
         config._experts_implementation = name
     return bool(narrow)
@@ -88,34 +90,34 @@ def experts_of_any_dtype(model: nn.Module, name: str) -> bool:
 def parameters_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Parameter]:
     """Every parameter once, under its first name."""
     names: dict[int, list[str]] = {}
-    held: dict[int, nn.Parameter] = {}
+    params: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-        held[id(parameter)] = parameter
-    found = {}
+        params[id(parameter)] = parameter
+    parameters = {}
     for key, (name, *aliases) in names.items():
-        p = held[key]
-        found[name] = Parameter(name, tuple(p.shape), _cast(p.dtype, dtype), p.requires_grad, tuple(aliases))
-    return found
+        p = params[key]
+        parameters[name] = Parameter(name, tuple(p.shape), _cast(p.dtype, dtype), p.requires_grad, tuple(aliases))
+    return parameters
 
 
 def buffers_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Buffer]:
     """Every buffer with its value: the caller's, or computed anew where the caller's has none."""
-    found: dict[str, Buffer] = {}
+    buffers: dict[str, Buffer] = {}
     computed: dict[str, Tensor] | None = None
     for path, module in model.named_modules():
-        for short, held in module._buffers.items():
-            if held is None:
+        for short, tensor in module._buffers.items():
+            if tensor is None:
                 continue
             name = f"{path}.{short}" if path else short
-            if not has_data(held):
+            if not has_data(tensor):
                 computed = presets.buffers_of(model) if computed is None else computed
                 if name not in computed:
                     raise CaptureError(f"the buffer {name} is on meta and the model's configuration does not say its value")
-                held = computed[name]
-            value = held.detach().to("cpu", _cast(held.dtype, buffer_dtype(dtype)), copy=True)
-            found[name] = Buffer(name, value, short not in module._non_persistent_buffers_set)
-    return found
+                tensor = computed[name]
+            value = tensor.detach().to("cpu", _cast(tensor.dtype, buffer_dtype(dtype)), copy=True)
+            buffers[name] = Buffer(name, value, short not in module._non_persistent_buffers_set)
+    return buffers
 
 
 def has_data(tensor: Tensor) -> bool:
@@ -125,7 +127,7 @@ def has_data(tensor: Tensor) -> bool:
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that a module holds as ordinary attributes."""
     for module in model.modules():
-        yield from (held for held in vars(module).values() if isinstance(held, Tensor))
+        yield from (attribute for attribute in vars(module).values() if isinstance(attribute, Tensor))
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:

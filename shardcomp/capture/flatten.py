@@ -14,15 +14,17 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from shardcomp.capture.functionalize import NoValue, Writes, pure_form, written
 from shardcomp.errors import CaptureError
-from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value, tensor_arguments
+from shardcomp.ir.nodes import path_of, role_of, tensor_arguments
+from shardcomp.ir.operators import operator_of
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value
 from shardcomp.kernels.attention import RECORDED, SETTINGS, attention
+from shardcomp.torch_private import FakeTensor
 
 aten = torch.ops.aten
 
@@ -39,17 +41,17 @@ _MAKES_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_l
 def flatten(
     exported: ExportedProgram,
     parameters: Mapping[str, Parameter],
-    wanted: Sequence[bool],
+    is_output: Sequence[bool],
     known: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> Body:
-    """The exported graph as a Body that makes those of its results that are wanted.
+    """The exported graph as a Body with the results that are asked for.
 
     Placeholders come inputs first, then parameters, then buffers; a tied weight is one placeholder under its first name. Every
     call has `value`, `path` (its module), `source` (the model's file and line) and, if it was made under no_grad, `no_grad`.
     known: the constants of the export that are parameters or buffers, name -> (role, name). Raises CaptureError for what has no
     place in such a graph.
     """
-    return _Flattening(exported, parameters, wanted, known).body
+    return _Flattening(exported, parameters, is_output, known).body
 
 
 class _Flattening:
@@ -57,7 +59,7 @@ class _Flattening:
         self,
         exported: ExportedProgram,
         parameters: Mapping[str, Parameter],
-        wanted: Sequence[bool],
+        is_output: Sequence[bool],
         known: Mapping[str, tuple[str, str]],
     ) -> None:
         self.graph = fx.Graph()
@@ -67,7 +69,7 @@ class _Flattening:
         self.writes = Writes(self._emit)
         env = self._placeholders(exported, known)
         results = self._inline(exported.graph_module, env, {})
-        self.graph.output(tuple(compress(self._now(results), wanted)))
+        self.graph.output(tuple(compress(self._now(results), is_output)))
         _drop_dead(self.graph)
         self.body = Body("Model", self.graph)
         mark_gradients(self.body, parameters)
@@ -76,7 +78,7 @@ class _Flattening:
         first_names = {alias: p.name for p in self.parameters.values() for alias in p.aliases}
         nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
         env: dict[fx.Node, Any] = {}
-        found: dict[str, list[tuple[fx.Node, str]]] = {INPUT: [], PARAMETER: [], BUFFER: []}
+        entries_of: dict[str, list[tuple[fx.Node, str]]] = {INPUT: [], PARAMETER: [], BUFFER: []}
         for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
             if spec.kind not in _ROLES:
                 raise CaptureError(f"the model takes {node.name}, which is no tensor ({spec.kind.name})")
@@ -87,18 +89,18 @@ class _Flattening:
             name = node.name if role == INPUT else str(spec.target)
             if spec.kind == InputKind.CONSTANT_TENSOR:
                 role, name = known.get(name, (role, name))
-            found[role].append((node, first_names.get(name, name)))
-        for node, _ in found[INPUT]:
+            entries_of[role].append((node, first_names.get(name, name)))
+        for node, _ in entries_of[INPUT]:
             for size, symbol in zip(node.meta["val"].shape, (B, S), strict=False):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     self.sizes.setdefault(size.node.expr, symbol)
-        made: dict[str, fx.Node] = {}
-        for role, entries in found.items():
+        placeholders: dict[str, fx.Node] = {}
+        for role, entries in entries_of.items():
             for node, name in entries:
-                if name not in made:
-                    made[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
-                    made[name].meta = {"role": role, "path": name, "value": self._value(node.meta["val"], node)}
-                env[node] = made[name]
+                if name not in placeholders:
+                    placeholders[name] = self.graph.placeholder(re.sub(r"\W", "_", name))
+                    placeholders[name].meta = {"role": role, "path": name, "value": self._value(node.meta["val"], node)}
+                env[node] = placeholders[name]
         return env
 
     def _inline(self, module: fx.GraphModule, env: dict[fx.Node, Any], extra: dict[str, Any]) -> list[Any]:
@@ -131,7 +133,7 @@ class _Flattening:
             changed = written(node.target)
             if changed and changed[0] in node.kwargs:
                 return self._write_out(node, env, changed)
-            args, kwargs = (self._now(self._map(given, env)) for given in (node.args, node.kwargs))
+            args, kwargs = (self._now(self._map(arguments, env)) for arguments in (node.args, node.kwargs))
             if changed:
                 if changed != (node.target._schema.arguments[0].name,):  # type: ignore[union-attr]
                     raise NoValue
@@ -167,9 +169,9 @@ class _Flattening:
             self.writes.put(out, self._emit(operator.getitem, (call, index), {}, values[index]))
         return tuple(outs)
 
-    def _emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], held: Any) -> fx.Node:
+    def _emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any) -> fx.Node:
         copy = self.graph.call_function(target, args, kwargs)
-        copy.meta = {"value": held, **self.meta}
+        copy.meta = {"value": known, **self.meta}
         return copy
 
     def _now(self, argument: Any) -> Any:
@@ -185,7 +187,9 @@ class _Flattening:
                 raise CaptureError(f"{_where(first)}: the model turns autocast on, which leaves no trace in a graph")
         else:
             enabled, inner, *operands = (self._map(argument, env) for argument in node.args)
-            extra = {key: held for key, held in extra.items() if key != "no_grad"} | ({} if enabled else {"no_grad": True})
+            extra = {key: setting for key, setting in extra.items() if key != "no_grad"} | (
+                {} if enabled else {"no_grad": True}
+            )
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         return self._inline(inner, dict(zip(placeholders, operands, strict=True)), extra)
 
@@ -219,22 +223,22 @@ def mark_gradients(body: Body, parameters: Mapping[str, Parameter]) -> None:
     """Write into every value whether a gradient flows into it: it is floating and comes from a parameter that needs one."""
     for node in body.graph.nodes:
         if node.op == "placeholder":
-            flows = node.meta["role"] == PARAMETER and parameters[node.meta["path"]].requires_grad
+            flows = role_of(node) == PARAMETER and parameters[path_of(node)].requires_grad
         elif node.op == "call_function":
-            packet = getattr(node.target, "overloadpacket", node.target)
+            packet = operator_of(node)
             name = getattr(packet, "__name__", "")
             blocked = node.meta.get("no_grad") or name in _MAKES_NO_GRADIENT or name.startswith("new_")
             flows = not blocked and any(_needs_gradient(argument) for argument in tensor_arguments(node))
         else:
             continue
-        held = node.meta["value"]
+        known = node.meta["value"]
         node.meta["value"] = pytree.tree_map_only(
-            Value, lambda v, flows=flows: replace(v, requires_grad=flows and v.floating), held
+            Value, lambda v, flows=flows: replace(v, requires_grad=flows and v.floating), known
         )
 
 
 def _needs_gradient(node: fx.Node) -> bool:
-    return any(isinstance(held, Value) and held.requires_grad for held in pytree.tree_leaves(node.meta["value"]))
+    return any(isinstance(tensor, Value) and tensor.requires_grad for tensor in pytree.tree_leaves(node.meta["value"]))
 
 
 def _results(known: Any) -> Any:
@@ -247,15 +251,15 @@ def _has_tensor(known: Any) -> bool:
 
 def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The recorded operator as a call of its Python function, without the arguments that are left at their defaults."""
-    given = dict(zip(SETTINGS, args[3:], strict=False)) | kwargs
-    return attention, args[:3], {name: held for name, held in given.items() if held != SETTINGS[name]}
+    settings = dict(zip(SETTINGS, args[3:], strict=False)) | kwargs
+    return attention, args[:3], {name: setting for name, setting in settings.items() if setting != SETTINGS[name]}
 
 
 def _what_it_changes(placeholder: fx.Node | None) -> str:
     """Why a write in place is refused, and what would do."""
     if placeholder is None:
         return "changes a tensor in place that other tensors may share, or reads such a one"
-    role, path = placeholder.meta["role"], placeholder.meta["path"]
+    role, path = role_of(placeholder), path_of(placeholder)
     if role == INPUT:
         return f"changes the input {path} in place: change a copy of it"
     module, _, name = path.rpartition(".")

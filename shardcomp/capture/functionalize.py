@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardcomp.ir import operators
 from shardcomp.ir.layout import same
-from shardcomp.ir.program import Value, value
+from shardcomp.ir.nodes import has_one_result, value
+from shardcomp.ir.operators import is_item, operator_of, without_overload
+from shardcomp.ir.program import Value
 
 aten = torch.ops.aten
 
-_UNCLEAR = {aten.reshape, aten.flatten, aten.contiguous, aten.detach}
-"""Views or copies, as the strides have it; or what a gradient sees differently."""
+_UNCLEAR = operators.with_fact("may_copy")
 
 
 class NoValue(Exception):
@@ -35,8 +37,9 @@ def pure_form(target: Any) -> Any:
     """The overload that returns what an overload with `out=` writes: it has the same arguments without those. Else None."""
     outs = written(target)
     arguments = [(a.name, str(a.type)) for a in target._schema.arguments if a.name not in outs]
-    for name in target.overloadpacket.overloads():
-        other = getattr(target.overloadpacket, name)
+    packet = without_overload(target)
+    for name in packet.overloads():
+        other = getattr(packet, name)
         if not written(other) and [(a.name, str(a.type)) for a in other._schema.arguments] == arguments:
             return other
     return None
@@ -102,49 +105,49 @@ class Writes:
                 source = self.newest(self._parents[view])
                 self._newest[view] = self.emit(view.target, (source, *view.args[1:]), dict(view.kwargs), view.meta["value"])
 
-    def _result(self, target: Any, old: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], held: Value) -> fx.Node:
+    def _result(self, target: Any, old: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], before: Value) -> fx.Node:
         """What an operator in place leaves in its first argument."""
-        packet = getattr(aten, str(target.overloadpacket.__name__).removesuffix("_"), None)
+        packet = getattr(aten, str(without_overload(target).__name__).removesuffix("_"), None)
         pure = getattr(packet, target._overloadname, None) if packet is not None else None
         if pure is None:
             raise NoValue
         if packet is not aten.copy or not isinstance(args[0], fx.Node):
-            return self.emit(pure, (old, *args), kwargs, held)
+            return self.emit(pure, (old, *args), kwargs, before)
         new = args[0]
-        if value(new).dtype != held.dtype:
-            new = self.emit(aten.to.dtype, (new, held.dtype), {}, Value(value(new).shape, held.dtype))
-        if value(new).shape != held.shape:
-            new = self.emit(aten.expand.default, (new, list(held.shape)), {}, held)
+        if value(new).dtype != before.dtype:
+            new = self.emit(aten.to.dtype, (new, before.dtype), {}, Value(value(new).shape, before.dtype))
+        if value(new).shape != before.shape:
+            new = self.emit(aten.expand.default, (new, list(before.shape)), {}, before)
         return new
 
     def _put(self, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
         """What `parent` holds once `view`, a view of it, holds `new`."""
-        packet: Any = getattr(view.target, "overloadpacket", None)
-        if _unclear(view) or not isinstance(parent.meta["value"], Value):
+        packet = operator_of(view)
+        if _unclear(view) or not has_one_result(parent):
             raise NoValue
-        held, args = value(parent), view.args[1:]
-        if packet in (aten.alias, aten.slice, aten.to) and value(view).shape == held.shape:
+        base, args = value(parent), view.args[1:]
+        if packet in (aten.alias, aten.slice, aten.to) and value(view).shape == base.shape:
             return new
         if packet is aten.slice:
-            return self.emit(aten.slice_scatter.default, (parent, new, *args), {}, held)
+            return self.emit(aten.slice_scatter.default, (parent, new, *args), {}, base)
         if packet is aten.select:
-            return self.emit(aten.select_scatter.default, (parent, new, *args), {}, held)
+            return self.emit(aten.select_scatter.default, (parent, new, *args), {}, base)
         if packet in (aten.view, aten.unsqueeze, aten.squeeze):
-            return self.emit(aten.reshape.default, (new, list(held.shape)), {}, held)
+            return self.emit(aten.reshape.default, (new, list(base.shape)), {}, base)
         if packet is aten.transpose:
-            return self.emit(aten.transpose.int, (new, *args), {}, held)
+            return self.emit(aten.transpose.int, (new, *args), {}, base)
         if packet is aten.permute:
-            rank = len(held.shape)
+            rank = len(base.shape)
             order = [dim % rank for dim in args[0]]  # type: ignore[union-attr]
-            return self.emit(aten.permute.default, (new, [order.index(dim) for dim in range(rank)]), {}, held)
+            return self.emit(aten.permute.default, (new, [order.index(dim) for dim in range(rank)]), {}, base)
         raise NoValue
 
     def _views_of(self, root: fx.Node) -> Iterator[fx.Node]:
         """All views of a tensor, and views of these, in the order of their making."""
-        found = {root}
+        known = {root}
         for view, parent in self._parents.items():
-            if parent in found:
-                found.add(view)
+            if parent in known:
+                known.add(view)
                 yield view
 
 
@@ -154,11 +157,11 @@ def _alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 def _is_view(call: fx.Node) -> bool:
     source = call.args[0]
-    if getattr(call.target, "__name__", "") == "getitem":
+    if is_item(call):
         return isinstance(source, fx.Node) and _may_alias(source)
     if not _may_alias(call):
         return False
-    cast = call.target.overloadpacket is aten.to and isinstance(source, fx.Node)  # type: ignore[union-attr]
+    cast = operator_of(call) is aten.to and isinstance(source, fx.Node)  # type: ignore[union-attr]
     return not (cast and value(source).dtype != value(call).dtype)  # type: ignore[arg-type]
 
 
@@ -169,4 +172,4 @@ def _may_alias(call: fx.Node) -> bool:
 
 
 def _unclear(view: fx.Node) -> bool:
-    return getattr(view.target, "overloadpacket", None) in _UNCLEAR
+    return operator_of(view) in _UNCLEAR

@@ -26,14 +26,14 @@ class Recorder:
         self.tokens: list[MaskToken] = []
         self.arrived: set[int] = set()
         self.calls = 0
-        self.problem: str | None = None
+        self.violation: str | None = None
         self.dense_masks = 0
         self.padded = False
 
-    def fault(self, layers: int) -> str | None:
+    def check(self, layers: int) -> str | None:
         """Why the attention of a model of that many layers is not what was recorded; None where it is."""
-        if self.problem is not None:
-            return self.problem
+        if self.violation is not None:
+            return self.violation
         if self.calls == 0:
             return "the model does not call transformers' attention interface"
         # A mask for a kind of layer that this model has none of arrives nowhere; then every layer has called us all the same.
@@ -41,17 +41,17 @@ class Recorder:
             return "the model asks for a mask that never reaches its attention"
         return None
 
-    def _refuse(self, problem: str) -> UnclearMask:
-        self.problem = self.problem or problem
-        return UnclearMask(problem)
+    def _refuse(self, violation: str) -> UnclearMask:
+        self.violation = self.violation or violation
+        return UnclearMask(violation)
 
-    def mask(self, batch_size: Any = None, kv_length: Any = None, **given: Any) -> MaskToken:
+    def mask(self, batch_size: Any = None, kv_length: Any = None, **options: Any) -> MaskToken:
         """In place of a mask of [b, 1, q, k]: a token that says what it would be."""
-        for offset in (given.get("q_offset", 0), given.get("kv_offset", 0)):
+        for offset in (options.get("q_offset", 0), options.get("kv_offset", 0)):
             if isinstance(offset, int) and offset != 0:
                 raise self._refuse("its mask has an offset, as with a cache")
         try:
-            mask = classify(given["mask_function"], batch_size, kv_length, given.get("attention_mask"))
+            mask = classify(options["mask_function"], batch_size, kv_length, options.get("attention_mask"))
         except UnclearMask as unclear:
             raise self._refuse(str(unclear)) from None
         if mask.segment is not None:
@@ -61,7 +61,7 @@ class Recorder:
         return token
 
     def _misused(self, what: str) -> None:
-        self.problem = self.problem or f"the model {what.replace(' it', ' its attention mask', 1)}"
+        self.violation = self.violation or f"the model {what.replace(' it', ' its attention mask', 1)}"
 
     def attention(
         self,
@@ -72,13 +72,13 @@ class Recorder:
         attention_mask: MaskToken | Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        **given: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Records the operator. query: [b, n, q, d], key: [b, m, k, d], value: [b, m, k, e]. Result: [b, q, n, e]."""
         self.calls += 1
-        if given.get("head_mask") is not None:
+        if options.get("head_mask") is not None:
             raise self._refuse("its attention takes a mask of heads")
-        bias = given.get("position_bias")
+        bias = options.get("position_bias")
         if isinstance(attention_mask, MaskToken):
             self.arrived.add(id(attention_mask))
             mask = mask_of(attention_mask)
@@ -96,10 +96,10 @@ class Recorder:
             k_segment=mask.segment,
             key_mask=mask.key_mask,
             bias=bias,
-            sinks=given.get("s_aux"),
+            sinks=options.get("s_aux"),
             causal=mask.causal,
             window=mask.window,
-            softcap=given.get("softcap"),
+            softcap=options.get("softcap"),
             scale=scaling,
             dropout=dropout,
         )

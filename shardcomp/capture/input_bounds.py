@@ -1,7 +1,7 @@
 """Which numbers the inputs of a program may hold: tokens are rows of an embedding, labels columns of the logits.
 
 A lookup with a number from elsewhere raises in the dense model. Where the vocabulary is split, every rank would take it for
-another rank's. So the bounds are read from the graph, and every batch is held against them.
+another rank's. So the bounds are read from the graph, and every batch is compared with them.
 """
 
 from __future__ import annotations
@@ -11,29 +11,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardcomp.ir.program import INPUT, Degraded, Program, value
+from shardcomp.ir import operators
+from shardcomp.ir.nodes import path_of, role_of, value
+from shardcomp.ir.operators import operator_of
+from shardcomp.ir.program import INPUT, Degraded, Program
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.runtime.blueprint import IndexBound
 
 aten = torch.ops.aten
 
-_SAME_NUMBERS = {
-    *(
-        aten.slice,
-        aten.select,
-        aten.narrow,
-        aten.view,
-        aten.reshape,
-        aten.flatten,
-        aten.unflatten,
-        aten.unsqueeze,
-        aten.squeeze,
-    ),
-    *(aten.transpose, aten.permute, aten.expand, aten.contiguous, aten.clone, aten.to, aten.roll),
-    # These put in a constant of the model's own, such as the label that does not count.
-    *(aten.constant_pad_nd, aten.pad, aten.masked_fill, aten.slice_scatter, aten.select_scatter),
-}
-"""Operators whose result has no number that its first operand, or the model itself, does not have."""
+_SAME_NUMBERS = operators.with_fact("same_numbers")
 
 
 def index_bounds(program: Program) -> dict[str, IndexBound]:
@@ -81,8 +68,8 @@ def _input_of(argument: Any) -> str | None:
     """The input whose numbers a tensor has; None where they are computed."""
     while isinstance(argument, fx.Node):
         if argument.op == "placeholder":
-            return str(argument.meta["path"]) if argument.meta["role"] == INPUT else None
-        if getattr(argument.target, "overloadpacket", None) not in _SAME_NUMBERS:
+            return path_of(argument) if role_of(argument) == INPUT else None
+        if operator_of(argument) not in _SAME_NUMBERS:
             return None
         argument = argument.args[0]
     return None

@@ -100,42 +100,42 @@ def _closure(function: Any) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 
 
-def _and(held: dict[str, Any], batch: Any, length: Any) -> Mask:
+def _and(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
     mask = Mask()
-    for function in held["mask_functions"]:
+    for function in closure["mask_functions"]:
         mask = _both(mask, _open(function, batch, length))
     return mask
 
 
-def _chunks(held: dict[str, Any], batch: Any, length: Any) -> Mask:
+def _chunks(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
     position = torch.arange(length).expand(batch, -1)
-    if "left_padding" in held:
-        position = position - held["left_padding"].unsqueeze(1)
-    return Mask(segment=position // held["chunk_size"])
+    if "left_padding" in closure:
+        position = position - closure["left_padding"].unsqueeze(1)
+    return Mask(segment=position // closure["chunk_size"])
 
 
-def _remapped(held: dict[str, Any], batch: Any, length: Any) -> Mask:
+def _remapped(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
     """Positions that restart with each packed sequence. HuggingFace joins this with the mask that keeps these sequences apart,
-    and within one of them the order of positions is that of the tokens."""
-    mask = _open(held["mask_function"], batch, length)
+    and within one of them positions are in the order of the tokens."""
+    mask = _open(closure["mask_function"], batch, length)
     if mask.segment is not None or mask.key_mask is not None:
         raise UnclearMask("packed sequences under a mask that is itself made of segments")
     return replace(mask, restarts=True)
 
 
-def _without_offsets(held: dict[str, Any], batch: Any, length: Any) -> Mask:
-    if any(not isinstance(held[name], int) or held[name] != 0 for name in ("q_offset", "kv_offset")):
+def _without_offsets(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
+    if any(not isinstance(closure[name], int) or closure[name] != 0 for name in ("q_offset", "kv_offset")):
         raise UnclearMask("a mask with an offset, as with a cache")
-    return _open(held["mask_function"], batch, length)
+    return _open(closure["mask_function"], batch, length)
 
 
 _KINDS: dict[str, Callable[[dict[str, Any], Any, Any], Mask]] = {
-    "causal_mask_function": lambda held, batch, length: Mask(causal=True),
-    "bidirectional_mask_function": lambda held, batch, length: Mask(),
-    "sliding_window_overlay": lambda held, batch, length: Mask(window=held["sliding_window"]),
+    "causal_mask_function": lambda closure, batch, length: Mask(causal=True),
+    "bidirectional_mask_function": lambda closure, batch, length: Mask(),
+    "sliding_window_overlay": lambda closure, batch, length: Mask(window=closure["sliding_window"]),
     "chunked_overlay": _chunks,
-    "padding_mask_function": lambda held, batch, length: Mask(key_mask=held["padding_mask"].to(torch.bool)),
-    "packed_sequence_mask_function": lambda held, batch, length: Mask(segment=held["packed_sequence_mask"]),
+    "padding_mask_function": lambda closure, batch, length: Mask(key_mask=closure["padding_mask"].to(torch.bool)),
+    "packed_sequence_mask_function": lambda closure, batch, length: Mask(segment=closure["packed_sequence_mask"]),
     "remap_positions_for_packed_sequence": _remapped,
     "add_offsets_to_mask_function": _without_offsets,
     "and_masks": _and,

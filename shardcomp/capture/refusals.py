@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from shardcomp.errors import CaptureError, raise_all
-from shardcomp.ir.program import Body, value
+from shardcomp.ir.nodes import value
+from shardcomp.ir.operators import facts_of
+from shardcomp.ir.program import Body
 
-aten = torch.ops.aten
-
-_SPARSE = {aten.embedding: 4, aten.embedding_bag: 5, aten._embedding_bag: 5}
-"""Operator -> the position of its argument `sparse`."""
 _REGISTER = "register it in the module that uses it, or patch that module's method with types.MethodType(function, module)"
 
 
@@ -41,7 +38,7 @@ def refuse_sparse_gradients(name: str, body: Body) -> None:
     """Raise CaptureError for embeddings whose gradients would be sparse tensors, which are neither reduced nor sharded."""
     violations = []
     for node in body.calls():
-        at = _SPARSE.get(getattr(node.target, "overloadpacket", None))
+        at = facts_of(node).sparse
         sparse = at is not None and (node.args[at] if len(node.args) > at else node.kwargs.get("sparse"))
         if sparse and value(node.args[0]).requires_grad:  # type: ignore[arg-type]
             violations.append(
@@ -95,7 +92,7 @@ def foreign_parameters(constants: Iterable[tuple[Tensor, Sequence[str]]], owned:
 
 
 def memory(tensor: Tensor) -> int:
-    """A number that a tensor and its views share; that of a tensor alone where its layout has no single memory."""
+    """A number that a tensor and its views share; the tensor's own number where its layout has no single memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors, and some that wrap others

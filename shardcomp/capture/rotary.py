@@ -149,7 +149,7 @@ def _prefix(layer_type: str | None) -> str:
 
 
 class _Set:
-    """Within, a module has these attributes, in front of its buffers; afterwards those that it had."""
+    """Within, a module has these attributes, before its buffers; afterwards the attributes that it had."""
 
     def __init__(self, module: nn.Module, values: dict[str, Any]) -> None:
         self.attributes, self.values = vars(module), values

@@ -41,10 +41,10 @@ class _Levels:
     def vmap(self, function: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, **options: Any) -> Callable[..., Any]:
         """In place of torch.vmap."""
 
-        def call(*args: Any, **given: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
-            if given or options or out_dims != 0 or not self._maps_numbers(args, dims):
-                return _VMAP(function, in_dims, out_dims, **options)(*args, **given)
+            if kwargs or options or out_dims != 0 or not self._maps_numbers(args, dims):
+                return _VMAP(function, in_dims, out_dims, **options)(*args, **kwargs)
             sizes = [arg.shape[0] for arg, dim in zip(args, dims, strict=True) if dim is not None]
             inside = [self._inside(arg, dim) for arg, dim in zip(args, dims, strict=True)]
             self.depth += 1

@@ -1,10 +1,10 @@
 """Checkpoints of a run in progress, on torch.distributed.checkpoint: model, optimizer, schedule, random numbers, position.
 
-A checkpoint appears whole or not at all, is checked byte by byte when it is loaded, and loads under any other tensor, pipeline
-and data degree, schedule, ZeRO stage and precision. Nothing in it is pickled.
+A checkpoint appears complete or not at all, is checked byte by byte when it is loaded, and loads under any other tensor,
+pipeline and data degree, schedule, ZeRO stage and precision. Nothing in it is pickled.
 
-    saver = checkpoint.Saver("runs/7b", keep=3)                     # one job to a directory
-    found = saver.resume(sharded, optimizer, scheduler=scheduler)   # the newest that is good, or None
+    saver = checkpoint.Saver("runs/7b", keep=3)                        # one job to a directory
+    restored = saver.resume(sharded, optimizer, scheduler=scheduler)   # the newest good one, or None
     ...
     saver.save(sharded, optimizer, step=step, scheduler=scheduler, extra={"position": position})
     saver.close()

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from shardcomp.checkpoint import directory
-from shardcomp.checkpoint.run_state import Captured, restore, snapshot, unplain
+from shardcomp.checkpoint.plain_values import unplain
+from shardcomp.checkpoint.run_state import Snapshot, restore, snapshot
 from shardcomp.checkpoint.storage import SavePlanner, Writer
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
@@ -24,12 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint said of its run.
+    """A run that resumes from a checkpoint.
 
-    path: which one it was; step, extra: what `save` was given; policy, versions: what it was saved under. random: whether the
-    generators go on where they were, as on the same mesh and kind of device; else dropout draws new numbers that depend on the
-    step, and Python's, NumPy's and torch's generators are left as they are. passed_over: newer checkpoints that are damaged,
-    and why.
+    Attributes:
+        path: the checkpoint.
+        step, extra: what `save` took.
+        policy, versions: what it was saved under.
+        random: whether the random generators continue where they were, as on the same mesh and kind of device. Otherwise
+            dropout draws new numbers that depend on the step, and Python's, NumPy's and torch's generators do not change.
+        passed_over: newer checkpoints that are damaged -> why.
     """
 
     path: Path
@@ -50,12 +54,29 @@ def save(
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint, by all ranks together, to a file system that they share. It appears at `path` when all of it is on
-    the disk; one that is there is replaced.
+    """Write a checkpoint, by all ranks together, to a file system that they share.
 
-    scheduler: anything with `state_dict` and `load_state_dict` of plain values, such as torch's. extra: plain values. Gradients
-    are not saved: call it between two optimizer steps. Raises CheckpointError on every rank, and leaves what was there, where
-    it cannot be written.
+    It appears at `path` when all of it is on the disk, and replaces an earlier one. Gradients are not saved: call it between
+    two optimizer steps.
+
+    Args:
+        path: its directory. One named `step-00000100` in a run's directory is seen by `load` and `latest`.
+        sharded: the model, from `shardcomp.shard`.
+        optimizer: any that keeps plain values, 0-d tensors and tensors like its parameters.
+        step: how many optimizer steps the run has made.
+        scheduler: anything with `state_dict` and `load_state_dict` of plain values, such as torch's.
+        extra: further plain values, such as the position in the data.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        CheckpointError: on every rank, where it cannot be written. What was there stays.
+
+    Example:
+        >>> path = shardcomp.checkpoint.save(folder / "last", sharded, optimizer, step=100, extra={"epoch": 2})
+        >>> shardcomp.checkpoint.load(path, sharded, optimizer).extra
+        {'epoch': 2}
     """
     place = Path(path).expanduser().absolute()
     write(place, agreed(lambda: snapshot(sharded, optimizer, step, scheduler, extra)), config_text(sharded))
@@ -71,11 +92,28 @@ def load(
     fallback: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Restored:
-    """Read a checkpoint into a model, its optimizer and scheduler, by all ranks together, however they are cut.
+    """Read a checkpoint into a model, its optimizer and scheduler, by all ranks together.
 
-    path: a checkpoint, or the directory of a run, whose newest is taken. Every byte of it is checked before anything is
-    changed, each rank reading its share of the files. fallback: where it is damaged, take the newest one before it that is not;
-    `say` gets one line about it on the first rank (default: a warning). Raises CheckpointError on every rank.
+    The topology, schedule, ZeRO stage and precision may differ from those of the run that saved it. Every byte is checked
+    before anything changes, each rank reading its share of the files.
+
+    Args:
+        path: a checkpoint, or a run's directory, whose newest is taken.
+        sharded, optimizer, scheduler: what to read into, as in `save`.
+        fallback: whether to take the newest good checkpoint before it, where it is damaged.
+        say: gets one line about each damaged checkpoint, on the first rank. By default it is a warning.
+
+    Returns:
+        What the checkpoint says of its run.
+
+    Raises:
+        CheckpointError: on every rank, where it is damaged or does not fit.
+
+    Example:
+        >>> path = shardcomp.checkpoint.save(folder / "newest", sharded, step=7)
+        >>> restored = shardcomp.checkpoint.load(path, sharded)
+        >>> restored.step, restored.random
+        (7, True)
     """
     passed_over: dict[Path, str] = {}
     candidates = agreed(lambda: _candidates(Path(path).expanduser().absolute()))
@@ -100,44 +138,53 @@ def load(
 
 
 def verify(path: Path) -> None:
-    """Check every byte of a checkpoint, each rank its share of the files. Raises CheckpointError on every rank, naming the
-    file."""
+    """Check every byte of a checkpoint, by all ranks together, each reading its share of the files.
+
+    Args:
+        path: of the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, naming the file.
+
+    Example:
+        >>> shardcomp.checkpoint.verify(shardcomp.checkpoint.save(folder / "good", sharded, step=1))
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
-    def mine() -> None:
+    def check_own_files() -> None:
         sums = directory.read_sums(path)
         directory.check(path, sums, sorted(sums)[rank::ranks])
 
-    agreed(mine)
+    agreed(check_own_files)
 
 
 def _candidates(path: Path) -> list[Path]:
-    """The checkpoints that `path` may mean, the one to begin with first."""
+    """The checkpoints that `path` may mean, the first choice first."""
     if (path / directory.MANIFEST).exists() or (path / directory.SUMS).exists():
-        older = [each for _, each in directory.checkpoints(path.parent)]
+        older = [place for _, place in directory.checkpoints(path.parent)]
         return [path, *reversed(older[: older.index(path)] if path in older else [])]
-    found = [each for _, each in directory.checkpoints(path)]
-    if not found:
+    known = [place for _, place in directory.checkpoints(path)]
+    if not known:
         what = "does not exist" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(
             f"{path} {what}: give a checkpoint, such as {path / directory.name_of(100)}, or a run's directory"
         )
-    return found[::-1]
+    return known[::-1]
 
 
 def config_text(sharded: ShardedModel) -> dict[str, bytes]:
-    """HuggingFace's config.json, with which a checkpoint can be turned into a HuggingFace directory."""
+    """HuggingFace's config.json, which `convert` needs to write a HuggingFace directory."""
     if not hasattr(sharded.config, "to_json_string"):
         return {}
     return {directory.CONFIG: sharded.config.to_json_string().encode()}
 
 
-def write(path: Path, captured: Captured, files: Mapping[str, bytes], group: Any = None) -> None:
-    """Write what was captured. Collective over `group`. Raises CheckpointError on every rank."""
-    planner = SavePlanner(captured.notes)
-    writer = Writer(path, planner, captured.manifest, files)
+def write(path: Path, state: Snapshot, files: Mapping[str, bytes], group: Any = None) -> None:
+    """Write a snapshot. Collective over `group`. Raises CheckpointError on every rank."""
+    planner = SavePlanner(state.notes)
+    writer = Writer(path, planner, state.manifest, files)
     try:
-        dcp.save(dict(captured.pieces), storage_writer=writer, planner=planner, process_group=group)
+        dcp.save(dict(state.boxes), storage_writer=writer, planner=planner, process_group=group)
     except dcp.api.CheckpointException as problem:
         agreed(lambda: shutil.rmtree(writer.partial, ignore_errors=True) if dist.get_rank() == 0 else None, group)
         rank, (cause, _) = min(problem.failures.items())
@@ -147,24 +194,24 @@ def write(path: Path, captured: Captured, files: Mapping[str, bytes], group: Any
 
 
 def agreed(call: Callable[[], T], group: Any = None) -> T:
-    """`call()` on every rank. Where it fails on one, all raise CheckpointError with the first such rank's words."""
+    """`call()` on every rank. Where it fails on one, all raise CheckpointError with the first such rank's message."""
     problem: Exception | None = None
     try:
-        found = call()
+        result = call()
     except Exception as error:
         problem = error
-    everyones: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, None if problem is None else str(problem) or type(problem).__name__, group=group)
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, None if problem is None else str(problem) or type(problem).__name__, group=group)
     if problem is not None and not isinstance(problem, (ShardError, OSError)):
         raise problem
-    for words in everyones:
-        if words is not None:
-            raise CheckpointError(words) from problem
-    return found
+    for message in messages:
+        if message is not None:
+            raise CheckpointError(message) from problem
+    return result
 
 
 def broadcast(value: Any) -> Any:
     """The first rank's value, on every rank."""
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shardcomp import presets
 from shardcomp.checkpoint import directory
-from shardcomp.checkpoint.run_state import Stored
+from shardcomp.checkpoint.stored import Stored
 from shardcomp.errors import CheckpointError
 from shardcomp.weights.huggingface import Entry, save_pretrained
 
@@ -20,10 +20,19 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> Path:
-    """Write the weights of a checkpoint (of a run's directory: of its newest) as transformers' `from_pretrained` loads them.
+    """Write the weights of a checkpoint as transformers' `from_pretrained` loads them, after every byte of it is checked.
 
-    dtype: of floating-point weights; None for the one they were trained in. max_shard_size: bytes of a file. Every byte of the
-    checkpoint is checked first. Returns the checkpoint. Raises CheckpointError.
+    Args:
+        checkpoint: its directory, or a run's directory, whose newest is taken.
+        destination: the directory to write.
+        dtype: of floating-point weights; None for the one they were trained in.
+        max_shard_size: bytes of a file.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        CheckpointError: where it is damaged, or has no HuggingFace configuration; where nothing can be written.
     """
     path = Path(checkpoint).expanduser().absolute()
     if not (path / directory.SUMS).exists():
@@ -35,19 +44,19 @@ def convert(
         raise CheckpointError(f"{path} was saved of a model without a HuggingFace configuration: it cannot be exported")
     stored = Stored(path, manifest)
     names = list(stored.packed) + list(manifest["buffers"])
-    aliases = {} if manifest["tied_by_configuration"] else {a: n for n, held in manifest["aliases"].items() for a in held}
+    aliases = {} if manifest["tied_by_configuration"] else {a: n for n, others in manifest["aliases"].items() for a in others}
 
     def entry(name: str, source: str) -> Entry:
         part = source in stored.packed
         key = f"model/{stored.packed[source][0] if part else source}"
-        held = stored.dtype(key)
-        wanted = dtype if dtype is not None and held.is_floating_point else held
+        saved = stored.dtype(key)
+        target = dtype if dtype is not None and saved.is_floating_point else saved
         shape = stored.original_shape(source) if part else stored.shape(key)
 
         def fetch() -> Tensor:
-            return (stored.original(source) if part else stored.whole(key)).to(wanted)
+            return (stored.original(source) if part else stored.full(key)).to(target)
 
-        return name, shape, wanted, fetch
+        return name, shape, target, fetch
 
     entries = [entry(name, name) for name in names] + [entry(alias, name) for alias, name in aliases.items()]
     config = presets.config_of(str(path))

@@ -1,7 +1,7 @@
 """Checkpoints on the disk: complete or invisible, checked byte by byte, and one job to a directory.
 
-A checkpoint is a directory that is written beside its place under a hidden name and renamed when it is complete. `SHA256SUMS`
-names each of its files and has the form that `sha256sum -c` reads.
+A checkpoint is a directory. It is written under a hidden name beside its place, and renamed when it is complete. `SHA256SUMS`
+lists its files in the format of `sha256sum -c`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import IO, Any
 from shardcomp.errors import CheckpointError
 
 FORMAT = 1
-"""The version of what is written; higher ones are refused."""
+"""The version of the format. Higher ones are refused."""
 SUMS, MANIFEST, CONFIG, LOCK = "SHA256SUMS", "checkpoint.json", "config.json", ".lock"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
 _NAME = re.compile(r"step-(\d+)")
 _ASIDE = re.compile(r"(damaged|superseded)-.*")
 _HIDDEN = re.compile(r"\.(step-\d+)\.(partial|previous|removed)")
-PIECE = 4 * 2**20
+BLOCK = 4 * 2**20
 """Bytes that are read or written at a time."""
 
 
@@ -43,14 +43,26 @@ def partial(path: Path) -> Path:
 
 
 def checkpoints(directory: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in a directory, the highest step last. None of them is partly written, but one may have
-    been damaged since: those of a `Saver` are told by their names, others by what they hold."""
+    """The checkpoints in a directory.
+
+    None of them is partly written, but one may be damaged: their bytes are not read.
+
+    Args:
+        directory: of a run. It need not exist.
+
+    Returns:
+        (step, path) of each, the highest step last.
+
+    Example:
+        >>> shardcomp.checkpoint.checkpoints(folder / "no run")
+        []
+    """
     root = Path(directory).expanduser()
     if not root.is_dir():
         return []
     visible = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    found = {path: _step_of(path) for path in visible if not _ASIDE.fullmatch(path.name)}
-    return sorted((step, path) for path, step in found.items() if step is not None)
+    steps = {path: _step_of(path) for path in visible if not _ASIDE.fullmatch(path.name)}
+    return sorted((step, path) for path, step in steps.items() if step is not None)
 
 
 def _step_of(path: Path) -> int | None:
@@ -63,49 +75,66 @@ def _step_of(path: Path) -> int | None:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise CheckpointError where something else than a checkpoint stands at `path`: it would be replaced."""
+    """Raise CheckpointError where `path` is something else than a checkpoint, which would be replaced."""
     if path.is_symlink() or path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is no directory: name a new one for the checkpoint")
+        raise CheckpointError(f"{path} is not a directory: name a new one for the checkpoint")
     if path.exists() and any(path.iterdir()) and not ((path / MANIFEST).exists() and (path / SUMS).exists()):
         raise CheckpointError(f"{path} holds something else than a checkpoint, so it is not overwritten: name a new directory")
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest checkpoint in a run's directory; None where there is none."""
-    found = checkpoints(directory)
-    return found[-1][1] if found else None
+    """The newest checkpoint in a run's directory.
+
+    Args:
+        directory: of a run. It need not exist.
+
+    Returns:
+        Its path, or None where there is none.
+
+    Example:
+        >>> path = shardcomp.checkpoint.save(folder / "run" / "step-00000001", sharded, step=1)
+        >>> shardcomp.checkpoint.latest(folder / "run").name
+        'step-00000001'
+    """
+    known = checkpoints(directory)
+    return known[-1][1] if known else None
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> bytes:
     """`checkpoint.json`, a line for each tensor. Numbers are written so that reading gives the same bits."""
-    head = json.dumps({key: held for key, held in manifest.items() if key != "tensors"}, indent=1)
-    lines = [f"  {json.dumps(name)}: {json.dumps(held)}" for name, held in manifest.get("tensors", {}).items()]
+    head = json.dumps({key: value for key, value in manifest.items() if key != "tensors"}, indent=1)
+    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest.get("tensors", {}).items()]
     return (head.removesuffix("\n}") + ',\n "tensors": {\n' + ",\n".join(lines) + "\n }\n}\n").encode()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What `checkpoint.json` says, after its bytes and the list of files were checked; the other files' bytes are not looked
-    at. Raises CheckpointError that names the file."""
+    """`checkpoint.json`, after its bytes and the list of files are checked. The bytes of other files are not read.
+
+    Raises CheckpointError that names the file.
+    """
     sums = read_sums(path)
     check(path, sums, [MANIFEST])
     try:
-        found = json.loads((path / MANIFEST).read_bytes())
-        version = found["format"]
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{path / MANIFEST} is no description of a checkpoint ({_words(problem)})") from problem
     if version != FORMAT:
+        release = manifest.get("versions", {}).get("shardcomp", "?")
         raise CheckpointError(
-            f"{path / MANIFEST}: written in format {version} by shardcomp {found.get('versions', {}).get('shardcomp', '?')}; "
+            f"{path / MANIFEST}: written in format {version} by shardcomp {release}; "
             f"this release reads format {FORMAT}: use that release, or export with its `shardcomp convert`"
         )
-    return dict(found)
+    return dict(manifest)
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """File -> SHA-256 as `SHA256SUMS` says. Raises CheckpointError where it cannot be read or does not list the files that are
-    there. Hidden files do not count."""
+    """File -> SHA-256, from `SHA256SUMS`.
+
+    Raises CheckpointError where it cannot be read, or does not list the files of the directory. Hidden files do not count.
+    """
     if not path.is_dir():
-        raise CheckpointError(f"{path} {'is no directory' if path.exists() else 'does not exist'}: give a checkpoint")
+        raise CheckpointError(f"{path} {'is not a directory' if path.exists() else 'does not exist'}: give a checkpoint")
     try:
         text = (path / SUMS).read_bytes().decode("ascii")
     except FileNotFoundError as problem:
@@ -114,15 +143,15 @@ def read_sums(path: Path) -> dict[str, str]:
         ) from problem
     except (OSError, ValueError) as problem:
         raise CheckpointError(f"{path / SUMS} cannot be read ({_words(problem)})") from problem
-    found = {name: digest for digest, name in _LINE.findall(text)}
-    if text != sums_text(found) or MANIFEST not in found:
+    sums = {name: digest for digest, name in _LINE.findall(text)}
+    if text != sums_text(sums) or MANIFEST not in sums:
         raise CheckpointError(f"{path / SUMS} is damaged: it is not the list that was written")
-    held = {each.name for each in path.iterdir() if not each.name.startswith(".")} - {SUMS}
-    for missing in sorted(found.keys() - held):
+    files = {file.name for file in path.iterdir() if not file.name.startswith(".")} - {SUMS}
+    for missing in sorted(sums.keys() - files):
         raise CheckpointError(f"{path / missing} is missing")
-    for foreign in sorted(held - found.keys()):
+    for foreign in sorted(files - sums.keys()):
         raise CheckpointError(f"{path / foreign} is not a file of this checkpoint")
-    return found
+    return sums
 
 
 def sums_text(sums: Mapping[str, str]) -> str:
@@ -136,8 +165,8 @@ def check(path: Path, sums: Mapping[str, str], names: Iterable[str]) -> None:
         digest = hashlib.sha256()
         try:
             with open(path / name, "rb", buffering=0) as file:
-                while piece := file.read(PIECE):
-                    digest.update(piece)
+                while block := file.read(BLOCK):
+                    digest.update(block)
         except OSError as problem:
             raise CheckpointError(f"{path / name} cannot be read ({_words(problem)})") from problem
         if digest.hexdigest() != sums[name]:
@@ -145,7 +174,7 @@ def check(path: Path, sums: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def write(path: Path, content: bytes) -> str:
-    """Write a file to the disk, and not only to the system's memory; returns its SHA-256."""
+    """Write a file, wait until it is on the disk, and return its SHA-256."""
     with open(path, "wb") as file:
         file.write(content)
         sync(file)
@@ -168,8 +197,10 @@ def sync_directory(path: Path) -> None:
 
 
 def publish(path: Path) -> None:
-    """Rename a complete checkpoint to its place. One that stands there is replaced; killed between the two renames, `put_back`
-    brings that one back."""
+    """Rename a complete checkpoint to its place, where it replaces an earlier one.
+
+    A job that is killed between the two renames leaves the earlier one hidden; `put_back` brings it back.
+    """
     sync_directory(partial(path))
     if path.exists():
         shutil.rmtree(_previous(path), ignore_errors=True)
@@ -194,7 +225,7 @@ def _previous(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, which is invisible from the first moment on."""
+    """Delete a checkpoint. It is hidden first, so that nobody sees half of it."""
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
@@ -202,19 +233,18 @@ def remove(path: Path) -> None:
 
 
 def recover(directory: Path) -> list[str]:
-    """Clear away what a killed job left in a run's directory, by whoever has the lock; returns the names of what was there."""
-    found = sorted(path for path in directory.iterdir() if _HIDDEN.fullmatch(path.name))
-    for path in found:
+    """Remove what a killed job left in a run's directory, and return the names. The caller has the lock."""
+    hidden = sorted(path for path in directory.iterdir() if _HIDDEN.fullmatch(path.name))
+    for path in hidden:
         match = _HIDDEN.fullmatch(path.name)
         assert match is not None
         put_back(directory / match[1])
         shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in found]
+    return [path.name for path in hidden]
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Rename a checkpoint so that no run takes it for its newest, and keep it: `step-00000100` is now
-    `damaged-step-00000100`."""
+    """Rename a checkpoint so that no run takes it for its newest: `step-00000100` becomes `damaged-step-00000100`."""
     names = itertools.chain([f"{why}-{path.name}"], (f"{why}-{path.name}.{number}" for number in itertools.count(1)))
     place = next(place for name in names if not (place := path.with_name(name)).exists())
     path.rename(place)
@@ -222,8 +252,8 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def prune(directory: Path, keep: int | None, keep_every: int | None) -> None:
-    """Delete a run's checkpoints, those called `step-00000100` and so on, but the last `keep` and those of every
-    `keep_every`-th step. None keeps all of them."""
+    """Delete a run's checkpoints (`step-00000100` and so on), except the last `keep` and those of every `keep_every`-th step.
+    keep = None keeps all."""
     if keep is None:
         return
     for step, path in [(step, path) for step, path in checkpoints(directory) if _NAME.fullmatch(path.name)][:-keep]:
@@ -232,9 +262,9 @@ def prune(directory: Path, keep: int | None, keep_every: int | None) -> None:
 
 
 class Lock:
-    """One job to a directory, for as long as its process lives: the system lets go of the lock when it is killed.
+    """One job to a directory, as long as its process lives: the system releases the lock of a killed process.
 
-    Raises CheckpointError, after `patience` seconds, where another job has the directory: it names its process and machine.
+    Raises CheckpointError, after `patience` seconds, where another job has the directory, and names its process and machine.
     """
 
     def __init__(self, directory: Path, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> None:
@@ -279,7 +309,7 @@ class Lock:
         return self._file.read() or "another job"
 
     def release(self) -> None:
-        """Let another job have the directory."""
+        """Release the directory for another job."""
         self._file.close()
 
 

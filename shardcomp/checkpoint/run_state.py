@@ -1,50 +1,51 @@
-"""What a checkpoint holds of a run on this rank, and how it goes back into another one: weights, optimizer, random numbers.
+"""A run's state in a checkpoint, and back: weights, optimizer, scheduler, random generators.
 
-Tensors are named for the model's own: `model/<parameter>`, `optimizer/<parameter>/<state>`, `rng/<rank>/<generator>`. A rank
-saves the box of each that it has, so that any other way of cutting finds its own box in them.
+Tensors have the model's own names: `model/<parameter>`, `optimizer/<parameter>/<state>`, `rng/<rank>/<generator>`. A rank saves
+its box of each full tensor. Another topology reads the boxes that it needs.
 """
 
 from __future__ import annotations
 
-import json
 import platform
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from shardcomp.checkpoint.storage import DTYPES, NAMED, LoadPlanner, Piece, Reader
+from shardcomp.checkpoint.boxes import box_of, original_name, state_box
+from shardcomp.checkpoint.compatibility import violations
+from shardcomp.checkpoint.generators import generators, set_generators
+from shardcomp.checkpoint.plain_values import plain, unplain
+from shardcomp.checkpoint.storage import DTYPES, Box
+from shardcomp.checkpoint.stored import Stored
 from shardcomp.errors import CheckpointError, raise_all
-from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
-from shardcomp.runtime.allocation import LocalShard
+from shardcomp.ir.packed import PackedSlice
 from shardcomp.runtime.blueprint import ParameterPlan
 from shardcomp.runtime.model import ShardedModel
-
-SHOWN = 8
+from shardcomp.runtime.stage_shard import LocalShard
 
 
 @dataclass(frozen=True)
-class Captured:
-    """A run at one moment: this rank's tensors, what the coordinator has to know of this rank, and what all ranks agree on."""
+class Snapshot:
+    """A run at one moment.
 
-    pieces: dict[str, Piece]
+    boxes: this rank's tensors. notes: what the coordinator must know of this rank. common: what is the same on all ranks.
+    """
+
+    boxes: dict[str, Box]
     notes: dict[str, Any]
     common: dict[str, Any]
 
-    def manifest(self, everyones: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """The description of the checkpoint, from all ranks' notes."""
-        notes = list(everyones)
+    def manifest(self, all_notes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """The description of the checkpoint, from the notes of all ranks."""
+        notes = list(all_notes)
         groups = [dict(group) for group in self.notes["groups"]]
         for index, group in enumerate(groups):
-            group["parameters"] = list(dict.fromkeys(n for held in notes for n in held["groups"][index]["parameters"]))
-        values = {name: held for note in notes for name, held in note["values"].items()}
+            group["parameters"] = list(dict.fromkeys(n for note in notes for n in note["groups"][index]["parameters"]))
+        values = {name: states for note in notes for name, states in note["values"].items()}
         return {**self.common, "groups": groups, "values": values}
 
 
@@ -54,15 +55,15 @@ def snapshot(
     step: int,
     scheduler: Any = None,
     extra: Mapping[str, Any] | None = None,
-) -> Captured:
-    """What there is to save. Nothing is copied. Raises CheckpointError for states that cannot be saved."""
-    held = sharded.held_parameters()
-    pieces = {f"model/{name}": _piece(each.parameters[0], each) for name, each in held.items()}
-    pieces |= {f"model/{name}": Piece.of_whole(buffer) for name, buffer in sharded.held_buffers().items()}
+) -> Snapshot:
+    """What there is to save. Copies nothing. Raises CheckpointError for states that cannot be saved."""
+    shards = sharded.local_shards()
+    boxes = {f"model/{name}": box_of(shard.parameters[0], shard) for name, shard in shards.items()}
+    boxes |= {f"model/{name}": Box.full(buffer) for name, buffer in sharded.local_buffers().items()}
     groups: list[dict[str, Any]] = []
     values: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
-    names = {id(parameter): name for name, each in held.items() for parameter in each.parameters}
+    names = {id(parameter): name for name, shard in shards.items() for parameter in shard.parameters}
     for group in optimizer.param_groups if optimizer else ():
         options = {key: option for key, option in group.items() if key != "params"}
         stray = sum(id(parameter) not in names for parameter in group["params"])
@@ -71,41 +72,47 @@ def snapshot(
         known = dict.fromkeys(names[id(parameter)] for parameter in group["params"] if id(parameter) in names)
         groups.append({"options": plain(options, "the optimizer's options"), "parameters": list(known)})
         for name in known:
-            [parameter, *_] = held[name].parameters
+            [parameter, *_] = shards[name].parameters
             for key, state in optimizer.state.get(parameter, {}).items():  # type: ignore[union-attr]
                 if isinstance(state, Tensor):
-                    found = _state_piece(state, parameter, held[name])
-                    if found is None:
+                    box = state_box(state, parameter, shards[name])
+                    if box is None:
                         problems.append(f"its state {key} of {name} is {tuple(state.shape)}, neither a number nor like {name}")
                     else:
-                        pieces[f"optimizer/{name}/{key}"] = found
+                        boxes[f"optimizer/{name}/{key}"] = box
                 else:
                     values.setdefault(name, {})[key] = plain(state, f"the optimizer's state {key} of {name}")
-    problems += [f"{key} is {piece.local.dtype}" for key, piece in pieces.items() if piece.local.dtype not in DTYPES]
+    problems += [f"{key} is {box.local.dtype}" for key, box in boxes.items() if box.local.dtype not in DTYPES]
     raise_all(CheckpointError, f"{type(optimizer).__name__} and the model cannot be saved", problems)
     rank = torch.distributed.get_rank()
-    pieces |= {f"rng/{rank}/{name}": Piece.of_whole(state) for name, state in _generators(sharded).items()}
-    blueprint = sharded.blueprint
+    boxes |= {f"rng/{rank}/{name}": Box.full(state) for name, state in generators(sharded).items()}
     common = {
         "step": step,
+        "optimizer": type(optimizer).__name__ if optimizer else None,
+        "scheduler": plain(scheduler.state_dict(), "the scheduler's state") if scheduler else None,
+        "extra": plain(dict(extra or {}), "extra"),
+    }
+    boxes = dict(sorted(boxes.items()))  # the same file, in whatever order the optimizer made its states
+    return Snapshot(boxes, {"groups": groups, "values": values}, common | _of_model(sharded))
+
+
+def _of_model(sharded: ShardedModel) -> dict[str, Any]:
+    """What a checkpoint says of the model and its plan."""
+    blueprint = sharded.blueprint
+    return {
         "model": type(sharded.config).__name__,
         "mesh": asdict(blueprint.mesh),
         "device": sharded.device.type,
         "policy": blueprint.policy,
         "versions": versions(),
-        "optimizer": type(optimizer).__name__ if optimizer else None,
-        "scheduler": plain(scheduler.state_dict(), "the scheduler's state") if scheduler else None,
         "loss_scale": sharded.loss_scale.state_dict(),
         "skipped_steps": sharded.skipped_steps,
-        "extra": plain(dict(extra or {}), "extra"),
         "parts": {name: asdict(plan.part) for name, plan in blueprint.parameters.items() if plan.part},
         "aliases": {name: list(plan.aliases) for name, plan in blueprint.parameters.items() if plan.aliases},
         "parameters": list(blueprint.parameters),
         "buffers": list(blueprint.persistent_buffers),
         "tied_by_configuration": bool(getattr(sharded.config, "tie_word_embeddings", True)),
     }
-    pieces = dict(sorted(pieces.items()))  # the same files, whatever order the optimizer came by its states in
-    return Captured(pieces, {"groups": groups, "values": values}, common)
 
 
 def restore(
@@ -115,306 +122,123 @@ def restore(
     optimizer: torch.optim.Optimizer | None,
     scheduler: Any = None,
 ) -> bool:
-    """Put a checkpoint into a run, which may be cut in any other way. Returns whether the random numbers go on where they were:
-    they do on the mesh and the kind of device that they were saved from. No collectives. Raises CheckpointError before anything
-    is changed where the checkpoint is of something else."""
-    held = sharded.held_parameters()
+    """Put a checkpoint into a run of any topology. No collectives.
+
+    Returns whether the random generators continue where they were, as on the same mesh and kind of device. Raises
+    CheckpointError, before anything changes, where the checkpoint does not fit.
+    """
+    shards = sharded.local_shards()
     stored = Stored(path, manifest)
-    raise_all(CheckpointError, f"{path} does not fit", _misfits(stored, sharded, optimizer, scheduler))
-    wanted = [_Wanted("model/{}", name, [_piece(p, each) for p in each.parameters]) for name, each in held.items()]
+    raise_all(CheckpointError, f"{path} does not fit", violations(stored, sharded, optimizer, scheduler))
+    reads = [_Request("model/{}", name, [box_of(p, shard) for p in shard.parameters]) for name, shard in shards.items()]
     if optimizer is not None:
-        wanted += _prepare(stored, held, optimizer, sharded.blueprint.parameters)
+        reads += _prepare(stored, shards, optimizer, sharded.blueprint.parameters)
     with torch.no_grad():
-        _read(stored, sharded.blueprint.parameters, wanted)
-        stored.read({f"model/{name}": Piece.of_whole(buffer) for name, buffer in sharded.held_buffers().items()})
+        _read(stored, sharded.blueprint.parameters, reads)
+        stored.read({f"model/{name}": Box.full(buffer) for name, buffer in sharded.local_buffers().items()})
     if scheduler is not None:
         scheduler.load_state_dict(unplain(manifest["scheduler"]))
     if sharded.loss_scale.enabled and stored.precision == "fp16":
         sharded.loss_scale.load_state_dict(manifest["loss_scale"])
     sharded.skipped_steps = manifest["skipped_steps"]
-    was = (manifest["mesh"], manifest["device"], stored.policy_option("seed"))
-    same = was == (asdict(sharded.blueprint.mesh), sharded.device.type, sharded.blueprint.seed)
+    saved = (manifest["mesh"], manifest["device"], stored.policy_option("seed"))
+    same = saved == (asdict(sharded.blueprint.mesh), sharded.device.type, sharded.blueprint.seed)
     if same:
         rank = torch.distributed.get_rank()
-        _set_generators(sharded, {name: stored.whole(f"rng/{rank}/{name}") for name in _generators(sharded)})
+        set_generators(sharded, {name: stored.full(f"rng/{rank}/{name}") for name in generators(sharded)})
     else:
         sharded.random.restart(manifest["step"])
     return same
 
 
-class Stored:
-    """The tensors of a checkpoint, by the names of the model that saved them."""
-
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.reader = Reader(path, manifest)
-        self.parts = {
-            name: PackedSlice(**{**part, "shape": tuple(part["shape"])}) if (part := manifest["parts"].get(name)) else None
-            for name in manifest["parameters"]
-        }
-        self.packed = group_by_packed(self.parts)
-        self.precision = self.policy_option("precision")
-
-    def policy_option(self, name: str) -> Any:
-        """An option of the policy that the checkpoint was saved under."""
-        return self.manifest["policy"].get("options", {}).get(name)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.reader.metadata.state_dict_metadata
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The whole shape of a tensor."""
-        return tuple(self.reader.metadata.state_dict_metadata[key].size)  # type: ignore[union-attr]
-
-    def dtype(self, key: str) -> torch.dtype:
-        """The dtype that a tensor was saved in."""
-        found: torch.dtype = self.reader.metadata.state_dict_metadata[key].properties.dtype  # type: ignore[union-attr]
-        return found
-
-    def states_of(self, name: str) -> list[str]:
-        """The optimizer's tensors for a parameter."""
-        prefix = f"optimizer/{name}/"
-        return [key[len(prefix) :] for key in self.reader.metadata.state_dict_metadata if key.startswith(prefix)]
-
-    def read(self, pieces: Mapping[str, Piece]) -> None:
-        """Fill pieces. No collectives. Raises CheckpointError naming the file that cannot be read."""
-        planner = LoadPlanner()
-        planner.set_up_planner(dict(pieces), self.reader.metadata, is_coordinator=True)
-        plan = planner.create_local_plan()
-        self.reader.read_data(planner.finish_plan(plan), planner)
-
-    def whole(self, key: str) -> Tensor:
-        """A tensor, whole, on the CPU."""
-        found = torch.empty(self.shape(key), dtype=self.dtype(key))
-        self.read({key: Piece.of_whole(found)})
-        return found
-
-    def original_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor as HuggingFace has it."""
-        [first, *_] = self.packed[name]
-        part = self.parts[first]
-        return part.shape if part else self.shape(f"model/{first}")
-
-    def original(self, name: str, key: str = "model/{}") -> Tensor:
-        """A tensor as HuggingFace has it, a packed one joined; or a state of its optimizer, of which `key` is the pattern."""
-        tensors = {each: self.whole(key.format(each)) for each in self.packed[name]}
-        return assemble(name, self.parts, tensors) if any(self.parts[each] for each in tensors) else tensors[name]
-
-    def group_of(self, name: str) -> dict[str, Any]:
-        """The group of the optimizer that a tensor of the model was in; empty where it was in none."""
-        members = set(self.packed[name])
-        return next((group for group in self.manifest["groups"] if members & set(group["parameters"])), {})
-
-
 @dataclass(frozen=True)
-class _Wanted:
-    """What this rank wants of one tensor of a parameter, in each of its copies. `key`: `model/{}` or `optimizer/{}/state`."""
+class _Request:
+    """One tensor to read: a parameter, or a state of its optimizer.
+
+    key: `model/{}` or `optimizer/{}/<state>`. name: the parameter's. boxes: one for each copy of it on this rank.
+    """
 
     key: str
     name: str
-    pieces: list[Piece]
+    boxes: list[Box]
 
 
 def _prepare(
     stored: Stored,
-    held: Mapping[str, LocalShard],
+    shards: Mapping[str, LocalShard],
     optimizer: torch.optim.Optimizer,
     plans: Mapping[str, ParameterPlan],
-) -> list[_Wanted]:
-    """Give the optimizer the options that were saved, and memory for the states."""
-    names = {id(parameter): name for name, each in held.items() for parameter in each.parameters}
-    wanted: dict[tuple[str, str], _Wanted] = {}
+) -> list[_Request]:
+    """Give the optimizer the options that were saved, and memory for its states."""
+    names = {id(parameter): name for name, shard in shards.items() for parameter in shard.parameters}
+    reads: dict[tuple[str, str], _Request] = {}
     for group in optimizer.param_groups:
-        saved = next(stored.group_of(original(names[id(p)], plans)) for p in group["params"]) if group["params"] else {}
+        params = group["params"]
+        saved = next(stored.group_of(original_name(names[id(p)], plans)) for p in params) if params else {}
         for key, option in saved.get("options", {}).items():
             group[key] = _like(unplain(option), group.get(key))
-        for parameter in group["params"]:
+        for parameter in params:
             name = names[id(parameter)]
-            [first, *_] = stored.packed[original(name, plans)]
+            [first, *_] = stored.packed[original_name(name, plans)]
             states: dict[str, Any] = unplain(stored.manifest["values"].get(first, {}))
             for key in stored.states_of(first):
-                state, piece = _new_state(stored, f"optimizer/{first}/{key}", parameter, held[name], group)
+                state, box = _new_state(stored, f"optimizer/{first}/{key}", parameter, shards[name], group)
                 states[key] = state
-                wanted.setdefault((name, key), _Wanted(f"optimizer/{{}}/{key}", name, [])).pieces.append(piece)
+                reads.setdefault((name, key), _Request(f"optimizer/{{}}/{key}", name, [])).boxes.append(box)
             optimizer.state[parameter] = states
-    return list(wanted.values())
+    return list(reads.values())
 
 
 def _new_state(
-    stored: Stored, key: str, parameter: nn.Parameter, held: LocalShard, group: Mapping[str, Any]
-) -> tuple[Tensor, Piece]:
-    """Memory for a tensor of the optimizer that was saved as `key`: in the dtype that it has beside its parameter."""
-    if not stored.shape(key) and held.shape:
-        apart = not (group.get("capturable") or group.get("fused"))  # torch keeps the number of steps on the host otherwise
-        number = torch.zeros((), dtype=stored.dtype(key), device="cpu" if apart else parameter.device)
-        return number, Piece.of_whole(number)
+    stored: Stored, key: str, parameter: nn.Parameter, shard: LocalShard, group: Mapping[str, Any]
+) -> tuple[Tensor, Box]:
+    """Memory for the optimizer's tensor that was saved as `key`.
+
+    If it had its parameter's dtype, it gets the dtype that the parameter has now.
+    """
+    if not stored.shape(key) and shard.shape:
+        on_host = not (group.get("capturable") or group.get("fused"))  # where torch keeps the number of steps
+        number = torch.zeros((), dtype=stored.dtype(key), device="cpu" if on_host else parameter.device)
+        return number, Box.full(number)
     as_parameter = stored.dtype(key) == stored.dtype("model/" + key.split("/")[1])
     state = torch.zeros_like(parameter, dtype=parameter.dtype if as_parameter else stored.dtype(key), requires_grad=False)
-    return state, _piece(state, held)
+    return state, box_of(state, shard)
 
 
-def _read(stored: Stored, plans: Mapping[str, ParameterPlan], wanted: Iterable[_Wanted]) -> None:
-    """Fill what is wanted: piece by piece where the checkpoint has the same parameters, through the packed tensor where it has
-    other parts of one."""
-    direct: dict[str, Piece] = {}
-    for each in wanted:
-        [piece, *_] = each.pieces
-        plan = plans[each.name]
-        name = original(each.name, plans)
-        if each.name in stored.parts and stored.parts[each.name] == plan.part:
-            direct[each.key.format(each.name)] = piece
-        elif not piece.shape:
-            piece.local.copy_(stored.whole(each.key.format(stored.packed[name][0])))
+def _read(stored: Stored, plans: Mapping[str, ParameterPlan], reads: Iterable[_Request]) -> None:
+    """Fill the boxes: directly where the checkpoint has the same parameter, through the full packed weight where it has other
+    slices of it."""
+    direct: dict[str, Box] = {}
+    for read in reads:
+        [box, *_] = read.boxes
+        plan = plans[read.name]
+        name = original_name(read.name, plans)
+        if read.name in stored.parts and stored.parts[read.name] == plan.part:
+            direct[read.key.format(read.name)] = box
+        elif not box.shape:
+            box.local.copy_(stored.full(read.key.format(stored.packed[name][0])))
         else:
-            index = tuple(slice(at, at + n) for at, n in zip(piece.offsets, piece.local.shape, strict=True))
-            whole = stored.original(name, each.key)
-            piece.local.copy_(_part_of(whole, plan.part, index))
+            index = tuple(slice(at, at + n) for at, n in zip(box.offsets, box.local.shape, strict=True))
+            box.local.copy_(_slice_of(stored.original(name, read.key), plan.part, index))
     stored.read(direct)
-    for each in wanted:
-        for copy in each.pieces[1:]:
-            copy.local.copy_(each.pieces[0].local)
+    for read in reads:
+        for copy in read.boxes[1:]:
+            copy.local.copy_(read.boxes[0].local)
 
 
-def _part_of(whole: Tensor, part: PackedSlice | None, index: tuple[slice, ...]) -> Tensor:
-    return part.read(lambda _, at: whole[at], index) if part else whole[index]
+def _slice_of(tensor: Tensor, part: PackedSlice | None, index: tuple[slice, ...]) -> Tensor:
+    return part.read(lambda _, at: tensor[at], index) if part else tensor[index]
 
 
-def original(name: str, plans: Mapping[str, ParameterPlan]) -> str:
-    """The model's tensor that a parameter is, or is a part of."""
-    part = plans[name].part
-    return part.of if part else name
-
-
-def _piece(parameter: Tensor, held: LocalShard) -> Piece:
-    local = parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
-    return Piece(local, tuple(each.start for each in held.index), held.shape)
-
-
-def _state_piece(state: Tensor, parameter: nn.Parameter, held: LocalShard) -> Piece | None:
-    """A tensor of the optimizer: a number, or one that lies as its parameter does; None for anything else."""
-    if state.shape == parameter.shape:
-        return _piece(state, held)
-    return Piece.of_whole(state.detach()) if not state.dim() else None
-
-
-def _misfits(stored: Stored, sharded: ShardedModel, optimizer: torch.optim.Optimizer | None, scheduler: Any) -> Iterator[str]:
-    """Why a checkpoint cannot be loaded into this run."""
-    plans = sharded.blueprint.parameters
-    mine = group_by_packed({name: plan.part for name, plan in plans.items()})
-    for what, names in (("missing in it", mine.keys() - stored.packed), ("not in the model", stored.packed.keys() - mine)):
-        if names:
-            yield f"{len(names)} tensors are {what}: {_some(sorted(names))}"
-    for name in sorted(mine.keys() & stored.packed.keys()):
-        plan = plans[mine[name][0]]
-        here, there = plan.part.shape if plan.part else plan.shape, stored.original_shape(name)
-        if here != there:
-            yield f"{name} is {_sizes(there)} in it and {_sizes(here)} in the model"
-    for name in sharded.blueprint.persistent_buffers:
-        if f"model/{name}" not in stored:
-            yield f"the buffer {name} is missing in it"
-    if optimizer is not None and stored.manifest["optimizer"] != type(optimizer).__name__:
-        yield f"it holds the states of {stored.manifest['optimizer'] or 'no optimizer'}, not of {type(optimizer).__name__}"
-    elif optimizer is not None and mine.keys() == stored.packed.keys():
-        yield from _misfits_of_groups(stored, sharded, optimizer)
-    if scheduler is not None and stored.manifest["scheduler"] is None:
-        yield "it holds no state of a scheduler"
-
-
-def _misfits_of_groups(stored: Stored, sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    held = sharded.held_parameters()
-    names = {id(parameter): name for name, each in held.items() for parameter in each.parameters}
-    for number, group in enumerate(optimizer.param_groups):
-        mine = [original(names[id(p)], sharded.blueprint.parameters) for p in group["params"] if id(p) in names]
-        if len(mine) < len(group["params"]):
-            yield f"{len(group['params']) - len(mine)} parameters of the optimizer are not the model's"
-        saved = {id(group): name for name in mine if (group := stored.group_of(name))}
-        if len(saved) > 1:
-            apart = " and ".join(list(saved.values())[:2])
-            yield f"{apart} are in group {number} of the optimizer, and in two groups in it: make the groups as they were"
-        without = [name for name in mine if not stored.group_of(name)]
-        if without:
-            yield f"the optimizer of the checkpoint did not have {len(without)} of the parameters: {_some(without)}"
-
-
-def _generators(sharded: ShardedModel) -> dict[str, Tensor]:
-    """Where every generator of this rank stands, as bytes: those of dropout, Python's, NumPy's, torch's."""
-    found = {f"dropout.{name}": state for name, state in sharded.random.state_dict().items()}
-    found["python"] = _bytes(random.getstate())
-    kind, keys, *rest = numpy.random.get_state(legacy=True)  # noqa: NPY002
-    found["numpy"] = _bytes([kind, numpy.asarray(keys).tolist(), *rest])
-    found["torch"] = torch.get_rng_state()
-    if sharded.device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(sharded.device)
-    return found
-
-
-def _set_generators(sharded: ShardedModel, found: Mapping[str, Tensor]) -> None:
-    sharded.random.load_state_dict({name.partition(".")[2]: s for name, s in found.items() if name.startswith("dropout.")})
-    version, numbers, gauss = json.loads(bytes(found["python"].tolist()))
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = json.loads(bytes(found["numpy"].tolist()))
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(found["torch"])
-    if "cuda" in found:
-        torch.cuda.set_rng_state(found["cuda"], sharded.device)
-
-
-def _bytes(value: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def plain(value: Any, where: str) -> Any:
-    """A value as JSON holds it, such that `unplain` gives back the same, to the bit: numbers, also in tensors, texts, lists,
-    tuples, dictionaries with any such keys. Raises CheckpointError for any other."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Tensor) and not value.dim() and value.dtype in DTYPES:
-        return {"__tensor__": [value.item(), DTYPES[value.dtype]]}
-    if type(value) is list:
-        return [plain(each, where) for each in value]
-    if type(value) is tuple:
-        return {"__tuple__": [plain(each, where) for each in value]}
-    if type(value) is dict and all(type(key) is str and not key.startswith("__") for key in value):
-        return {key: plain(held, where) for key, held in value.items()}
-    if type(value) in (dict, Counter):
-        pairs = [[plain(key, where), plain(held, where)] for key, held in value.items()]
-        return {"__counter__" if isinstance(value, Counter) else "__dict__": pairs}
-    raise CheckpointError(
-        f"{where} cannot be saved: {type(value).__name__} is no plain value; only numbers, texts, lists, tuples and "
-        "dictionaries of them are, so that loading unpickles nothing"
-    )
-
-
-def unplain(value: Any) -> Any:
-    """What `plain` was given."""
-    if isinstance(value, list):
-        return [unplain(held) for held in value]
-    if not isinstance(value, dict):
-        return value
-    [kind, *more] = value or [""]
-    if more or kind not in _KINDS:
-        return {key: unplain(held) for key, held in value.items()}
-    return _KINDS[kind](value[kind])
-
-
-_KINDS: dict[str, Callable[[list[Any]], Any]] = {
-    "__tensor__": lambda held: torch.tensor(held[0], dtype=NAMED[held[1]]),
-    "__tuple__": lambda held: tuple(unplain(held)),
-    "__dict__": lambda held: dict(unplain(held)),
-    "__counter__": lambda held: Counter(dict(unplain(held))),
-}
-
-
-def _like(option: Any, now: Any) -> Any:
-    """An option that was saved, a number in a tensor where it is in one now."""
-    if isinstance(now, Tensor):
-        return torch.as_tensor(option, dtype=now.dtype, device=now.device)
+def _like(option: Any, current: Any) -> Any:
+    """A saved option, as a tensor where the current one is a tensor."""
+    if isinstance(current, Tensor):
+        return torch.as_tensor(option, dtype=current.dtype, device=current.device)
     return option.item() if isinstance(option, Tensor) else option
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was saved with."""
+    """The releases that a checkpoint was saved with."""
     import transformers
 
     import shardcomp
@@ -425,11 +249,3 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _sizes(shape: Iterable[int]) -> str:
-    return "×".join(str(size) for size in shape) or "a scalar"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: written beside the training, one at a time; old ones deleted, damaged ones passed over."""
+"""The checkpoints of one run: written while training continues, old ones deleted, damaged ones passed over."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from shardcomp.checkpoint import directory as directory_
 from shardcomp.checkpoint.api import Restored, agreed, broadcast, config_text, load, write
 from shardcomp.checkpoint.convert import convert
-from shardcomp.checkpoint.run_state import Captured, snapshot
-from shardcomp.checkpoint.storage import Piece
+from shardcomp.checkpoint.run_state import Snapshot, snapshot
+from shardcomp.checkpoint.storage import Box
 from shardcomp.errors import CheckpointError, ShardError
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.training.stack_location import is_communication
@@ -24,13 +24,27 @@ EXPORTS = "huggingface"
 
 
 class Saver:
-    """Saves a run to `directory`, as `step-00000100` and so on, by all ranks together.
+    """Saves a run to a directory, as `step-00000100` and so on, by all ranks together.
 
-    keep: how many of the last are kept, None for all; keep_every: also those whose step is a multiple of it. asynchronous:
-    copy the states and go on training while a thread writes them; the next save waits for it. export: also write each as a
-    HuggingFace directory, `huggingface/step-00000100`; they are kept as their checkpoints are.
+    Args:
+        directory: of the run.
+        keep: how many of the newest checkpoints to keep; None for all.
+        keep_every: also keep those whose step is a multiple of it.
+        asynchronous: whether to copy the states and return, while a thread writes them. The next save waits for it.
+        export: whether to write each checkpoint as a HuggingFace directory too, `huggingface/step-00000100`.
+        patience: seconds to wait for another job to leave the directory.
+        say: gets lines about what happens, on the first rank.
 
-    Raises CheckpointError where another job has the directory, after `patience` seconds. `say` gets lines on the first rank.
+    Raises:
+        CheckpointError: where another job has the directory.
+
+    Example:
+        >>> saver = shardcomp.checkpoint.Saver(folder / "saved", keep=1, asynchronous=False)
+        >>> [saver.save(sharded, optimizer, step=step).name for step in (1, 2)]
+        ['step-00000001', 'step-00000002']
+        >>> saver.resume(sharded, optimizer).step
+        2
+        >>> saver.close()
     """
 
     def __init__(
@@ -60,9 +74,9 @@ class Saver:
     def _open(self, patience: float) -> None:
         if dist.get_rank() == 0:
             self._lock = directory_.Lock(self.directory, patience, self.say)
-            left = directory_.recover(self.directory)
-            if left:
-                self.say(f"{self.directory}: cleared away {', '.join(left)} of a run that was ended within a save")
+            removed = directory_.recover(self.directory)
+            if removed:
+                self.say(f"{self.directory}: cleared away {', '.join(removed)} of a run that was ended within a save")
 
     def resume(
         self,
@@ -72,19 +86,34 @@ class Saver:
         scheduler: Any = None,
         path: str | Path | None = None,
     ) -> Restored | None:
-        """Go on from the newest checkpoint that is not damaged, or from the one at `path`, which must not be. None where there
-        is none. Damaged and, after `path`, later ones are renamed so that no run takes them for its newest."""
+        """Load the newest good checkpoint, or the one at `path`.
+
+        Damaged checkpoints, and those newer than `path`, are renamed so that no run takes them for its newest.
+
+        Args:
+            sharded, optimizer, scheduler: as in `checkpoint.load`.
+            path: a checkpoint, which must be good.
+
+        Returns:
+            What the checkpoint says of its run; None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: where every checkpoint is damaged, or the one at `path` is.
+
+        Example:
+            See the class.
+        """
         if path is None and not broadcast(bool(directory_.checkpoints(self.directory))):
             return None
-        found = load(path or self.directory, sharded, optimizer, scheduler=scheduler, fallback=path is None, say=self.say)
-        agreed(lambda: self._set_aside(found))
-        return found
+        restored = load(path or self.directory, sharded, optimizer, scheduler=scheduler, fallback=path is None, say=self.say)
+        agreed(lambda: self._set_aside(restored))
+        return restored
 
-    def _set_aside(self, found: Restored) -> None:
+    def _set_aside(self, restored: Restored) -> None:
         if dist.get_rank() == 0:
             for step, path in directory_.checkpoints(self.directory):
-                if step > found.step:
-                    place = directory_.set_aside(path, "damaged" if path in found.passed_over else "superseded")
+                if step > restored.step:
+                    place = directory_.set_aside(path, "damaged" if path in restored.passed_over else "superseded")
                     self.say(f"{path.name} is now {place.name}")
 
     def save(
@@ -96,29 +125,41 @@ class Saver:
         scheduler: Any = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Save, as `checkpoint.save` does, and delete what is no longer kept. Returns where it will be.
+        """Save as `checkpoint.save` does, and delete checkpoints that are not to be kept.
 
-        Asynchronous: returns when the states are copied; call `wait` to know that they are on the disk. Raises CheckpointError
-        where this save, or the one that was in flight, failed; then nothing is begun.
+        An asynchronous save returns when the states are copied. Call `wait` to know that they are on the disk.
+
+        Args:
+            sharded, optimizer, step, scheduler, extra: as in `checkpoint.save`.
+
+        Returns:
+            Where the checkpoint will be.
+
+        Raises:
+            CheckpointError: where this save failed, or the one under way; then this one does not start.
         """
         self.wait()
         path = self.directory / directory_.name_of(step)
-        captured = agreed(lambda: snapshot(sharded, optimizer, step, scheduler, extra))
+        state = agreed(lambda: snapshot(sharded, optimizer, step, scheduler, extra))
         files = config_text(sharded)
         if not self.asynchronous:
-            self._write(path, captured, files)
+            self._write(path, state, files)
             return path
-        captured = replace(captured, pieces=self._staged(captured.pieces))
+        state = replace(state, boxes=self._staged(state.boxes))
         self._thread = threading.Thread(
-            target=self._attempt, args=(path, captured, files), name="shardcomp-checkpoint", daemon=True
+            target=self._attempt, args=(path, state, files), name="shardcomp-checkpoint", daemon=True
         )
         self._thread.start()
         return path
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Wait for the save in flight, on all ranks. meanwhile: called once a second.
+        """Wait for the save under way, on all ranks.
 
-        Raises its CheckpointError, or what torch.distributed raised where a rank was lost within it.
+        Args:
+            meanwhile: called once a second.
+
+        Raises:
+            CheckpointError: where that save failed. Where a rank was lost in it, torch.distributed's own exception.
         """
         thread, self._thread = self._thread, None
         while thread is not None and thread.is_alive():
@@ -129,42 +170,42 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Wait for the save in flight, and let another job have the directory."""
+        """Wait for the save under way, and release the directory for another job."""
         try:
             self.wait()
         finally:
             if self._lock is not None:
                 self._lock.release()
 
-    def _staged(self, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-        """Copies on the host, in memory that the next save uses again."""
-        found = {}
-        for key, piece in pieces.items():
-            local = piece.local.detach()
-            into = self._copies.get(key)
-            if into is None or into.shape != local.shape or into.dtype != local.dtype:
-                into = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-                self._copies[key] = into
-            into.copy_(local, non_blocking=local.is_cuda)
-            found[key] = replace(piece, local=into)
+    def _staged(self, boxes: Mapping[str, Box]) -> dict[str, Box]:
+        """Copies on the host, in memory that every save uses again."""
+        copies = {}
+        for key, box in boxes.items():
+            local = box.local.detach()
+            copy = self._copies.get(key)
+            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._copies[key] = copy
+            copy.copy_(local, non_blocking=local.is_cuda)
+            copies[key] = replace(box, local=copy)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return found
+        return copies
 
-    def _attempt(self, path: Path, captured: Captured, files: Mapping[str, bytes]) -> None:
+    def _attempt(self, path: Path, state: Snapshot, files: Mapping[str, bytes]) -> None:
         try:
-            self._write(path, captured, files)
+            self._write(path, state, files)
         except BaseException as problem:
             if not isinstance(problem, ShardError) and not is_communication(problem):
                 problem = CheckpointError(f"{path}: not saved: {type(problem).__name__}: {problem}")
             self._failure = problem
 
-    def _write(self, path: Path, captured: Captured, files: Mapping[str, bytes]) -> None:
-        write(path, captured, files, self._group)
+    def _write(self, path: Path, state: Snapshot, files: Mapping[str, bytes]) -> None:
+        write(path, state, files, self._group)
         agreed(lambda: self._tidy(path), self._group)
 
     def _tidy(self, path: Path) -> None:
-        """Export, and delete what is not kept."""
+        """Export, and delete what is not to be kept."""
         if dist.get_rank() != 0:
             return
         exports = self.directory / EXPORTS

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint in safetensors files, for torch.distributed.checkpoint: nothing in them is ever unpickled.
 
-torch's planners decide which rank writes what, once each, and which pieces a rank reads; here they are written and read. A
-rank has one file, in which every tensor is a piece of a whole one, under `name@first,row` of its place in that.
+torch's planners decide which rank writes which box of a tensor, each box once, and which boxes a rank reads. Here they are
+written and read. A rank has one file. It names each tensor `name@0,128`, with the offsets of its box in the full tensor.
 """
 
 from __future__ import annotations
@@ -52,22 +52,24 @@ NAMED = {word: dtype for dtype, word in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What a rank holds of a tensor of the shape `shape`: a box that begins at `offsets`. torch.distributed.checkpoint finds
-    what to write and to read by the three methods."""
+class Box:
+    """This rank's box `local` of a full tensor of the shape `shape`, starting at `offsets`.
+
+    The three methods with underscores are torch.distributed.checkpoint's protocol.
+    """
 
     local: Tensor
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
     @staticmethod
-    def of_whole(held: Tensor) -> Piece:
-        """A tensor that this rank holds whole."""
-        return Piece(held, (0,) * held.dim(), tuple(held.shape))
+    def full(tensor: Tensor) -> Box:
+        """A box that is all of a tensor."""
+        return Box(tensor, (0,) * tensor.dim(), tuple(tensor.shape))
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The box, in torch's words."""
+        """The box, as torch describes it."""
         return ChunkStorageMetadata(offsets=torch.Size(self.offsets), sizes=self.local.size())
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
@@ -84,29 +86,29 @@ class Piece:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Who writes what. `notes` travels with the rank's plan; `everyones` holds all ranks' on the coordinator."""
+    """Which rank writes what. notes: go to the coordinator with this rank's plan. all_notes: there, those of all ranks."""
 
     def __init__(self, notes: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.notes = notes
-        self.everyones: list[Mapping[str, Any]] = []
+        self.all_notes: list[Mapping[str, Any]] = []
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's pieces, and its notes."""
+        """This rank's boxes, and its notes."""
         return dataclasses.replace(super().create_local_plan(), planner_data=self.notes)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Every piece once. Called on the coordinator."""
-        self.everyones = [plan.planner_data for plan in all_plans]
+        """Every box once. Called on the coordinator."""
+        self.all_notes = [plan.planner_data for plan in all_plans]
         return super().create_global_plan(all_plans)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor of a piece."""
+        """The tensor of a box."""
         return self.state_dict[index.fqn].local
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Which pieces a rank reads, into the memory that its state already has."""
+    """Which boxes a rank reads, into the tensors that it already has."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -118,23 +120,23 @@ class LoadPlanner(DefaultLoadPlanner):
         self.is_coordinator = is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The tensor of a piece."""
-        held: Tensor = self.state_dict[index.fqn].local
-        return held
+        """The tensor of a box."""
+        tensor: Tensor = self.state_dict[index.fqn].local
+        return tensor
 
 
 @dataclass(frozen=True)
 class _Written:
-    """The file that a piece went into, and the SHA-256 of that."""
+    """The file that a box was written to, and the SHA-256 of the file."""
 
     file: str
     digest: str
 
 
 class Writer(StorageWriter):
-    """Writes a checkpoint at `path`: each rank its file, then the coordinator `checkpoint.json`, the sums, and the name.
+    """Writes a checkpoint: each rank its file, then the coordinator `checkpoint.json`, the sums, and last the name `path`.
 
-    manifest: what `checkpoint.json` says besides the tensors; called with all ranks' notes. files: further small files.
+    manifest: all ranks' notes -> what `checkpoint.json` says besides the tensors. files: further small files.
     """
 
     def __init__(self, path: Path, planner: SavePlanner, manifest: Any, files: Mapping[str, bytes]) -> None:
@@ -153,7 +155,7 @@ class Writer(StorageWriter):
         return isinstance(checkpoint_id, (str, os.PathLike))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Clear away what an interrupted save left. The other ranks write only after this, when they get their plan."""
+        """Remove what an interrupted save left. The other ranks write later, when they have their plan."""
         if is_coordinator:
             directory.put_back(self.path)
             directory.refuse_others(self.path)
@@ -181,19 +183,19 @@ class Writer(StorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Describe, sum up, publish. Called on the coordinator when every rank has written. Raises OSError."""
-        where = {(each.index.fqn, each.index.offset): each.storage_data for held in results for each in held}
-        sums = {held.file: held.digest for held in where.values()}
+        """Write the manifest and the sums, and publish. Called on the coordinator, after all ranks wrote. Raises OSError."""
+        where = {(write.index.fqn, write.index.offset): write.storage_data for of_rank in results for write in of_rank}
+        sums = {written.file: written.digest for written in where.values()}
         tensors = {
             name: {
-                "dtype": DTYPES[held.properties.dtype],
-                "shape": list(held.size),
-                "pieces": [[list(c.offsets), list(c.sizes), where[name, c.offsets].file] for c in held.chunks],
+                "dtype": DTYPES[tensor.properties.dtype],
+                "shape": list(tensor.size),
+                "pieces": [[list(box.offsets), list(box.sizes), where[name, box.offsets].file] for box in tensor.chunks],
             }
-            for name, held in metadata.state_dict_metadata.items()
-            if isinstance(held, TensorStorageMetadata)
+            for name, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
         }
-        manifest = {"format": directory.FORMAT, **self.manifest(self.planner.everyones), "tensors": tensors}
+        manifest = {"format": directory.FORMAT, **self.manifest(self.planner.all_notes), "tensors": tensors}
         for name, content in {**self.files, directory.MANIFEST: directory.manifest_text(manifest)}.items():
             sums[name] = directory.write(self.partial / name, content)
         directory.write(self.partial / directory.SUMS, directory.sums_text(sums).encode())
@@ -201,12 +203,12 @@ class Writer(StorageWriter):
 
 
 def key_of(name: str, offsets: Any) -> str:
-    """What a piece of a tensor is called in its file."""
+    """The name of a box in its file."""
     return f"{name}@{','.join(str(at) for at in offsets)}"
 
 
 def _write(file: BinaryIO, plan: SavePlan, planner: Any) -> list[WriteResult]:
-    """A safetensors file: the length of the header, the header, then the bytes of the tensors. Returns where they went."""
+    """Write a safetensors file: the length of the header, the header, then the bytes of the tensors."""
     header: dict[str, Any] = {}
     at = 0
     for item in plan.items:
@@ -231,14 +233,14 @@ def _write(file: BinaryIO, plan: SavePlan, planner: Any) -> list[WriteResult]:
     put(len(text).to_bytes(8, "little"))
     put(text)
     for item in plan.items:
-        held = planner.resolve_data(item).detach().contiguous().cpu()
-        put(held.reshape(-1).view(torch.uint8).numpy())
+        tensor = planner.resolve_data(item).detach().contiguous().cpu()
+        put(tensor.reshape(-1).view(torch.uint8).numpy())
     written = _Written(plan.storage_data, digest.hexdigest())
     return [WriteResult(item.index, item.tensor_storage_size() or 0, written) for item in plan.items]
 
 
 class Reader(StorageReader):
-    """Reads the tensors of the checkpoint at `path`, of which `manifest` is the description."""
+    """Reads the tensors of the checkpoint at `path`. manifest: its `checkpoint.json`."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
@@ -253,7 +255,7 @@ class Reader(StorageReader):
         return isinstance(checkpoint_id, (str, os.PathLike))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the tensors are and how they are cut."""
+        """The tensors and their boxes."""
         return self.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -268,7 +270,7 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: Any) -> Future[None]:
-        """Read what was planned, file by file, only the rows that are asked for. Raises CheckpointError naming the file."""
+        """Read the planned boxes, file by file. Raises CheckpointError naming the file."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             assert item.storage_index.offset is not None
@@ -280,33 +282,33 @@ class Reader(StorageReader):
                         self._read(file, item, planner)
             except (SafetensorError, OSError) as problem:
                 raise CheckpointError(f"{self.path / name} cannot be read: {problem}") from problem
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
     @staticmethod
     def _read(file: Any, item: ReadItem, planner: Any) -> None:
         key = key_of(item.storage_index.fqn, item.storage_index.offset)
         index = tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True))
-        found = file.get_slice(key)[index] if index else file.get_tensor(key)
-        into = planner.resolve_tensor(item).detach()
-        into.copy_(found)
-        planner.commit_tensor(item, into)
+        stored = file.get_slice(key)[index] if index else file.get_tensor(key)
+        tensor = planner.resolve_tensor(item).detach()
+        tensor.copy_(stored)
+        planner.commit_tensor(item, tensor)
 
 
 def described(path: Path, manifest: Mapping[str, Any]) -> tuple[Metadata, dict[tuple[str, torch.Size], str]]:
-    """torch's description of the tensors, and the file of each piece. Raises CheckpointError where the manifest says none."""
+    """torch's description of the tensors, and the file of each box. Raises CheckpointError for a manifest without one."""
     try:
         tensors = {
             name: TensorStorageMetadata(
-                TensorProperties(dtype=NAMED[held["dtype"]]),
-                torch.Size(held["shape"]),
-                [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size, _ in held["pieces"]],
+                TensorProperties(dtype=NAMED[entry["dtype"]]),
+                torch.Size(entry["shape"]),
+                [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size, _ in entry["pieces"]],
             )
-            for name, held in manifest["tensors"].items()
+            for name, entry in manifest["tensors"].items()
         }
         files = {
-            (name, torch.Size(at)): str(file) for name, held in manifest["tensors"].items() for at, _, file in held["pieces"]
+            (name, torch.Size(at)): str(file) for name, entry in manifest["tensors"].items() for at, _, file in entry["pieces"]
         }
     except (KeyError, TypeError, ValueError) as problem:
         raise CheckpointError(f"{path / directory.MANIFEST} does not describe its tensors ({problem!r})") from problem

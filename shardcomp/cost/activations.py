@@ -14,19 +14,20 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.layout import Size
 from shardcomp.ir.mesh import AXES, FACTORS
+from shardcomp.ir.nodes import path_of, value
+from shardcomp.ir.operators import without_overload
 from shardcomp.ir.printer import unit_source
-from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit, value
+from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import SavedCall, saved_calls
 from shardcomp.runtime.unit import UnitParameters
+from shardcomp.torch_private import FakeTensorMode, TorchDispatchMode
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -53,8 +54,8 @@ class Saved:
     @property
     def bytes(self) -> int:
         """All but the inputs that no gradient flows into."""
-        held = sum(size for size, graded in zip(self.inputs, self.differentiable, strict=True) if graded)
-        return self.own + held + sum(self.results)
+        of_inputs = sum(size for size, graded in zip(self.inputs, self.differentiable, strict=True) if graded)
+        return self.own + of_inputs + sum(self.results)
 
 
 def unit_activations(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, int]) -> Saved:
@@ -95,8 +96,8 @@ class _Silent(Axis):
 
     sent: list[tuple[str, str, int]] = field(default_factory=list)
 
-    def send(self, op: str, given: Tensor, received: Tensor) -> None:
-        self.sent.append((op, self.name, given.numel() * given.itemsize))
+    def send(self, op: str, tensor: Tensor, received: Tensor) -> None:
+        self.sent.append((op, self.name, tensor.numel() * tensor.itemsize))
 
 
 def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, int]) -> Saved:
@@ -108,15 +109,15 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
     exec(compile(unit_source(body, program), f"<{body.name}>", "exec"), namespace)
 
     def empty(node: fx.Node) -> Tensor:
-        held = value(node)
-        shape = held.layout.local_shape(held.shape, mesh.as_dict(), rank)
+        known = value(node)
+        shape = known.layout.local_shape(known.shape, mesh.as_dict(), rank)
         sizes = [int(sympy.sympify(size).subs({B: batch, S: length})) for size in shape]
-        return torch.empty(sizes, dtype=held.dtype, device=CPU, requires_grad=held.requires_grad)
+        return torch.empty(sizes, dtype=known.dtype, device=CPU, requires_grad=known.requires_grad)
 
     streams = Streams(0, mesh, rank, CPU)
     with FakeTensorMode(), torch.enable_grad():
         stored = [node for role in (PARAMETER, BUFFER) for node in body.placeholders(role)]
-        weights = {node.meta["path"]: _module_of(empty(node)) for node in stored}
+        weights = {path_of(node): _module_of(empty(node)) for node in stored}
         modules: Any = {name: (module, "held") for name, module in weights.items()}
         call = namespace[body.name](
             UnitParameters(modules, [], path=unit.path, recompute=unit.plan.recompute), axes, CPU, streams
@@ -130,18 +131,19 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
             holders.append(weakref.ref(holder))
             return holder
 
-        with saved_calls() as made, saved_tensors_hooks(pack, _Holder.get):
+        with saved_calls() as calls, saved_tensors_hooks(pack, _Holder.get):
             results = call(*inputs)
         results = results if isinstance(results, tuple) else (results,)
         tensors = [holder.tensor for ref in holders if (holder := ref()) is not None]
-        tensors += [tensor for frame in made for tensor in frame.held()]
+        tensors += [tensor for frame in calls for tensor in frame.tensors()]
         foreign = {_storage(module.get_buffer("held")) for module in weights.values()}
         sizes = {key: tensor.untyped_storage().nbytes() for tensor in tensors if (key := _storage(tensor)) not in foreign}
-        of_inputs = tuple(sizes.pop(_storage(held), 0) for held in inputs)
-        of_results = tuple(sizes.pop(_storage(held), 0) for held in results)
+        of_inputs = tuple(sizes.pop(_storage(operand), 0) for operand in inputs)
+        of_results = tuple(sizes.pop(_storage(operand), 0) for operand in results)
         sent.clear()
+        # Recompute once more, on the same tensors without numbers: what is sent and multiplied now is what a backward repeats.
         with _Products() as again:
-            for frame in made:
+            for frame in calls:
                 _again(frame)
     repeated = tuple(message for message in sent if mesh.size(message[1]) > 1)
     graded = tuple(value(node).requires_grad for node in body.placeholders(INPUT))
@@ -157,7 +159,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
+        packet = without_overload(func)
         if packet is aten._scaled_dot_product_flash_attention_for_cpu:
             packet = aten._scaled_dot_product_flash_attention
         if packet in flop_registry:

@@ -14,8 +14,9 @@ from shardcomp.cost.memory import Group, groups_of, padded_numel, piece_numel, s
 from shardcomp.ir.collectives import EXCHANGES
 from shardcomp.ir.layout import Size
 from shardcomp.ir.mesh import FACTORS
+from shardcomp.ir.nodes import form_of, value
 from shardcomp.ir.precision import COMPUTE, MASTER
-from shardcomp.ir.program import B, Program, S, Unit, Value, value
+from shardcomp.ir.program import B, Program, S, Unit, Value
 from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.policy.options import Options
 from shardcomp.runtime.agreement import WIDTH
@@ -41,21 +42,21 @@ def messages(
     batch, length: of one micro-batch. rank: its coordinates by axis. Axes of one rank send nothing.
     """
     sizes = {B: batch, S: length}
-    found: list[Message] = []
+    sent: list[Message] = []
     stages = stages_of(program, options.schedule, rank)
     for unit in program.in_stages(stages):
         repeated = repeated_messages(program, unit, batch, length, rank)
-        for op, axis, phase, each in (*_unit_messages(program, unit, rank), *repeated):
-            found.append(
-                Message(op, axis, phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), unit.path)
+        for op, axis, phase, size in (*_unit_messages(program, unit, rank), *repeated):
+            sent.append(
+                Message(op, axis, phase, micro_batches, micro_batches * int(sympy.sympify(size).subs(sizes)), unit.path)
             )
-    for op, phase, where, each in _sends(program, stages, rank):
-        found.append(Message(op, "pp", phase, micro_batches, micro_batches * int(sympy.sympify(each).subs(sizes)), where))
+    for op, phase, where, size in _sends(program, stages, rank):
+        sent.append(Message(op, "pp", phase, micro_batches, micro_batches * int(sympy.sympify(size).subs(sizes)), where))
     for stage in stages:
         for group in groups_of(program, stage):
-            found += _data_parallel(program, group, options, micro_batches, rank)
-    found += _step(program, held_by(program, stages), options, rank)
-    return _merged(message for message in found if program.mesh.size(message.axis) > 1)
+            sent += _data_parallel(program, group, options, micro_batches, rank)
+    sent += _step(program, held_by(program, stages), options, rank)
+    return _merged(message for message in sent if program.mesh.size(message.axis) > 1)
 
 
 def stages_of(program: Program, schedule: str, rank: dict[str, int]) -> list[int]:
@@ -82,9 +83,9 @@ def _sends(program: Program, stages: list[int], rank: dict[str, int]) -> Iterato
                 continue
             crossing = program.sent(stage) if phase == "forward" else program.received(stage)
             for name in crossing:
-                held = program.values[name]
-                if phase == "forward" or held.requires_grad:
-                    yield "send", phase, f"stage {stage} → {other}", _bytes(program, held, rank)
+                tensor = program.values[name]
+                if phase == "forward" or tensor.requires_grad:
+                    yield "send", phase, f"stage {stage} → {other}", _bytes(program, tensor, rank)
 
 
 def _unit_messages(program: Program, unit: Unit, rank: dict[str, int]) -> Iterator[tuple[str, str, str, Size]]:
@@ -97,43 +98,43 @@ def _unit_messages(program: Program, unit: Unit, rank: dict[str, int]) -> Iterat
                 yield exchange.forward, axis, "forward", _bytes(program, value(operand), rank)
             if exchange.backward and value(node).requires_grad:
                 yield exchange.backward, axis, "backward", _bytes(program, value(node), rank)
-        elif "form" in node.meta:
-            for op, phase, shape, dtype in node.meta["form"].exchanges(node):
+        elif form_of(node) is not None:
+            for op, phase, shape, dtype in form_of(node).exchanges(node):
                 yield op, str(node.args[-1]), phase, sympy.prod(shape) * dtype.itemsize
 
 
-def _bytes(program: Program, held: Value, rank: dict[str, int]) -> Size:
-    shape = held.layout.local_shape(held.shape, program.mesh.as_dict(), rank)
-    return sympy.prod(shape) * held.dtype.itemsize
+def _bytes(program: Program, tensor: Value, rank: dict[str, int]) -> Size:
+    shape = tensor.layout.local_shape(tensor.shape, program.mesh.as_dict(), rank)
+    return sympy.prod(shape) * tensor.dtype.itemsize
 
 
 def _data_parallel(
     program: Program, group: Group, options: Options, micro_batches: int, rank: dict[str, int]
 ) -> Iterator[Message]:
-    """Parameters are gathered once a step, or where they are put back in pieces, for every use in a forward or a backward.
+    """Parameters are gathered once a step, or where they are resharded after forward, for every use in a forward or a backward.
     Gradients are summed once a step, or from zero = 2 for every micro-batch."""
     pieces, compute, master = shards(program, options), COMPUTE[options.precision], MASTER[options.precision]
     if pieces > 1:
-        each = sum(padded_numel(program, name, pieces, rank) for name in group.names) // pieces * compute.itemsize
+        size = sum(padded_numel(program, name, pieces, rank) for name in group.names) // pieces * compute.itemsize
         times = micro_batches * group.users if group.reshard else 1
-        yield Message("all_gather", "dp", "forward", times, times * each, group.where)
+        yield Message("all_gather", "dp", "forward", times, times * size, group.where)
         if group.reshard and group.passes_back:
             times = micro_batches * group.passes_back
-            yield Message("all_gather", "dp", "backward", times, times * each, group.where)
+            yield Message("all_gather", "dp", "backward", times, times * size, group.where)
     trained = [name for name in group.names if program.parameters[name].trained]
     if not trained:
         return
-    each = sum(padded_numel(program, name, pieces, rank) for name in trained) * master.itemsize
+    size = sum(padded_numel(program, name, pieces, rank) for name in trained) * master.itemsize
     times = micro_batches if options.zero >= 2 else 1
     if pieces > 1:
-        yield Message("reduce_scatter", "dp", "backward", times, times * each, group.where)
+        yield Message("reduce_scatter", "dp", "backward", times, times * size, group.where)
     if pieces < program.mesh.dp:
-        yield Message("all_reduce", "dp", "backward", times, times * each // pieces, group.where)
+        yield Message("all_reduce", "dp", "backward", times, times * size // pieces, group.where)
 
 
-def _step(program: Program, held: list[str], options: Options, rank: dict[str, int]) -> Iterator[Message]:
+def _step(program: Program, param_names: list[str], options: Options, rank: dict[str, int]) -> Iterator[Message]:
     """Once per step: what ranks compare, the labels that count among it; the loss and whether gradients are finite; the
-    gradients that come out partial, and those of tied weights that several pipeline ranks hold."""
+    partial gradients, and the gradients of tied weights that several pipeline ranks have."""
     master, pieces = MASTER[options.precision].itemsize, shards(program, options)
     if "loss" in program.outputs:
         for axis in ("tp", "pp", "dp") if options.compare_ranks else ("pp", "dp"):
@@ -144,7 +145,7 @@ def _step(program: Program, held: list[str], options: Options, rank: dict[str, i
     holders = pipeline_ranks(program, options)
     partial: dict[str, int] = {}
     tied: dict[tuple[int, ...], int] = {}
-    for name in held:
+    for name in param_names:
         parameter = program.parameters[name]
         if parameter.trained:
             size = piece_numel(program, name, pieces, rank) * master
@@ -161,18 +162,18 @@ def _step(program: Program, held: list[str], options: Options, rank: dict[str, i
 
 def pipeline_ranks(program: Program, options: Options) -> dict[str, tuple[int, ...]]:
     """The pipeline ranks that hold each parameter that a unit uses."""
-    found: dict[str, set[int]] = {}
+    ranks_of: dict[str, set[int]] = {}
     for unit in program.units:
         place = SCHEDULES[options.schedule].rank_of(unit.plan.stage, program.mesh.pp)
         for name in unit.parameters:
-            found.setdefault(name, set()).add(place)
-    return {name: tuple(sorted(ranks)) for name, ranks in found.items()}
+            ranks_of.setdefault(name, set()).add(place)
+    return {name: tuple(sorted(ranks)) for name, ranks in ranks_of.items()}
 
 
-def _merged(found: Iterable[Message]) -> list[Message]:
+def _merged(messages: Iterable[Message]) -> list[Message]:
     """Messages of the same kind in the same place as one entry."""
     merged: dict[tuple[str, str, str, str], Message] = {}
-    for m in found:
+    for m in messages:
         key = (m.op, m.axis, m.phase, m.where)
         before = merged.get(key)
         merged[key] = m if before is None else Message(*key[:3], before.count + m.count, before.bytes + m.bytes, m.where)

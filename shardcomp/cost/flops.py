@@ -5,48 +5,38 @@ Attention costs 2·b·n·q·k·(d + e), also where it is causal: half of that is
 reduction costs one operation for each element that it reduces, and everything else one for each element of its results, where
 those are floating. Views and collectives cost nothing here.
 
-The backward of a product costs its forward again for each operand that needs a gradient, that of attention twice its forward,
-that of anything else once. Traffic is what operands and results occupy, each read or written once.
+The backward of a product costs its forward again for each operand that needs a gradient, the backward of attention costs its
+forward twice, any other backward its forward once. Traffic is what operands and results occupy, each read or written once.
 
-What is global counts whole values; the share of a rank counts what layouts leave it of each factor.
+A global count is of full values; a rank's share counts what layouts leave it of each factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from shardcomp.ir.collectives import EXCHANGES
 from shardcomp.ir.layout import Size, same
-from shardcomp.ir.program import Body, Unit, Value, tensor_arguments
-from shardcomp.kernels.attention import attention
-from shardcomp.kernels.dropout import dropped_attention
-from shardcomp.kernels.linear_cross_entropy import is_early, linear_cross_entropy, vocab_linear_cross_entropy
+from shardcomp.ir.nodes import form_of, requires_grad, tensor_arguments, values
+from shardcomp.ir.operators import facts_of, is_item
+from shardcomp.ir.program import Body, Unit, Value
+from shardcomp.kernels.linear_cross_entropy import is_early
 from shardcomp.sharding.rules import RULES, Factoring, apply, factoring
-
-aten = torch.ops.aten
-_ATTENTION = {attention, dropped_attention, aten.scaled_dot_product_attention}
-_HEADS = {linear_cross_entropy, vocab_linear_cross_entropy}
-"""What makes logits in its inside: the product writes them and the loss reads them, one operation for each; their gradient is
-written over them, and read by two products. Unless the gradients are computed early, the product is made twice."""
-_VECTOR_PRODUCTS = {aten.matmul: 0, aten.mv: 0, aten.dot: 0, aten.baddbmm: 1}
-"""Products that have no rule -> the operand whose last dimension they contract."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Whose share is counted: the degrees of the mesh, and a rank's coordinates (by default those of the first)."""
+    """Whose share is counted: the degrees of the mesh, and a rank's coordinates (by default the first rank's)."""
 
     sizes: dict[str, int]
     rank: dict[str, int] | None = None
 
-    def shape(self, held: Value) -> tuple[Size, ...]:
-        return held.layout.local_shape(held.shape, self.sizes, self.rank)
+    def shape(self, tensor: Value) -> tuple[Size, ...]:
+        return tensor.layout.local_shape(tensor.shape, self.sizes, self.rank)
 
 
 @dataclass(frozen=True)
@@ -87,18 +77,20 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
         return Compute()
     operands = tensor_arguments(node)
     shapes = [_shape(operand, share) for operand in operands]
-    results = [each for each in _values(node) if isinstance(each, Value)]
-    graded = [_requires_grad(operand) for operand in operands]
-    floating = any(held.floating for held in results)
-    made: Size = sum(sympy.prod(_local(held, share)) for held in results)
-    written: Size = sum(sympy.prod(_local(held, share)) * held.dtype.itemsize for held in results)
-    rule = _rule(node)
+    results = [result for result in values(node) if isinstance(result, Value)]
+    graded = [requires_grad(operand) for operand in operands]
+    floating = any(output.floating for output in results)
+    elements: Size = sum(sympy.prod(_local(output, share)) for output in results)
+    written: Size = sum(sympy.prod(_local(output, share)) * output.dtype.itemsize for output in results)
+    rule, row = _rule(node), facts_of(node)
     products, others, times = 0, 0, 1
     lookups: set[int] = set()
-    if _packet(node) in _ATTENTION:
+    if row.family == "attention":
         (b, n, q, d), (_, _, k, _), (_, _, _, e) = shapes[:3]
         products, times = 2 * b * n * q * k * (d + e), 2
     elif rule is not None and (contracted := _contracted(rule)):
+        # A factor that several operands have is multiplied and summed: a product. One that a single operand has is reduced, if
+        # that operand has every other factor too; otherwise it is looked up, and only the rows that are found are read.
         holders = [i for i, dims in enumerate(rule.operands) if contracted & set(dims)]
         all_of_it = [i for i in holders if set(rule.factors()) <= set(rule.operands[i])]
         if len(holders) > 1:
@@ -108,21 +100,23 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
             others = sympy.prod(shapes[all_of_it[0]]) if floating else 0
         else:
             lookups = set(holders)
-            others = made if floating else 0
-    elif rule is None and (at := _VECTOR_PRODUCTS.get(_packet(node))) is not None:
-        products, times = 2 * made * shapes[at][-1], sum(graded[:2])
+            others = elements if floating else 0
+    elif rule is None and (at := row.contracts) is not None:
+        products, times = 2 * elements * shapes[at][-1], sum(graded[:2])
     else:
-        others = made if floating else 0
+        others = elements if floating else 0
     sizes = [
         written if i in lookups else sympy.prod(shape) * _itemsize(operand)
         for i, (operand, shape) in enumerate(zip(operands, shapes, strict=True))
     ]
     logits: Size = 0
-    if node.target in _HEADS:
+    if "makes_logits" in row.facts:
+        # The product writes the logits and the loss reads them, one operation for each; their gradient is written over them,
+        # and read by two products. Unless the gradients are computed early, the product is made twice.
         others, times = products / (2 * shapes[0][-1]), times + (not is_early(node))
         logits = others * _itemsize(operands[0])
     forward = Work(products, others, sum(sizes) + written + 2 * logits)
-    if not any(held.requires_grad for held in results):
+    if not any(output.requires_grad for output in results):
         return Compute(forward)
     if products:
         # For each gradient: the result's, what stands beside the operand, and the gradient itself.
@@ -140,12 +134,12 @@ def of_body(body: Body, share: Share | None = None) -> Compute:
 def of_units(units: Iterable[Unit], share: Share | None = None) -> Compute:
     """What these units cost together; a body that several share is weighed once."""
     known: dict[int, Compute] = {}
-    found = []
+    costs = []
     for unit in units:
         if id(unit.body) not in known:
             known[id(unit.body)] = of_body(unit.body, share)
-        found.append(known[id(unit.body)])
-    return _total(found)
+        costs.append(known[id(unit.body)])
+    return _total(costs)
 
 
 def _total(parts: Iterable[Compute]) -> Compute:
@@ -158,23 +152,19 @@ def _total(parts: Iterable[Compute]) -> Compute:
     return Compute(add([part.forward for part in every]), add([part.backward for part in every]))
 
 
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", node.target)
-
-
 def _is_view(node: fx.Node) -> bool:
     """Whether a call moves nothing: one of several results, or an alias of its operand in the same dtype."""
-    if getattr(node.target, "__name__", "") == "getitem":
+    if is_item(node):
         return True
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
     aliases = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     operands = tensor_arguments(node)
-    return aliases and len(operands) > 0 and all(held.dtype == _values(operands[0])[0].dtype for held in _values(node))
+    return aliases and len(operands) > 0 and all(result.dtype == values(operands[0])[0].dtype for result in values(node))
 
 
 def _rule(node: fx.Node) -> Factoring | None:
-    """The rule of a call; that of the whole operator where it is a split form."""
-    if "form" not in node.meta:
+    """The rule of a call; the rule of the operator itself where it is a split form."""
+    if form_of(node) is None:
         return factoring(node)
     for rule in RULES.values():
         if rule.line is not None and any(form.function is node.target for form in rule.forms.values()):
@@ -184,41 +174,32 @@ def _rule(node: fx.Node) -> Factoring | None:
 
 def _contracted(rule: Factoring) -> set[str]:
     """The factors that no result has."""
-    made = {factor for dims in rule.results for factor in dims}
-    return {factor for factor in rule.factors() if factor not in made}
+    result_factors = {factor for dims in rule.results for factor in dims}
+    return {factor for factor in rule.factors() if factor not in result_factors}
 
 
 def _factor_size(factor: str, node: fx.Node, rule: Factoring, share: Share | None) -> Size:
     """The length of a factor, for a rank where a value that has it is split there."""
     places = [
-        (held, dim)
-        for dims, held in [
-            *zip(rule.operands, (_values(operand)[0] for operand in tensor_arguments(node)), strict=True),
-            *zip(rule.results, _values(node), strict=False),
+        (tensor, dim)
+        for dims, tensor in [
+            *zip(rule.operands, (values(operand)[0] for operand in tensor_arguments(node)), strict=True),
+            *zip(rule.results, values(node), strict=False),
         ]
         for dim, name in enumerate(dims)
         if name == factor
     ]
-    sizes = [(held.shape[dim], _local(held, share)[dim]) for held, dim in places]
-    return next((local for whole, local in sizes if not same(whole, local)), sizes[0][1])
+    sizes = [(tensor.shape[dim], _local(tensor, share)[dim]) for tensor, dim in places]
+    return next((local for size, local in sizes if not same(size, local)), sizes[0][1])
 
 
-def _values(node: fx.Node) -> tuple[Any, ...]:
-    found = node.meta["value"]
-    return (found,) if isinstance(found, Value) else tuple(found)
-
-
-def _local(held: Value, share: Share | None) -> tuple[Size, ...]:
-    return held.shape if share is None else share.shape(held)
+def _local(tensor: Value, share: Share | None) -> tuple[Size, ...]:
+    return tensor.shape if share is None else share.shape(tensor)
 
 
 def _shape(node: fx.Node, share: Share | None) -> tuple[Size, ...]:
-    return _local(_values(node)[0], share)
+    return _local(values(node)[0], share)
 
 
 def _itemsize(node: fx.Node) -> int:
-    return int(_values(node)[0].dtype.itemsize)
-
-
-def _requires_grad(node: fx.Node) -> bool:
-    return any(held.requires_grad for held in _values(node))
+    return int(values(node)[0].dtype.itemsize)

@@ -1,4 +1,5 @@
-"""What data-parallel ranks share: the parameters that they gather together, in how many pieces, and the bytes that it takes."""
+"""What data-parallel ranks shard: the parameters that they gather together, over how many ranks, and the bytes that it
+takes."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from shardcomp.policy.options import Options
 class Group:
     """Parameters that data-parallel ranks gather together and whose gradients they sum together.
 
-    reshard: whether they are put back in pieces between a forward and its backward, and between two units that use them.
-    users: how many units those are; passes_back: through how many of them a backward goes.
+    reshard: whether they are resharded after a forward, and gathered again for its backward and for the next unit that uses
+    them. users: how many units those are; passes_back: through how many of them a backward goes.
     """
 
     where: str
@@ -35,34 +36,34 @@ def groups_of(program: Program, stage: int) -> list[Group]:
     for unit in units:
         for module in {name.rpartition(".")[0] for name in unit.parameters}:
             users[module] = users.get(module, 0) + 1
-    found: list[Group] = []
+    groups: list[Group] = []
     shared: dict[str, None] = {}
     for unit in units:
         sized = [name for name in unit.parameters if program.parameters[name].shape]
         own = tuple(name for name in sized if users[name.rpartition(".")[0]] == 1)
         shared.update(dict.fromkeys(name for name in sized if name not in own))
         passes_back = int(any(program.values[name].requires_grad for name in unit.outputs))
-        found.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
-    using = [(unit, group) for unit, group in zip(units, found, strict=True) if shared.keys() & unit.parameters]
+        groups.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
+    using = [(unit, group) for unit, group in zip(units, groups, strict=True) if shared.keys() & unit.parameters]
     reshard, offload = (all(getattr(unit.plan, what) for unit, _ in using) for what in ("reshard", "offload"))
     backwards = sum(group.passes_back for _, group in using)
-    found.append(Group("shared by several units", tuple(shared), reshard, len(using), backwards, offload))
-    return [group for group in found if group.names]
+    groups.append(Group("shared by several units", tuple(shared), reshard, len(using), backwards, offload))
+    return [group for group in groups if group.names]
 
 
 def shards(program: Program, options: Options) -> int:
-    """The number of pieces that data-parallel ranks cut a parameter into."""
+    """The number of shards that data-parallel ranks split a parameter into."""
     return program.mesh.size(SHARDING[1]) if options.zero else 1
 
 
 def padded_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
-    """The elements of a rank's part of a parameter, filled up to rows that divide into so many pieces."""
+    """The elements of a rank's part of a parameter, padded to rows that divide into so many shards."""
     rows, *others = local_shape(program, name, rank) or [1]
     return -(-rows // pieces) * pieces * math.prod(others)
 
 
 def piece_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
-    """The elements that a rank keeps of a parameter which is cut into so many pieces, without what fills them up."""
+    """The elements that a rank keeps of a parameter which is split into so many shards, without the padding."""
     rows, *others = local_shape(program, name, rank) or [1]
     step = -(-rows // pieces)
     return max(0, min(step, rows - rank["dp"] % pieces * step)) * math.prod(others)
@@ -93,11 +94,11 @@ class Held:
 
 
 def held_in(program: Program, stage: int, options: Options, rank: dict[str, int]) -> Held:
-    """What a rank holds of a stage: masters of its pieces, a copy in the compute dtype where gathered parameters stay, the
-    gradients, in pieces from zero = 2, and the optimizer's two moments. What fills the last piece up counts, moments have
-    none. An offloaded group leaves on the device what is not in pieces."""
+    """What a rank holds of a stage: masters of its shards, a copy in the compute dtype where gathered parameters stay, the
+    gradients, sharded from zero = 2, and the optimizer's two moments. The padding of the last shard counts, moments have
+    none. An offloaded group leaves on the device what is not sharded."""
     pieces, compute, master = shards(program, options), COMPUTE[options.precision].itemsize, MASTER[options.precision].itemsize
-    found = Held()
+    bytes_held = Held()
     for group in groups_of(program, stage):
         padded = {name: padded_numel(program, name, pieces, rank) for name in group.names}
         trained = [name for name in group.names if program.parameters[name].trained]
@@ -107,7 +108,7 @@ def held_in(program: Program, stage: int, options: Options, rank: dict[str, int]
         reduced = master * sum(padded[name] for name in trained) // pieces if options.zero >= 2 else 0
         moments = 2 * master * sum(piece_numel(program, name, pieces, rank) for name in trained)
         if group.offload:
-            found += Held(parameters=copy, gradients=whole, host=masters + reduced + moments)
+            bytes_held += Held(parameters=copy, gradients=whole, host=masters + reduced + moments)
         else:
-            found += Held(masters + copy, whole + reduced, moments)
-    return found
+            bytes_held += Held(masters + copy, whole + reduced, moments)
+    return bytes_held

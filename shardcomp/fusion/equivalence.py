@@ -1,8 +1,8 @@
-"""Pieces of a graph, and the proof that a kernel computes what a piece computes.
+"""Subgraphs, and the check that a kernel computes what a subgraph computes.
 
-The proof runs both on random numbers of several magnitudes. With every cast made a cast to float64, values and gradients must
-agree but for rounding: then the piece means what the kernel does. In the piece's own dtypes, nearly all outputs must have the
-same bits: then the kernel rounds where the piece rounds. It runs once for each structure of a piece.
+The check runs both on random numbers of several magnitudes. With every cast made a cast to float64, values and gradients must
+agree but for rounding: then they mean the same. In the subgraph's own dtypes, nearly all outputs must have the
+same bits: then the kernel rounds where the subgraph rounds. The check runs once for each structure of a subgraph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from shardcomp.ir.interpreter import call
-from shardcomp.ir.program import B, S, tensor_arguments, value
+from shardcomp.ir.nodes import structural_key, tensor_arguments, value
+from shardcomp.ir.program import B, S
 
 aten = torch.ops.aten
 AGREEMENT = 1e-12
@@ -33,7 +34,7 @@ _ROWS = 2
 
 @dataclass(frozen=True)
 class Subgraph:
-    """Some calls of a graph, in order: what they read from outside, and those of their results that are meant."""
+    """Some calls of a graph, in order: what they read from outside, and the results that are read outside."""
 
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
@@ -48,63 +49,57 @@ class Subgraph:
 
     def constants(self) -> list[float]:
         """The numbers that are written into the calls, each once, the smallest first."""
-        found: set[float] = set()
-        for node in self.nodes:
-            fx.node.map_aggregate((node.args, node.kwargs), lambda a: found.add(float(a)) if type(a) in (int, float) else None)  # type: ignore[func-returns-value]
-        return sorted(found)
+        leaves = _leaves([(node.args, node.kwargs) for node in self.nodes])
+        return sorted({float(leaf) for leaf in leaves if type(leaf) in (int, float)})
 
     def key(self) -> Hashable:
-        """Equal for pieces that compute the same."""
+        """Equal for subgraphs that compute the same."""
         number = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
-        lines = tuple(
-            (str(node.target), repr(fx.map_arg((node.args, node.kwargs), lambda a: _Number(number[a])))) for node in self.nodes
-        )
-        held = tuple((value(node).shape, value(node).dtype, value(node).requires_grad) for node in self.inputs)
-        return held, lines, tuple(number[node] for node in self.outputs)
+        operands = tuple((value(node).shape, value(node).dtype, value(node).requires_grad) for node in self.inputs)
+        return operands, structural_key(self.nodes, number), tuple(number[node] for node in self.outputs)
 
-    def run(self, given: Mapping[fx.Node, Tensor], sizes: Mapping[sympy.Symbol, int], neutral: bool) -> list[Tensor]:
+    def run(self, inputs: Mapping[fx.Node, Tensor], sizes: Mapping[sympy.Symbol, int], neutral: bool) -> list[Tensor]:
         """The outputs. neutral: what casts to a floating dtype casts to float64."""
-        env: dict[fx.Node, Any] = dict(given)
+        env: dict[fx.Node, Any] = dict(inputs)
         for node in self.nodes:
             env[node] = call(node, env, sizes, torch.float64 if neutral else None)
         return [env[node] for node in self.outputs]
 
 
-class _Number:
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __repr__(self) -> str:
-        return f"%{self.index}"
+def _leaves(argument: Any) -> list[Any]:
+    """What a call's arguments hold, lists and dicts opened."""
+    leaves: list[Any] = []
+    fx.node.map_aggregate(argument, leaves.append)
+    return leaves
 
 
 def subgraph_between(outputs: Sequence[fx.Node], inputs: Iterable[fx.Node], inner: Callable[[fx.Node], bool]) -> Subgraph:
     """The calls that make `outputs` of `inputs`. A value that is neither among these nor made by an `inner` call is a further
-    input, behind them."""
-    given = list(inputs)
-    found: set[fx.Node] = set()
+    input, after them."""
+    first_inputs = list(inputs)
+    inside: set[fx.Node] = set()
     further: list[fx.Node] = []
-    pending = [node for node in outputs if node not in given]
+    pending = [node for node in outputs if node not in first_inputs]
     while pending:
         node = pending.pop()
-        if node in found or node in given or node in further:
+        if node in inside or node in first_inputs or node in further:
             continue
         if node not in outputs and not inner(node):
             further.append(node)
             continue
-        found.add(node)
+        inside.add(node)
         pending += tensor_arguments(node)
-    order = [node for node in outputs[0].graph.nodes if node in found or node in further]
-    nodes = tuple(node for node in order if node in found)
+    order = [node for node in outputs[0].graph.nodes if node in inside or node in further]
+    nodes = tuple(node for node in order if node in inside)
     read = {operand for node in nodes for operand in tensor_arguments(node)}
-    return Subgraph(nodes, (*(n for n in given if n in read), *(n for n in order if n in further)), tuple(outputs))
+    return Subgraph(nodes, (*(n for n in first_inputs if n in read), *(n for n in order if n in further)), tuple(outputs))
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A kernel's call in the place of a piece: `function(*args, **kwargs)`, the nodes among `args` being inputs of the piece.
+    """A kernel's call that may replace a subgraph: `function(*args, **kwargs)`. The nodes among `args` are its inputs.
 
-    used: the results that are the piece's outputs, in their order; None where there is but one result.
+    used: the results that are the subgraph's outputs, in their order; None where there is but one result.
     """
 
     function: Callable[..., Any]
@@ -117,79 +112,81 @@ class Replacement:
         return self.function.__name__
 
     def run(self, env: Mapping[fx.Node, Tensor]) -> list[Tensor]:
-        made = self.function(*(None if a is None else env[a] for a in self.args), **self.kwargs)
-        return [made] if self.used is None else [made[i] for i in self.used]
+        results = self.function(*(None if a is None else env[a] for a in self.args), **self.kwargs)
+        return [results] if self.used is None else [results[i] for i in self.used]
 
-    def key(self, piece: Subgraph) -> Hashable:
-        places = tuple(None if a is None else piece.inputs.index(a) for a in self.args)
+    def key(self, subgraph: Subgraph) -> Hashable:
+        places = tuple(None if a is None else subgraph.inputs.index(a) for a in self.args)
         return self.name, places, tuple(self.kwargs.items()), self.used
 
 
 @dataclass(frozen=True)
 class MatchResult:
-    """Which of the proposals computes what the piece computes; if none does, why not the nearest: the further a proposal got,
-    the higher its `progress`."""
+    """Which replacement computes what the subgraph computes; if none does, why not the nearest. The more of the check it
+    passed, the higher its `progress`."""
 
     chosen: int | None
     reason: str = ""
     progress: int = 0
 
 
-_verdicts: dict[Hashable, MatchResult] = {}
+_results: dict[Hashable, MatchResult] = {}
 
 
-def check_equivalent(piece: Subgraph, proposals: Sequence[Replacement], bits: bool = True) -> MatchResult:
-    """The first of the proposals that passes the proof. bits: whether the outputs must have the same bits as well."""
-    key = (piece.key(), tuple(proposal.key(piece) for proposal in proposals), bits)
-    if key not in _verdicts:
+def check_equivalent(subgraph: Subgraph, replacements: Sequence[Replacement], bits: bool = True) -> MatchResult:
+    """The first replacement that passes the check. bits: whether the outputs must have the same bits as well."""
+    key = (subgraph.key(), tuple(replacement.key(subgraph) for replacement in replacements), bits)
+    if key not in _results:
         with torch.enable_grad():
-            _verdicts[key] = _check_equivalent(piece, proposals, bits)
-    return _verdicts[key]
+            _results[key] = _check_equivalent(subgraph, replacements, bits)
+    return _results[key]
 
 
-def _check_equivalent(piece: Subgraph, proposals: Sequence[Replacement], bits: bool) -> MatchResult:
-    trials = _Trials(piece)
+def _check_equivalent(subgraph: Subgraph, replacements: Sequence[Replacement], bits: bool) -> MatchResult:
+    trials = _Trials(subgraph)
     best = MatchResult(None, "nothing was proposed", -1)
-    for i, proposal in enumerate(proposals):
-        verdict = _tried(proposal, trials, bits)
-        if verdict is None:
+    for i, replacement in enumerate(replacements):
+        failure = _tried(replacement, trials, bits)
+        if failure is None:
             return MatchResult(i)
-        best = max(best, verdict, key=lambda each: each.progress)
+        best = max(best, failure, key=lambda result: result.progress)
     return best
 
 
-def _tried(proposal: Replacement, trials: _Trials, bits: bool) -> MatchResult | None:
-    """What speaks against a proposal; None if nothing does."""
-    name = proposal.name
+def _tried(replacement: Replacement, trials: _Trials, bits: bool) -> MatchResult | None:
+    """What speaks against a replacement; None if nothing does."""
+    name = replacement.name
+    # First in float64, where only what is computed matters: the results, and then the gradients.
     for magnitude in _MAGNITUDES:
-        given, expected, seeds, gradients = trials.wide(magnitude)
-        env = {node: held.detach().requires_grad_(held.requires_grad) for node, held in given.items()}
-        made = proposal.run(env)
-        if [m.shape for m in made] != [e.shape for e in expected]:
+        inputs, expected, seeds, gradients = trials.wide(magnitude)
+        env = {node: tensor.detach().requires_grad_(tensor.requires_grad) for node, tensor in inputs.items()}
+        results = replacement.run(env)
+        if [m.shape for m in results] != [e.shape for e in expected]:
             return MatchResult(None, f"it is no {name}: its results have other shapes", 0)
-        apart = max(_deviation(a, b) for a, b in zip(made, expected, strict=True))
+        apart = max(_deviation(a, b) for a, b in zip(results, expected, strict=True))
         if not apart <= AGREEMENT:
             return MatchResult(None, f"it is no {name}: in float64 they are {apart:.0e} apart", 1)
-        graded = [held for held in env.values() if held.requires_grad]
-        found = torch.autograd.grad(made, graded, seeds, allow_unused=True) if graded else ()
-        apart = max((_deviation(a, b) for a, b in zip(found, gradients, strict=True)), default=0.0)
+        graded = [tensor for tensor in env.values() if tensor.requires_grad]
+        own_gradients = torch.autograd.grad(results, graded, seeds, allow_unused=True) if graded else ()
+        apart = max((_deviation(a, b) for a, b in zip(own_gradients, gradients, strict=True)), default=0.0)
         if not apart <= AGREEMENT:
             return MatchResult(None, f"it is no {name}: in float64 their gradients are {apart:.0e} apart", 2)
-    given, expected = trials.own()
-    made = proposal.run(given)
-    if [m.dtype for m in made] != [e.dtype for e in expected]:
+    # Then in the subgraph's own dtypes, where it also matters when a number is rounded.
+    inputs, expected = trials.own()
+    results = replacement.run(inputs)
+    if [m.dtype for m in results] != [e.dtype for e in expected]:
         return MatchResult(
-            None, f"it is {name}, but its result is {_name(expected[0])}, and that of {name} {_name(made[0])}", 3
+            None, f"it is {name}, but its result is {_name(expected[0])}, and {name} gives {_name(results[0])}", 3
         )
-    share = min(equal_bits(a, b) for a, b in zip(made, expected, strict=True))
+    share = min(equal_bits(a, b) for a, b in zip(results, expected, strict=True))
     if bits and share < EQUAL_BITS:
         what = f"{share:.1%} of its {_name(expected[0])} results have the bits of {name}"
         return MatchResult(None, f"it is {name}, but rounds elsewhere: {what}; numerics = fp32 would take it", 4)
     return None
 
 
-def _name(held: Tensor) -> str:
-    return str(held.dtype).removeprefix("torch.")
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def equal_bits(a: Tensor, b: Tensor) -> float:
@@ -198,61 +195,61 @@ def equal_bits(a: Tensor, b: Tensor) -> float:
     return float(alike.double().mean()) if alike.numel() else 1.0
 
 
-def _deviation(made: Tensor | None, expected: Tensor | None) -> float:
-    if made is None or expected is None:
-        return 0.0 if made is expected else float("inf")
+def _deviation(result: Tensor | None, expected: Tensor | None) -> float:
+    if result is None or expected is None:
+        return 0.0 if result is expected else float("inf")
     if not expected.numel():
         return 0.0
-    largest, apart = float(expected.detach().abs().max()), float((made - expected).detach().abs().max())
+    largest, apart = float(expected.detach().abs().max()), float((result - expected).detach().abs().max())
     return apart / largest if largest > 0 else apart
 
 
 class _Trials:
-    """What a piece computes of random numbers, each computed when first asked for."""
+    """What a subgraph computes of random numbers, each computed when first asked for."""
 
-    def __init__(self, piece: Subgraph) -> None:
-        self.piece = piece
-        self.sizes = _sizes(piece)
+    def __init__(self, subgraph: Subgraph) -> None:
+        self.subgraph = subgraph
+        self.sizes = _sizes(subgraph)
         self.known: dict[float, Any] = {}
 
     def wide(self, magnitude: float) -> tuple[dict[fx.Node, Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
-        """In float64: the inputs, the outputs, gradients of the outputs, and those of the inputs that have one."""
+        """In float64: the inputs, the outputs, gradients of the outputs, and the resulting gradients of the inputs."""
         if magnitude not in self.known:
-            given = self._draw(magnitude, torch.float64)
-            outputs = self.piece.run(given, self.sizes, neutral=True)
+            inputs = self._draw(magnitude, torch.float64)
+            outputs = self.subgraph.run(inputs, self.sizes, neutral=True)
             draw = torch.Generator().manual_seed(1)
             seeds = [torch.randn(out.shape, generator=draw, dtype=torch.float64) for out in outputs]
-            graded = [held for held in given.values() if held.requires_grad]
-            found = torch.autograd.grad(outputs, graded, seeds, allow_unused=True) if graded else ()
-            self.known[magnitude] = given, [out.detach() for out in outputs], seeds, list(found)
+            graded = [tensor for tensor in inputs.values() if tensor.requires_grad]
+            gradients = torch.autograd.grad(outputs, graded, seeds, allow_unused=True) if graded else ()
+            self.known[magnitude] = inputs, [out.detach() for out in outputs], seeds, list(gradients)
         return self.known[magnitude]  # type: ignore[no-any-return]
 
     def own(self) -> tuple[dict[fx.Node, Tensor], list[Tensor]]:
-        """In the piece's dtypes: the inputs and the outputs."""
+        """In the subgraph's dtypes: the inputs and the outputs."""
         if 0.0 not in self.known:
             with torch.no_grad():
-                given = {node: held.detach() for node, held in self._draw(1.0, None).items()}
-                self.known[0.0] = given, self.piece.run(given, self.sizes, neutral=False)
+                inputs = {node: tensor.detach() for node, tensor in self._draw(1.0, None).items()}
+                self.known[0.0] = inputs, self.subgraph.run(inputs, self.sizes, neutral=False)
         return self.known[0.0]  # type: ignore[no-any-return]
 
     def _draw(self, magnitude: float, dtype: torch.dtype | None) -> dict[fx.Node, Tensor]:
         draw = torch.Generator().manual_seed(0)
-        found = {}
-        for node in self.piece.inputs:
-            held = value(node)
-            if self.piece.draw is not None:
-                drawn = self.piece.draw(node, draw)
+        inputs = {}
+        for node in self.subgraph.inputs:
+            tensor = value(node)
+            if self.subgraph.draw is not None:
+                drawn = self.subgraph.draw(node, draw)
             else:
-                shape = [int(sympy.sympify(size).subs(self.sizes)) for size in held.shape]
+                shape = [int(sympy.sympify(size).subs(self.sizes)) for size in tensor.shape]
                 drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
             if drawn.is_floating_point():
-                drawn = (magnitude * drawn).to(dtype or held.dtype)
-            found[node] = drawn.requires_grad_(held.requires_grad)
-        return found
+                drawn = (magnitude * drawn).to(dtype or tensor.dtype)
+            inputs[node] = drawn.requires_grad_(tensor.requires_grad)
+        return inputs
 
 
-def _sizes(piece: Subgraph) -> dict[sympy.Symbol, int]:
-    """The (b, s) to run a piece at."""
-    shape = value(piece.outputs[0]).shape
+def _sizes(subgraph: Subgraph) -> dict[sympy.Symbol, int]:
+    """The (b, s) to run a subgraph at."""
+    shape = value(subgraph.outputs[0]).shape
     one = int(sympy.sympify(sympy.prod(shape)).subs({B: _ROWS, S: 1}))
     return {B: _ROWS, S: max(3, -(-_ENOUGH // max(one, 1)))}

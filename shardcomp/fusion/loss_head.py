@@ -1,7 +1,7 @@
-"""Where a loss and the product that makes its logits may be one: what lies between them, and the product behind it.
+"""Where a loss and the product that makes its logits may be one kernel: the product, the loss, and the calls between.
 
 Between the two a model moves rows (a reshape, a slice that drops the last token), casts, and scales or caps logits. A product
-with a matrix takes each row by itself, so that the moves may as well come first; the rest is done to a piece of the logits as
+with a matrix takes each row by itself, so that the moves may as well come first; the rest is done to a chunk of the logits as
 it is to all of them.
 """
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from shardcomp.fusion.equivalence import Replacement, Subgraph, subgraph_between
-from shardcomp.ir.program import Body, value
+from shardcomp.ir.nodes import value
+from shardcomp.ir.operators import operator_name, operator_of
+from shardcomp.ir.program import Body
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.linear_cross_entropy import Step, linear_cross_entropy
 
@@ -29,13 +31,13 @@ _SIZES = {"t": 5, "h": 3, "v": 7}
 @dataclass(frozen=True)
 class LossHead:
     """A mean loss [], the product that makes its logits, and what lies between, in order; `product` is None where that is
-    something else, and `obstacle` says what."""
+    something else, and `violation` says what."""
 
     mean: fx.Node
     losses: fx.Node
     product: fx.Node | None = None
     between: tuple[fx.Node, ...] = ()
-    obstacle: str = ""
+    violation: str = ""
 
 
 def find_loss_heads(body: Body) -> Iterator[LossHead]:
@@ -60,12 +62,12 @@ def _loss_head(mean: fx.Node, losses: fx.Node) -> LossHead:
     at: Any = losses.args[0]
     while True:
         if _only(at) is None:
-            return LossHead(mean, losses, obstacle="its logits are used elsewhere")
+            return LossHead(mean, losses, violation="its logits are used elsewhere")
         if at.target is aten.linear.default:
             return LossHead(mean, losses, at, tuple(reversed(between)))
         if not (_is_move(at) or _step(at)):
-            what = at.name if at.op == "placeholder" else str(getattr(at.target, "overloadpacket", at.target))
-            return LossHead(mean, losses, obstacle=f"its logits are made by {what.removeprefix('aten.')}, not by a product")
+            what = at.name if at.op == "placeholder" else operator_name(at)
+            return LossHead(mean, losses, violation=f"its logits are made by {what.removeprefix('aten.')}, not by a product")
         between.append(at)
         at = at.args[0]
 
@@ -82,7 +84,7 @@ def _is_move(node: fx.Node) -> bool:
 
 def _step(node: fx.Node) -> Step | None:
     """What a call does to every logit, as `linear_cross_entropy` has it."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = operator_of(node)
     if node.op != "call_function" or node.kwargs or not isinstance(node.args[0], fx.Node):
         return None
     if packet in _SCALES and len(node.args) == 2 and type(node.args[1]) in (int, float):
@@ -103,14 +105,14 @@ def move_views_before_projection(body: Body, head: LossHead) -> LossHead:
     width = value(x).shape[-1]
     with graph.inserting_before(head.product):
         for node in filter(_is_move, head.between):
-            held = value(node)
+            before = value(node)
             args = list(node.args)
             args[0] = x
             if node.target is aten.reshape.default:
                 args[1] = [*args[1][:-1], width]  # type: ignore[index]
-            made = graph.call_function(node.target, tuple(args))
-            made.meta = {**node.meta, "value": replace(value(x), shape=(*held.shape[:-1], width))}
-            x = made
+            moved = graph.call_function(node.target, tuple(args))
+            moved.meta = {**node.meta, "value": replace(value(x), shape=(*before.shape[:-1], width))}
+            x = moved
         product = graph.call_function(aten.linear.default, (x, *head.product.args[1:]))
         rows = value(x).shape[:-1]
         product.meta = {
@@ -120,10 +122,10 @@ def move_views_before_projection(body: Body, head: LossHead) -> LossHead:
         at, between = product, []
         for node in head.between:
             if not _is_move(node):
-                made = graph.call_function(node.target, (at, *node.args[1:]))
-                made.meta = {**node.meta, "value": replace(value(node), shape=value(product).shape)}
-                at = made
-                between.append(made)
+                moved = graph.call_function(node.target, (at, *node.args[1:]))
+                moved.meta = {**node.meta, "value": replace(value(node), shape=value(product).shape)}
+                at = moved
+                between.append(moved)
     head.losses.replace_input_with(head.losses.args[0], at)  # type: ignore[arg-type]
     for node in (*reversed(head.between), head.product):
         graph.erase_node(node)
@@ -131,18 +133,18 @@ def move_views_before_projection(body: Body, head: LossHead) -> LossHead:
 
 
 def propose_kernel(head: LossHead, early: bool) -> tuple[Subgraph, Replacement]:
-    """The piece that a head without moves is, and the kernel for it."""
+    """The subgraph of a head without moves, and the kernel for it."""
     assert head.product is not None
     x, weight, *bias = head.product.args
     _, labels, ignored = head.losses.args
     count = head.mean.args[1]
-    given: list[Any] = [x, weight, labels, count, *(each for each in bias if each is not None)]
+    operands: list[Any] = [x, weight, labels, count, *(term for term in bias if term is not None)]
     steps = [step for node in head.between if (step := _step(node))]
     while steps and steps[-1][0] == "to":
         steps.pop()  # the loss is computed in the wide dtype
     columns, width = (int(size) for size in value(weight).shape)  # type: ignore[arg-type]
     kwargs: dict[str, Any] = {"ignore_index": ignored}
-    # A piece of logits is about as large as two hidden states of all tokens.
+    # A chunk of logits is about as large as two hidden states of all tokens.
     if (chunks := max(1, math.ceil(columns / (2 * width)))) > 1:
         kwargs["chunks"] = chunks
     if not early:
@@ -160,13 +162,13 @@ def propose_kernel(head: LossHead, early: bool) -> tuple[Subgraph, Replacement]:
         shape = {x: "th", weight: "vh"}.get(node, "v")
         return torch.randn([_SIZES[size] for size in shape], generator=generator, dtype=torch.float64)
 
-    piece = subgraph_between([head.mean], given, lambda node: node not in given)
-    return replace(piece, draw=draw), Replacement(linear_cross_entropy, tuple(given), kwargs)
+    subgraph = subgraph_between([head.mean], operands, lambda node: node not in operands)
+    return replace(subgraph, draw=draw), Replacement(linear_cross_entropy, tuple(operands), kwargs)
 
 
-def rows_apart(proposal: Replacement) -> Replacement:
+def rows_apart(replacement: Replacement) -> Replacement:
     """The kernel's call without a reshape that only lays all rows in order: it does that itself."""
-    x, *others = proposal.args
+    x, *others = replacement.args
     if x is None or x.target is not aten.reshape.default or len(value(x).shape) != 2:
-        return proposal
-    return replace(proposal, args=(x.args[0], *others))  # type: ignore[arg-type]
+        return replacement
+    return replace(replacement, args=(x.args[0], *others))  # type: ignore[arg-type]

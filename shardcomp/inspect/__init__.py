@@ -1,1 +1,1 @@
-"""What a lowered model can be asked, offline: its listing, what a pass changed, and a report on one rank."""
+"""What to see of a lowered model without a GPU: a report on one rank, what a pass changed, and what this machine can run."""

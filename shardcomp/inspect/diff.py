@@ -6,6 +6,19 @@ import difflib
 
 
 def diff(before: str, after: str, before_name: str, after_name: str) -> str:
-    """A unified diff of two listings; empty where they are equal. The names head it and may say which passes came last."""
+    r"""A unified diff of two listings, empty if they are equal.
+
+    Args:
+        before, after: the listings.
+        before_name, after_name: the headings, such as the passes that ran last.
+
+    Example:
+        >>> print(diff("a = 1\n", "a = 2\n", "zero", "emit"), end="")
+        --- zero
+        +++ emit
+        @@ -1 +1 @@
+        -a = 1
+        +a = 2
+    """
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), before_name, after_name, lineterm="")
     return "".join(f"{line}\n" for line in lines)

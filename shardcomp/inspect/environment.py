@@ -1,10 +1,10 @@
-"""What this machine has: versions, devices, and what runs each fused operator on them, found out by running it."""
+"""What this machine has: versions, devices, and what runs each fused operator on them, which is tried out."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -16,19 +16,57 @@ from shardcomp.kernels.attention_providers import PROVIDERS
 from shardcomp.kernels.register import REFERENCES
 
 
-def environment() -> dict[str, Any]:
-    """`versions` {package: version}, `library` {kind, path, why}, `devices` [{device, name, memory}], `kernels` [{name, device,
-    runs, ok, why}]."""
+class Device(TypedDict):
+    """The CPU or a GPU."""
+
+    device: str
+    """As torch names it: cpu, cuda:0."""
+    name: str
+    memory: int | None
+    """Bytes; None for the CPU."""
+
+
+class KernelLibrary(TypedDict):
+    """The library of kernels that is loaded."""
+
+    kind: str
+    path: str | None
+    why: str
+
+
+class KernelRun(TypedDict):
+    """One fused operator on one device."""
+
+    name: str
+    device: str
+    runs: str
+    """What runs it: a library, the reference, torch, a provider of attention, or nothing."""
+    ok: bool
+    """Whether it ran, and its results and gradients are those of the reference."""
+    why: str
+
+
+class Environment(TypedDict):
+    """What `shardcomp env --json` prints."""
+
+    versions: dict[str, str]
+    library: KernelLibrary
+    devices: list[Device]
+    kernels: list[KernelRun]
+
+
+def environment() -> Environment:
+    """Versions, devices, and the kernels that run here. Every kernel runs once on every device."""
     devices = _devices()
     names = [device["device"] for device in devices]
-    kernels = [_compare(name, device) for device in names for name in small_cases.calls()]
-    kernels += [_attend(provider, device) for device in names for provider in PROVIDERS]
-    kernels += [_embed(device) for device in names]
+    kernels = [_try_operator(name, device) for device in names for name in small_cases.calls()]
+    kernels += [_try_attention(provider, device) for device in names for provider in PROVIDERS]
+    kernels += [_try_embedding(device) for device in names]
     return {"versions": versions(), "library": _library(), "devices": devices, "kernels": kernels}
 
 
-def _library() -> dict[str, Any]:
-    """The library of kernels; without one that was asked for by name, what speaks against it."""
+def _library() -> KernelLibrary:
+    """The library of kernels. If one was asked for by name and cannot be loaded: why."""
     try:
         loaded = library.load()
     except ShardError as error:
@@ -37,74 +75,75 @@ def _library() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on: package -> version, or that it is not installed."""
-    found = {"shardcomp": __version__, "python": platform.python_version()}
+    """Package -> its version, or "not installed", for the packages that a run depends on."""
+    result = {"shardcomp": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "safetensors", "sympy"):
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
+            result[package] = "not installed"
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        result["cuda"] = torch.version.cuda
+    return result
 
 
-def _devices() -> list[dict[str, Any]]:
-    """The CPU and every accelerator; `memory` in bytes, None for the CPU."""
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": None}]
+def _devices() -> list[Device]:
+    """The CPU and every GPU."""
+    devices: list[Device] = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": None}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory})
-    return found
+        devices.append({"device": f"cuda:{index}", "name": properties.name, "memory": properties.total_memory})
+    return devices
 
 
-def _compare(name: str, device: str) -> dict[str, Any]:
+def _try_operator(name: str, device_name: str) -> KernelRun:
     """Run an operator and its backward, and compare both with their references."""
-    found = {"name": name, "device": device, "runs": "reference", "ok": True}
-    place, operators = torch.device(device), small_cases.calls()[name]
+    device, operators = torch.device(device_name), small_cases.calls()[name]
+    runs, ok = "reference", True
     try:
         loaded = library.load()
-        runs = [device_check.in_place(each, place, REFERENCES[each]) for each in operators]
-        rejected = [why for each in operators if (why := device_check.why_not(each, place))]
-        if all(runs):
-            found["runs"] = f"{loaded.kind} library"
-            found["why"] = "its results are near those of its reference"
+        placed = [device_check.in_place(operator, device, REFERENCES[operator]) for operator in operators]
+        rejected = [reason for operator in operators if (reason := device_check.why_not(operator, device))]
+        if all(placed):
+            runs = f"{loaded.kind} library"
+            why = "its results are near those of its reference"
         elif loaded.kind == "reference":
-            found["why"] = "no library is loaded"
+            why = "no library is loaded"
         else:
-            found["why"] = rejected[0] if rejected else f"the {loaded.kind} library has no kernel of it for this device"
-        for each in operators:
-            small_cases.compare(each, getattr(torch.ops.shardcomp, each), REFERENCES[each], place, name)
+            why = rejected[0] if rejected else f"the {loaded.kind} library has no kernel of it for this device"
+        for operator in operators:
+            small_cases.compare(operator, getattr(torch.ops.shardcomp, operator), REFERENCES[operator], device, name)
     except Exception as error:
-        found |= {"runs": "nothing", "ok": False, "why": f"{type(error).__name__}: {error}"}
-    return found
+        runs, ok, why = "nothing", False, f"{type(error).__name__}: {error}"
+    return {"name": name, "device": device_name, "runs": runs, "ok": ok, "why": why}
 
 
-def _attend(provider: str, device: str) -> dict[str, Any]:
-    """Run attention by one provider, forward and backward, and compare it with that written out."""
-    found = {"name": "attention", "device": device, "runs": provider, "ok": True}
+def _try_attention(provider: str, device: str) -> KernelRun:
+    """Run attention by one provider, forward and backward, and compare it with eager attention in float64."""
+    ok = True
     try:
         draw = torch.Generator().manual_seed(0)
-        heads = [torch.randn((1, n, 64, 64), generator=draw) for n in (4, 2, 2)]
-        made = []
-        for which, dtype in ((provider, torch.bfloat16), ("eager", torch.float64)):
-            given = [held.to(device, dtype).requires_grad_() for held in heads]
-            out = attention(*given, causal=True, provider=which)
-            made.append([out, *torch.autograd.grad(out.square().sum(), given)])
-        for one, exact in zip(*made, strict=True):
-            torch.testing.assert_close(one.double(), exact, rtol=0.05, atol=0.02 * float(exact.detach().abs().max()))
-        taken = "what auto takes; " if provider == "sdpa" else ""
-        found["why"] = f"{taken}forward and backward are near those of float64"
+        heads = [torch.randn((1, n, 64, 64), generator=draw) for n in (4, 2, 2)]  # q, k, v
+        results = []
+        for provider_name, dtype in ((provider, torch.bfloat16), ("eager", torch.float64)):
+            inputs = [tensor.to(device, dtype).requires_grad_() for tensor in heads]
+            out = attention(*inputs, causal=True, provider=provider_name)
+            results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+        for tensor, exact in zip(*results, strict=True):
+            torch.testing.assert_close(tensor.double(), exact, rtol=0.05, atol=0.02 * float(exact.detach().abs().max()))
+        default = "what auto takes; " if provider == "sdpa" else ""
+        why = f"{default}forward and backward are near those of float64"
     except Exception as error:
-        found |= {"ok": False, "why": str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"}
-    return found
+        ok, why = False, str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
+    return {"name": "attention", "device": device, "runs": provider, "ok": ok, "why": why}
 
 
-def _embed(device: str) -> dict[str, Any]:
-    """Run the split embedding, which torch's own operators make up."""
+def _try_embedding(device: str) -> KernelRun:
+    """Run the split embedding, which consists of torch's own operators."""
     weight = torch.arange(32.0, device=device).view(8, 4).requires_grad_()
     ids = torch.tensor([5, 0], device=device)
-    made = vocab_embedding(weight, ids, -1, 8, Axis("tp", 1, 0))
-    made.sum().backward()
-    ok = torch.equal(made, weight[ids]) and weight.grad is not None and bool(weight.grad.sum() == 8)
-    return {"name": "embedding", "device": device, "runs": "torch", "ok": ok, "why": "it is made of torch's operators; called"}
+    rows = vocab_embedding(weight, ids, -1, 8, Axis("tp", 1, 0))
+    rows.sum().backward()
+    ok = torch.equal(rows, weight[ids]) and weight.grad is not None and bool(weight.grad.sum() == 8)
+    why = "it consists of torch's operators; called"
+    return {"name": "embedding", "device": device, "runs": "torch", "ok": ok, "why": why}

@@ -40,22 +40,22 @@ class Axis:
         return total
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """The pieces of all ranks joined along `dim`: [.., D, ..] -> [.., n D, ..]."""
-        pieces = x.new_empty((self.size, *x.shape))
+        """The shards of all ranks joined along `dim`: [.., D, ..] -> [.., n D, ..]."""
+        shards = x.new_empty((self.size, *x.shape))
         if self.size > 1:
-            self.send("all_gather", x.contiguous().view(-1), pieces.view(-1))
+            self.send("all_gather", x.contiguous().view(-1), shards.view(-1))
         else:
-            pieces[0] = x
-        return pieces.movedim(0, dim).flatten(dim, dim + 1)
+            shards[0] = x
+        return shards.movedim(0, dim).flatten(dim, dim + 1)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's piece of the sum over the axis: [.., D, ..] -> [.., D / n, ..]."""
-        pieces = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+        """This rank's shard of the sum over the axis: [.., D, ..] -> [.., D / n, ..]."""
+        shards = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
         if self.size == 1:
-            return pieces[0].clone()
-        piece = torch.empty_like(pieces[0])
-        self.send("reduce_scatter", pieces.view(-1), piece.view(-1))
-        return piece
+            return shards[0].clone()
+        result = torch.empty_like(shards[0])
+        self.send("reduce_scatter", shards.view(-1), result.view(-1))
+        return result
 
     def all_to_all(self, x: Tensor, gather: int, scatter: int) -> Tensor:
         """Moves a split from dimension `gather` to dimension `scatter`."""
@@ -67,19 +67,19 @@ class Axis:
             received.copy_(sent)
         return received.movedim(0, gather).flatten(gather, gather + 1)
 
-    def send(self, op: str, given: Tensor, received: Tensor) -> None:
+    def send(self, op: str, tensor: Tensor, received: Tensor) -> None:
         """One message, which fills `received`: every message of the axis goes through here."""
         if op == "all_reduce":
             dist.all_reduce(received, group=self.group)
         elif op == "all_gather":
-            _all_gather(received, given, group=self.group)
+            _all_gather(received, tensor, group=self.group)
         elif op == "reduce_scatter":
-            _reduce_scatter(received, given, group=self.group)
+            _reduce_scatter(received, tensor, group=self.group)
         else:
-            dist.all_to_all_single(received, given, group=self.group)
+            dist.all_to_all_single(received, tensor, group=self.group)
 
     def piece(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's piece of a whole tensor: [.., D, ..] -> [.., D / n, ..], without a message."""
+        """This rank's shard of a replicated tensor: [.., D, ..] -> [.., D / n, ..], without a message."""
         return x.unflatten(dim, (self.size, -1)).select(dim, self.rank).contiguous()
 
 
@@ -98,17 +98,17 @@ class _Pair(torch.autograd.Function):
 
 
 def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
-    """Whole to whole, where what follows works on split operands: each rank's gradient is one summand."""
+    """Replicated to replicated, before a call that also reads sharded operands: each rank's gradient is one summand."""
     return _Pair.apply(x, lambda t: t, lambda g: axis.all_reduce(g))
 
 
 def allreduce_identity(x: Tensor, axis: Axis) -> Tensor:
-    """Partial to whole: sums the ranks' results; the gradient of the sum is the gradient of each summand."""
+    """Partial to replicated: sums the ranks' results; the gradient of the sum is the gradient of each summand."""
     return _Pair.apply(x, lambda t: axis.all_reduce(t), lambda g: g)
 
 
 def allgather_reducescatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Split to whole, where each rank's gradient of the whole is one summand."""
+    """Sharded to replicated, where each rank's gradient is one summand."""
     return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.reduce_scatter(g, dim))
 
 
@@ -118,35 +118,35 @@ def reducescatter_allgather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def split_allgather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Whole to split: keeps this rank's piece; the gradient is joined from all pieces."""
+    """Replicated to sharded: keeps this rank's shard; the gradient is joined from all shards."""
     return _Pair.apply(x, lambda t: axis.piece(t, dim), lambda g: axis.all_gather(g, dim))
 
 
 def allgather_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Split to whole, where every rank has the whole gradient."""
+    """Sharded to replicated, where every rank has the full gradient."""
     return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.piece(g, dim))
 
 
 def narrow(x: Tensor, dim: int, copies: int, left: int, axis: Axis) -> Tensor:
-    """Pieces held by `copies` neighbouring ranks to smaller ones held by `left`: keeps this rank's part of its piece.
+    """Shards with `copies` neighbouring ranks each to smaller ones with `left`: keeps this rank's part of its shard.
 
-    No message: the gradient of the piece is zero outside this part, and is a summand, as it is for a piece held in copies.
+    No message: the gradient of the shard is zero outside this part, and is a summand, as for every shard with copies.
     """
     return _Narrow.apply(x, dim, copies // left, axis.rank % copies // left)
 
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, pieces: int, index: int) -> Tensor:
-        ctx.place = x.shape, dim, pieces, index
-        return x.unflatten(dim, (pieces, -1)).select(dim, index).contiguous()
+    def forward(ctx: Any, x: Tensor, dim: int, shards: int, index: int) -> Tensor:
+        ctx.place = x.shape, dim, shards, index
+        return x.unflatten(dim, (shards, -1)).select(dim, index).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        shape, dim, pieces, index = ctx.place
-        whole = gradients[0].new_zeros(shape)
-        whole.unflatten(dim, (pieces, -1)).select(dim, index).copy_(gradients[0])
-        return whole, None, None, None
+        shape, dim, shards, index = ctx.place
+        full = gradients[0].new_zeros(shape)
+        full.unflatten(dim, (shards, -1)).select(dim, index).copy_(gradients[0])
+        return full, None, None, None
 
 
 def alltoall_alltoall(x: Tensor, gather: int, scatter: int, axis: Axis) -> Tensor:

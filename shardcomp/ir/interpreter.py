@@ -9,48 +9,38 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from shardcomp.ir.nodes import ancestors, is_under_no_grad, path_of
 from shardcomp.ir.program import B, Program, S
 
 
 def evaluate(program: Program, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of a Program that has not been cut into units, by the caller's names.
+    """The outputs of a Program that is one unit, by the caller's names.
 
     inputs: every input of the Program, [b, s] int64 and the like. parameters: by name, in the Program's dtypes.
     """
     [unit] = program.units
-    given = {**parameters, **inputs}
-    given |= {name: held.value for name, held in program.buffers.items()}
+    numbers = {**parameters, **inputs}
+    numbers |= {name: buffer.value for name, buffer in program.buffers.items()}
     sizes: dict[sympy.Symbol, int] = {}
     for name, known in program.inputs.items():
         sizes |= {symbol: inputs[name].shape[dim] for dim, symbol in enumerate(known.shape) if symbol in (B, S)}
-    env = compute(unit.body.results, given, sizes)
+    env = compute(unit.body.results, numbers, sizes)
     return {key: env[node] for key, node in zip(program.outputs, unit.body.results, strict=True)}
 
 
-def compute(wanted: Sequence[fx.Node], given: Mapping[str, Tensor], sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any]:
-    """The values of some nodes of a graph, and of what they are made of. given: the values of placeholders, by path."""
+def compute(nodes: Sequence[fx.Node], numbers: Mapping[str, Tensor], sizes: Mapping[sympy.Symbol, int]) -> dict[fx.Node, Any]:
+    """The values of some nodes of a graph, and of all that they are computed from. numbers: the values of placeholders, by
+    path."""
     env: dict[fx.Node, Any] = {}
-    needed = ancestors(wanted)
-    for node in wanted[0].graph.nodes if wanted else ():
+    needed = ancestors(nodes)
+    for node in nodes[0].graph.nodes if nodes else ():
         if node in needed:
-            env[node] = given[node.meta["path"]] if node.op == "placeholder" else call(node, env, sizes)
+            env[node] = numbers[path_of(node)] if node.op == "placeholder" else call(node, env, sizes)
     return env
 
 
-def ancestors(wanted: Sequence[fx.Node]) -> set[fx.Node]:
-    """Some nodes and all that they are made of."""
-    found: set[fx.Node] = set()
-    pending = list(wanted)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
 def call(node: fx.Node, env: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol, int], dtype: torch.dtype | None = None) -> Any:
-    """The result of one call, given those of the nodes it reads. dtype: what stands in for every floating dtype it names."""
+    """The result of one call, from the results of the nodes that it reads. dtype: what to take for every floating dtype."""
 
     def concrete(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
@@ -65,5 +55,5 @@ def call(node: fx.Node, env: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol,
         return argument
 
     args, kwargs = concrete(tuple(node.args)), {key: concrete(argument) for key, argument in node.kwargs.items()}
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not node.meta.get("no_grad", False)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_under_no_grad(node)):
         return node.target(*args, **kwargs)

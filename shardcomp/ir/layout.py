@@ -1,7 +1,7 @@
-"""How a value lies over the mesh: on each axis it is whole, split along a dimension, or partial (to be summed).
+"""The layout of a value on the mesh: on each axis it is replicated, sharded along a dimension, or partial (still to be summed).
 
-A value may also be split into fewer pieces than there are ranks, each held by a few neighbouring ranks, as key-value heads are
-where there are more ranks than heads. The gradient that each of these ranks has is then one summand of the piece's.
+A value may also have fewer shards than there are ranks, each of them on a few neighbouring ranks. Key-value heads have where
+there are more ranks than heads. The gradient that each of these ranks has is then one summand of the shard's gradient.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ Size = Any
 
 @dataclass(frozen=True)
 class Placement:
-    """The layout of a value on one axis. `dim` is set for a split, `partial` for a result that is still to be summed.
+    """The state of a value on one mesh axis.
 
-    copies: how many neighbouring ranks hold each piece, and a summand of its gradient. With as many copies as there are ranks
-    there is but one piece: the value is not split, and each rank has a summand of its gradient.
+    dim: the dimension that a sharded value is split along. partial: each rank has a summand of the value. copies: how many
+    neighbouring ranks have the same shard, and a summand of its gradient each. With as many copies as ranks there is one shard:
+    the value is not split, and each rank has a summand of its gradient.
     """
 
     dim: int | None = None
@@ -28,16 +29,18 @@ class Placement:
     copies: int = 1
 
     @property
-    def is_split(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Split along a dimension, maybe with several copies of each shard."""
         return self.dim is not None
 
     @property
-    def is_whole(self) -> bool:
+    def is_replicated(self) -> bool:
+        """The same on every rank, and so is its gradient."""
         return self.dim is None and not self.partial and self.copies == 1
 
     @property
     def is_copied(self) -> bool:
-        """In one piece, of which each rank has a summand of the gradient."""
+        """The same on every rank, with a summand of the gradient on each."""
         return self.dim is None and self.copies > 1
 
     def __str__(self) -> str:
@@ -46,7 +49,7 @@ class Placement:
         return f"split({self.dim})" if self.copies == 1 else f"split({self.dim}, {self.copies} copies)"
 
 
-WHOLE = Placement()
+REPLICATED = Placement()
 PARTIAL = Placement(partial=True)
 
 
@@ -60,21 +63,22 @@ def copied(ranks: int) -> Placement:
 
 @dataclass(frozen=True)
 class Layout:
-    """The placement on every axis; axes that are not named are whole."""
+    """The placement of a value on every axis of the mesh; on an axis that is not named it is replicated."""
 
     placements: tuple[tuple[str, Placement], ...] = ()
 
     def on(self, axis: str) -> Placement:
-        return dict(self.placements).get(axis, WHOLE)
+        return dict(self.placements).get(axis, REPLICATED)
 
     def put(self, axis: str, placement: Placement) -> Layout:
-        kept = [(a, p) for a, p in self.placements if a != axis]
-        if not placement.is_whole:
-            kept.append((axis, placement))
-        return Layout(tuple(sorted(kept, key=lambda entry: entry[0])))
+        placements = [(a, p) for a, p in self.placements if a != axis]
+        if not placement.is_replicated:
+            placements.append((axis, placement))
+        return Layout(tuple(sorted(placements, key=lambda entry: entry[0])))
 
     @property
-    def is_whole(self) -> bool:
+    def is_replicated(self) -> bool:
+        """The same on every rank, and so is its gradient."""
         return not self.placements
 
     def partial_axes(self) -> tuple[str, ...]:
@@ -86,16 +90,16 @@ class Layout:
     def local_shape(
         self, shape: tuple[Size, ...], sizes: dict[str, int], rank: dict[str, int] | None = None
     ) -> tuple[Size, ...]:
-        """The shape that one rank holds of a value of global `shape`, on axes of the given `sizes`.
+        """The shape of one rank's shard of a value of global `shape`, on axes of these `sizes`.
 
-        A dimension that does not divide lies as `torch.chunk` leaves it: `rank` (coordinates by axis) then says whose share
-        is meant, by default that of the first rank, which is never smaller than another's.
+        A dimension that does not divide is split as `torch.chunk` does: `rank` (coordinates by axis) then says whose shard is
+        meant. By default it is the first rank's, which is never smaller than another's.
         """
         local = list(shape)
         for axis, placement in self.placements:
             if placement.dim is not None:
-                pieces, index = sizes[axis] // placement.copies, (rank or {}).get(axis, 0) // placement.copies
-                local[placement.dim] = chunk(local[placement.dim], pieces, index)
+                shards, index = sizes[axis] // placement.copies, (rank or {}).get(axis, 0) // placement.copies
+                local[placement.dim] = chunk(local[placement.dim], shards, index)
         return tuple(local)
 
     def __str__(self) -> str:
@@ -115,7 +119,7 @@ def divides(size: Size, parts: int) -> bool:
 
 
 def chunk(size: Size, parts: int, index: int) -> Size:
-    """The length of the `index`-th of `parts` pieces, as `torch.chunk` cuts them. Symbolic sizes are taken to divide."""
+    """The length of the `index`-th of `parts` chunks, as `torch.chunk` makes them. Symbolic sizes are taken to divide."""
     if parts == 1:
         return size
     if isinstance(size, sympy.Expr) and not size.is_Integer:

@@ -20,8 +20,8 @@ SHARDING = ("dp_replicate", "dp_shard")
 class Mesh:
     """Degrees of pipeline, data, context and tensor parallelism.
 
-    copies: where there are more tensor-parallel ranks than key-value heads, tp is factored into (tp_kv, tp_rep): the pieces of
-    some weights lie along tp_kv, and each is held by the `copies` neighbouring ranks along tp_rep.
+    copies: where there are more tensor-parallel ranks than key-value heads, tp is factored into (tp_kv, tp_rep): some
+    weights are sharded along tp_kv, and the `copies` neighbouring ranks along tp_rep have the same shard.
     replicas: how many copies there are of what ZeRO shares; dp is factored into (dp_replicate, dp_shard).
     """
 
@@ -45,10 +45,10 @@ class Mesh:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where `rank` stands on each axis."""
-        found = {}
+        coordinates = {}
         for axis in reversed(AXES):
-            rank, found[axis] = divmod(rank, self.size(axis))
-        return {axis: found[axis] for axis in AXES}
+            rank, coordinates[axis] = divmod(rank, self.size(axis))
+        return {axis: coordinates[axis] for axis in AXES}
 
     def as_dict(self) -> dict[str, int]:
         return {axis: self.size(axis) for axis in AXES}

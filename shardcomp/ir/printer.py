@@ -19,7 +19,9 @@ from torch import fx
 from shardcomp.errors import InternalError
 from shardcomp.ir.collectives import EXCHANGES
 from shardcomp.ir.layout import Size, divides
-from shardcomp.ir.program import INPUT, MARK, PRELUDE, Body, Program, Unit, Value, stage_program, tensor_arguments
+from shardcomp.ir.nodes import path_of, recompute_mark, role_of, source_of, tensor_arguments
+from shardcomp.ir.operators import OPERATORS, facts_of, is_aten, is_item, operator_of
+from shardcomp.ir.program import INPUT, PRELUDE, Body, Program, Unit, Value, stage_program
 
 aten = torch.ops.aten
 INDENT = "        "
@@ -32,16 +34,14 @@ _DTYPES = {
     torch.int32: "i32",
     torch.bool: "bool",
 }
-_INFIX = {aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/"}
-_FUNCTIONAL = {aten.linear: "linear", aten.silu: "silu", aten.gelu: "gelu", aten.relu: "relu"}
-_METHODS = {"transpose", "permute", "unsqueeze", "squeeze", "pow", "mean", "sum", "rsqrt", "sqrt", "cos", "sin", "tanh", "exp"}
-_METHODS |= {"sigmoid", "cumsum", "ne", "eq", "lt", "le", "gt", "ge", "log", "diff", "detach", "clone"}
+_INFIX = {target.Tensor: row.prints for target, row in OPERATORS.items() if row.prints in set("+-*/")}
+_FUNCTIONAL = {target: target.__name__ for target, row in OPERATORS.items() if row.prints == "function"}
 _SUFFIXES = {"all_gather": "gathered", "reduce_scatter": "scattered", "all_reduce": "summed", "all_to_all": "moved"}
 RESERVED = frozenset({"self", "w", "b", "s", "torch", "aten", "unit", *keyword.kwlist, *_FUNCTIONAL.values()})
 
 
 def source(program: Program) -> str:
-    """The whole Program as one Python file that imports `shardcomp.runtime` alone."""
+    """The Program as one Python file that imports `shardcomp.runtime` alone."""
     used: set[str] = set()
     classes = [_unit_class(body, program, used) for body in program.bodies()]
     top = _top_class(program, used)
@@ -52,7 +52,7 @@ def source(program: Program) -> str:
 
 
 def sources(program: Program) -> list[str]:
-    """The Python of each stage, a whole file each."""
+    """The Python of each stage, a file each."""
     if program.stages == 1:
         return [source(program)]
     return [source(stage_program(program, stage)) for stage in range(program.stages)]
@@ -110,34 +110,37 @@ class Writer:
         self.names: dict[fx.Node, str] = {}
         self.taken: set[str] = {
             *RESERVED,
-            *(n.target.__name__ for n in body.calls() if not hasattr(n.target, "overloadpacket")),
-            *(n.meta[MARK] for n in body.calls() if MARK in n.meta),
+            *(n.target.__name__ for n in body.calls() if not is_aten(n)),
+            *(mark for call in body.calls() if (mark := recompute_mark(call))),
         }
         for node, name in zip(body.placeholders(INPUT), unit.inputs, strict=True):
             self.names[node] = self._unique(re.sub(r"_\d+$", "", name))
         for node in body.graph.nodes:
-            if node.op == "placeholder" and node.meta["role"] != INPUT:
+            if node.op == "placeholder" and role_of(node) != INPUT:
                 self.names[node] = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"w.{node.meta['path']}")
 
     def input_names(self) -> list[str]:
         return [self.names[node] for node in self.body.placeholders(INPUT)]
 
     def lines(self) -> Iterator[str]:
-        if any(node.op == "placeholder" and node.meta["role"] != INPUT for node in self.body.graph.nodes):
+        if any(node.op == "placeholder" and role_of(node) != INPUT for node in self.body.graph.nodes):
             yield f"{INDENT}w = local(self)"
         statements = [(node, *self._statement(node)) for node in self.body.calls()]
         yield from self._size_lines([symbols for *_, symbols in statements])
         for node in self.body.placeholders(INPUT):
             yield from self._fan_out(node)
+        place = ""
         for node, text, _ in statements:
-            yield text
+            now = source_of(node) or place
+            yield text if now == place else f"{text}  # {now}"
+            place = now
             yield from self._fan_out(node)
         results = ", ".join(self.names[node] for node in self.body.results)
         yield f"{INDENT}return {results}"
 
     def _fan_out(self, node: fx.Node) -> Iterator[str]:
         """What several matrices are multiplied with is said to be so, for the sake of its gradient."""
-        readers = [u for u in node.users if getattr(u.target, "overloadpacket", None) is aten.linear and u.args[0] is node]
+        readers = [u for u in node.users if operator_of(u) is aten.linear and u.args[0] is node]
         if len(readers) > 1 and node.meta["value"].requires_grad:
             yield f"{INDENT}{self.names[node]} = self.fan_out({self.names[node]})"
 
@@ -148,35 +151,35 @@ class Writer:
 
     def _size_from_inputs(self, symbol: sympy.Symbol) -> str:
         for node in self.body.placeholders(INPUT):
-            held = node.meta["value"]
-            for dim, size in enumerate(held.shape):
+            tensor = node.meta["value"]
+            for dim, size in enumerate(tensor.shape):
                 if size == symbol:
-                    times = "".join(f" * {self.sizes[axis]}" for axis in held.layout.split_axes(dim) if self.sizes[axis] > 1)
+                    times = "".join(f" * {self.sizes[axis]}" for axis in tensor.layout.split_axes(dim) if self.sizes[axis] > 1)
                     return f"{self.names[node]}.size({dim}){times}"
         raise InternalError(f"listing: {self.unit.path} uses {symbol}, which none of its inputs has as a dimension")
 
     def _statement(self, node: fx.Node) -> tuple[str, set[sympy.Symbol]]:
         symbols: set[sympy.Symbol] = set()
         expression = self._expression(node, symbols)
-        if MARK in node.meta:
+        if mark := recompute_mark(node):
             function, _, arguments = expression.partition("(")
-            expression = f"{node.meta[MARK]}({function}, {arguments}"
-            self.used.add(node.meta[MARK])
+            expression = f"{mark}({function}, {arguments}"
+            self.used.add(mark)
         self.names[node] = name = self._unique(self._base_name(node))
-        held = node.meta["value"]
-        note = f": {annotation(held, self.sizes)}" if isinstance(held, Value) else ""
+        known = node.meta["value"]
+        note = f": {annotation(known, self.sizes)}" if isinstance(known, Value) else ""
         return f"{INDENT}{name}{note} = {expression}", symbols
 
     def _base_name(self, node: fx.Node) -> str:
-        path = node.meta["path"]
+        path = path_of(node)
         if node.target in EXCHANGES:
             exchange = EXCHANGES[node.target]
             base = self.names[node.args[0]].rpartition(".")[2]  # type: ignore[index]
             return f"{base}_{_SUFFIXES[exchange.forward] if exchange.forward else 'cut' if node.args[1:-1] else 'shared'}"
-        leaves = bool(path) and all(not (u.meta.get("path", "") + ".").startswith(path + ".") for u in node.users)
-        if leaves and (path != self.unit.path or self.unit.kind == PRELUDE):
-            return re.sub(r"\W", "_", path.rpartition(".")[2])
-        packet = getattr(node.target, "overloadpacket", node.target)
+        if _leaves(node) and (path != self.unit.path or self.unit.kind == PRELUDE):
+            several = sum(path_of(other) == path and _leaves(other) for other in self.body.calls()) > 1
+            return made_by(node) if several else re.sub(r"\W", "_", path.rpartition(".")[2])
+        packet = operator_of(node)
         return f"{packet.__name__.lstrip('_')}_1"
 
     def _unique(self, base: str) -> str:
@@ -192,50 +195,48 @@ class Writer:
 
     def _expression(self, node: fx.Node, symbols: set[sympy.Symbol]) -> str:
         target, args = node.target, node.args
-        packet = getattr(target, "overloadpacket", None)
+        packet, prints = operator_of(node), facts_of(node).prints
 
         def text(argument: Any) -> str:
             return self._text(argument, symbols)
 
         if target in _INFIX and not node.kwargs and len(args) == 2:
             return f"{text(args[0])} {_INFIX[target]} {text(args[1])}"
-        if packet is aten.neg:
+        if prints == "minus":
             return f"-{text(args[0])}"
-        if packet in (aten.reshape, aten.expand):
+        if prints == "sizes":
             sizes = ", ".join(local_sizes(node.meta["value"], self.sizes, symbols))
             return f"{text(args[0])}.{packet.__name__}({sizes})"
-        if getattr(target, "__name__", "") == "getitem":
+        if is_item(node):
             return f"{text(args[0])}[{text(args[1])}]"
-        if packet is None:
+        if not is_aten(node):
             self.used.add(target.__name__)  # type: ignore[union-attr]
             return f"{target.__name__}({', '.join(self._named_arguments(node, text))})"  # type: ignore[union-attr]
-        given = [text(a) for a in args] + [f"{key}={text(a)}" for key, a in node.kwargs.items()]
+        arguments = [text(a) for a in args] + [f"{key}={text(a)}" for key, a in node.kwargs.items()]
         if packet in _FUNCTIONAL:
             self.used.add(_FUNCTIONAL[packet])
-            return f"{_FUNCTIONAL[packet]}({', '.join(given)})"
-        if packet is aten.to:
-            return f"{given[0]}.to({', '.join(given[1:])})"
-        if packet.__name__ in _METHODS and args and isinstance(args[0], fx.Node):
-            return f"{given[0]}.{packet.__name__}({', '.join(given[1:])})"
+            return f"{_FUNCTIONAL[packet]}({', '.join(arguments)})"
+        if prints == "method" and args and isinstance(args[0], fx.Node):
+            return f"{arguments[0]}.{packet.__name__}({', '.join(arguments[1:])})"
         if not tensor_arguments(node) and any(a.name == "device" for a in target._schema.arguments):  # type: ignore[union-attr]
-            given.append("device=self.device")
+            arguments.append("device=self.device")
         self.used.add("aten")
-        return f"aten.{packet.__name__}({', '.join(given)})"
+        return f"aten.{packet.__name__}({', '.join(arguments)})"
 
     def _named_arguments(self, node: fx.Node, text: Any) -> list[str]:
         """Arguments of our own operators: tensors by position, the rest by name, an axis as the unit's own."""
         names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-        given: list[str] = []
+        arguments: list[str] = []
         for name, argument in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
             if name == "axis":
-                given.append(f"axis=self.{argument}")
+                arguments.append(f"axis=self.{argument}")
             elif name == "random":
-                given.append(f"random=self.random.{argument}")
+                arguments.append(f"random=self.random.{argument}")
             elif name in node.kwargs or not isinstance(argument, fx.Node):
-                given.append(f"{name}={text(argument)}")
+                arguments.append(f"{name}={text(argument)}")
             else:
-                given.append(text(argument))
-        return given
+                arguments.append(text(argument))
+        return arguments
 
     def _text(self, argument: Any, symbols: set[sympy.Symbol]) -> str:
         if isinstance(argument, fx.Node):
@@ -249,12 +250,29 @@ class Writer:
         return repr(argument)
 
 
-def local_sizes(held: Value, sizes: dict[str, int], symbols: set[sympy.Symbol]) -> Iterator[str]:
+def _leaves(node: fx.Node) -> bool:
+    """Whether a result of a module is used outside of it alone."""
+    path = path_of(node)
+    return bool(path) and all(not (path_of(user) + ".").startswith(path + ".") for user in node.users)
+
+
+def made_by(node: fx.Node) -> str:
+    """The operator that makes one of several results of a module, such as cos: a cast or a scaling says nothing."""
+    origin: Any = node
+    while isinstance(origin, fx.Node) and operator_of(origin) in (aten.to, aten.mul, aten.clone) and origin.args:
+        if operator_of(origin) is aten.mul and isinstance(origin.args[1], fx.Node):
+            break
+        origin = origin.args[0]
+    named = origin if isinstance(origin, fx.Node) and origin.op == "call_function" else node
+    return str(operator_of(named).__name__).lstrip("_")
+
+
+def local_sizes(tensor: Value, sizes: dict[str, int], symbols: set[sympy.Symbol]) -> Iterator[str]:
     """What a rank holds of each dimension, as an expression in b and s, which `symbols` then has; -1 where it is uneven."""
-    for dim, size in enumerate(held.shape):
+    for dim, size in enumerate(tensor.shape):
         parts = 1
-        for axis in held.layout.split_axes(dim):
-            parts *= sizes[axis] // held.layout.on(axis).copies
+        for axis in tensor.layout.split_axes(dim):
+            parts *= sizes[axis] // tensor.layout.on(axis).copies
         if parts > 1 and not divides(size, parts):
             yield "-1"
         else:
@@ -274,20 +292,20 @@ def _size(size: Size, symbols: set[sympy.Symbol]) -> str:
     )
 
 
-def annotation(held: Value, sizes: dict[str, int]) -> str:
+def annotation(tensor: Value, sizes: dict[str, int]) -> str:
     """`bf16[b, s/tp, 4096]`, with `@ partial("tp")` for a result that is still to be summed."""
     dims = []
-    for dim, size in enumerate(held.shape):
-        axes = [axis for axis in held.layout.split_axes(dim) if sizes[axis] > 1]
-        cut = [axis if held.layout.on(axis).copies == 1 else f"{axis}_kv" for axis in axes]
+    for dim, size in enumerate(tensor.shape):
+        axes = [axis for axis in tensor.layout.split_axes(dim) if sizes[axis] > 1]
+        split_over = [axis if tensor.layout.on(axis).copies == 1 else f"{axis}_kv" for axis in axes]
         text = str(size)
-        dims.append("/".join([f"({text})" if cut and re.search(r"[ +-]", text) else text, *cut]))
+        dims.append("/".join([f"({text})" if split_over and re.search(r"[ +-]", text) else text, *split_over]))
     base = (
-        f"{_DTYPES.get(held.dtype, str(held.dtype).removeprefix('torch.'))}[{', '.join(dims)}]"
+        f"{_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix('torch.'))}[{', '.join(dims)}]"
         if dims
-        else (f"{_DTYPES.get(held.dtype, str(held.dtype).removeprefix('torch.'))}[()]")
+        else (f"{_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix('torch.'))}[()]")
     )
-    partial = held.layout.partial_axes()
+    partial = tensor.layout.partial_axes()
     return f"{base} @ partial({', '.join(repr(axis).replace(chr(39), chr(34)) for axis in partial)})" if partial else base
 
 
@@ -316,29 +334,29 @@ def _top_class(program: Program, used: set[str]) -> str:
     lines += ["    )", "", "    def forward(" + ", ".join(["self", *inputs]) + "):"]
     lines += [INDENT + line for line in _calls(program)]
     if program.stage:
-        lines += _border_lines("received", program.stage.received, program)
-        lines += _border_lines("sent", program.stage.sent, program)
+        lines += _boundary_lines("received", program.stage.received, program)
+        lines += _boundary_lines("sent", program.stage.sent, program)
     if program.tokens is not None:
         writer = Writer(program.tokens.body, program.tokens, program, used)
         lines += ["", "    def tokens(" + ", ".join(["self", *writer.input_names()]) + "):", *writer.lines()]
     return "\n".join(lines)
 
 
-def _border_lines(name: str, crossing: tuple[str, ...], program: Program) -> Iterator[str]:
-    """A method that tells the shape, the dtype and whether a gradient flows of the values that cross a border."""
+def _boundary_lines(name: str, crossing: tuple[str, ...], program: Program) -> Iterator[str]:
+    """A method with the shape, the dtype and the requires_grad of each value that crosses a stage boundary."""
     sizes = program.mesh.as_dict()
     yield from ("", f"    def {name}(self, b, s):")
     if not crossing:
         yield f"{INDENT}return []"
         return
     yield f"{INDENT}return ["
-    for each in crossing:
-        held = program.values[each]
-        shape = list(local_sizes(held, sizes, set()))
+    for value_name in crossing:
+        tensor = program.values[value_name]
+        shape = list(local_sizes(tensor, sizes, set()))
         if "-1" in shape:
-            raise InternalError(f"listing: {each} is split unevenly where one stage sends it to the next")
+            raise InternalError(f"listing: {value_name} is split unevenly where one stage sends it to the next")
         text = f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
-        yield f"{INDENT}    ({text}, {held.dtype}, {held.requires_grad}),  # {each}"
+        yield f"{INDENT}    ({text}, {tensor.dtype}, {tensor.requires_grad}),  # {value_name}"
     yield f"{INDENT}]"
 
 
@@ -384,8 +402,8 @@ def _calls(program: Program) -> Iterator[str]:
                 yield f"{', '.join(names(unit.outputs))} = {call}"
         index += len(run)
     if program.stage and not program.stage.is_last:
-        given = names(program.stage.sent)
-        yield f"return ({', '.join(given)}{',' if len(given) == 1 else ''})"
+        sent = names(program.stage.sent)
+        yield f"return ({', '.join(sent)}{',' if len(sent) == 1 else ''})"
         return
     pairs = ", ".join(f'"{key}": {names((name,))[0]}' for key, name in program.outputs.items())
     yield f"return {{{pairs}}}"
@@ -406,12 +424,12 @@ def _chained(run: list[Unit], program: Program) -> bool:
         for name in unit.inputs:
             readers[name] = readers.get(name, 0) + 1
     for before, after in zip(run, run[1:], strict=False):
-        wanted = list(before.inputs)
+        expected = list(before.inputs)
         for result, position in zip(before.outputs, positions, strict=True):
-            wanted[position] = result
+            expected[position] = result
             if readers.get(result, 0) != 1 or result in program.outputs.values():
                 return False
-        if list(after.inputs) != wanted:
+        if list(after.inputs) != expected:
             return False
     first_inputs = [run[0].inputs[p] for p in positions]
     return all(readers.get(name, 0) == 1 and name not in program.outputs.values() for name in first_inputs)

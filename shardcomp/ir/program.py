@@ -1,11 +1,11 @@
 """The graph in hand between passes: a Program of units, each of which runs a body, an FX graph over ATen operators and kernels.
 
-A Program that was just captured is one unit with one body. The `units` pass cuts it; from then on units that are alike share
-a body, so that a rewriting pass meets each body once, whatever the model's depth.
+A Program that was just captured is one unit with one body. The `partition_units` pass makes units of it; from then on units
+that are alike share a body, so that a rewriting pass meets each body once, whatever the model's depth.
 
 In a body, a placeholder is an input, a parameter or a buffer (`role`), and every other node but the output is a call whose
-target is an ATen operator or a Python function of `shardcomp.kernels` or `shardcomp.ir.collectives`. `value(node)` is what is
-known of its result. Sizes are sympy expressions in B and S and may stand among a node's arguments.
+target is an ATen operator or a Python function of `shardcomp.kernels` or `shardcomp.ir.collectives`. `ir.nodes` reads what is
+known of a node. Sizes are sympy expressions in B and S and may stand among a node's arguments.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ B, S = sympy.symbols("b s", integer=True, positive=True)
 
 INPUT, PARAMETER, BUFFER = "input", "parameter", "buffer"
 MARK = "again"
-"""The key of a node's `meta` under which a call is marked that is not run again when its unit is computed again."""
-KEEP, ONCE = "keep", "once"
-"""The marks: its result is kept, or nothing that is computed again needs it."""
+"""The key of a node's `meta` under which a call is marked that is not run again when its unit is recomputed."""
+KEEP, DROP = "keep", "drop"
+"""The marks: its result is kept, or nothing that is recomputed needs it."""
 LAYER, PRELUDE = "layer", "prelude"
-"""Kinds of units that passes ask for: of which there are many, and one that computes values of an earlier stage again."""
+"""Kinds of units that passes ask for: of which there are many, and one that recomputes values of an earlier stage."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a tensor: its global shape, dtype, whether a gradient flows into it, and how it lies on the mesh."""
+    """What is known of a tensor: its global shape, dtype, whether a gradient flows into it, and its layout on the mesh."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class Parameter:
     part: PackedSlice | None = None
     """Which rows of a packed weight this is; None for a parameter that the model has itself."""
     idle: bool = False
-    """Whether no call uses it: it is held and saved, and never gets a gradient."""
+    """Whether no call uses it: it is kept and saved, and never gets a gradient."""
 
     @property
     def trained(self) -> bool:
@@ -120,10 +120,11 @@ class Body:
 class Plan:
     """What was decided for a unit.
 
-    stage: which of the model's stages runs it, counted over all pipeline ranks. recompute: what its backward computes again:
-    none, full, or selective (all but what is marked in its body). reshard: whether its parameters are put back in pieces
-    between its forward and its backward. offload: whether the host keeps them, what the optimizer needs of them included.
-    whole_backward: whether the gradients of a stage's inputs and weights are computed together, whatever the schedule asks for.
+    stage: which of the model's stages runs it, counted over all pipeline ranks. recompute: what its backward recomputes:
+    none, full, or selective (all but what is marked in its body). reshard: whether its parameters are resharded after its
+    forward, and gathered again for its backward. offload: whether the host keeps them, what the optimizer needs of them
+    included. whole_backward: whether the gradients of a stage's inputs and weights are computed together, whatever the schedule
+    asks for.
     """
 
     stage: int = 0
@@ -135,7 +136,7 @@ class Plan:
 
 @dataclass
 class Unit:
-    """The smallest piece that is gathered, recomputed or sent as a whole: normally a decoder layer.
+    """What is gathered, recomputed and put in a stage together: normally a decoder layer.
 
     `inputs` and `outputs` name the Program's values in the order of the body's input placeholders and results;
     `parameters` and `buffers` give the model's names in the order of the body's placeholders of that role.
@@ -230,8 +231,8 @@ class Program:
 
     def in_stages(self, stages: Iterable[int]) -> list[Unit]:
         """The units of these stages, in order."""
-        wanted = set(stages)
-        return [unit for unit in self.units if unit.plan.stage in wanted]
+        chosen = set(stages)
+        return [unit for unit in self.units if unit.plan.stage in chosen]
 
     def received(self, stage: int) -> tuple[str, ...]:
         """The values that a stage gets from the one before: made in an earlier stage, and used in this or a later one. In the
@@ -257,14 +258,14 @@ class Program:
 
 
 def stage_program(program: Program, stage: int) -> Program:
-    """One stage of a Program, as a Program. Its inputs are what it receives and then those of the caller's that it uses; its
-    outputs are what it sends, those of the last stage the caller's."""
+    """One stage of a Program, as a Program. Its inputs are what it receives, and then the caller's inputs that it uses. Its
+    outputs are what it sends; the last stage has the caller's."""
     place = StageOf(stage, program.stages, program.received(stage), program.sent(stage))
     units = program.in_stages((stage,))
     outputs = program.outputs if place.is_last else {name: name for name in place.sent}
     used = {*outputs.values(), *(name for unit in units for name in unit.inputs)}
     inputs = {name: program.values[name] for name in place.received}
-    inputs |= {name: held for name, held in program.inputs.items() if name in used}
+    inputs |= {name: known for name, known in program.inputs.items() if name in used}
     return replace(program, units=units, inputs=inputs, outputs=dict(outputs), stage=place)
 
 
@@ -274,44 +275,15 @@ def source_files(stages: int) -> list[str]:
 
 
 def module_paths(program: Program) -> list[str]:
-    """Every module path that a call or a parameter of an uncut Program lies under, in order of execution."""
-    [whole] = program.units
-    found: dict[str, None] = {}
-    paths = [node.meta["path"] for node in whole.body.calls()] + [p.module for p in program.parameters.values()]
+    """Every module path above a call or a parameter of a Program of one unit, in order of execution."""
+    [unit] = program.units
+    prefixes: dict[str, None] = {}
+    paths = [node.meta["path"] for node in unit.body.calls()] + [p.module for p in program.parameters.values()]
     for path in dict.fromkeys(paths):
         parts = path.split(".") if path else []
         for end in range(1, len(parts) + 1):
-            found.setdefault(".".join(parts[:end]))
-    return list(found)
-
-
-def values(node: fx.Node) -> tuple[Value, ...]:
-    """What is known of a node's results, always as a tuple."""
-    known = node.meta["value"]
-    return (known,) if isinstance(known, Value) else tuple(known)
-
-
-def value(node: fx.Node) -> Value:
-    """What is known of a node's result."""
-    found = node.meta["value"]
-    if not isinstance(found, Value):
-        raise TypeError(f"{node} has several results")
-    return found
-
-
-def tensor_arguments(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a call's arguments, in the order of the operator's schema, those inside lists included."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda argument: found.append(argument))
-    return found
-
-
-def stored(argument: Any) -> fx.Node | None:
-    """The parameter that a call's argument is, as it is stored or turned over."""
-    while isinstance(argument, fx.Node) and argument.target is torch.ops.aten.t.default:
-        argument = argument.args[0]
-    is_parameter = isinstance(argument, fx.Node) and argument.op == "placeholder" and argument.meta["role"] == PARAMETER
-    return argument if is_parameter else None
+            prefixes.setdefault(".".join(parts[:end]))
+    return list(prefixes)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 
 from shardcomp.errors import InternalError
 from shardcomp.ir.layout import divides
-from shardcomp.ir.program import INPUT, PARAMETER, Program, values
+from shardcomp.ir.nodes import values
+from shardcomp.ir.program import INPUT, PARAMETER, Program
 
 
 def check_program(program: Program, provided: set[str], after: str) -> None:
@@ -63,8 +64,9 @@ def _layout_violations(program: Program) -> Iterable[str]:
             if any(value.layout.partial_axes() for value in values(node)):
                 yield f"{unit.path} gives {name} as a partial value"
         for name, node in zip(unit.inputs, unit.body.placeholders(INPUT), strict=True):
-            if name in program.values and program.values[name].layout != values(node)[0].layout:
-                yield f"{unit.path} takes {name} as {values(node)[0].layout}, but it lies as {program.values[name].layout}"
+            read, layout = values(node)[0].layout, program.values[name].layout if name in program.values else None
+            if layout not in (None, read):
+                yield f"{unit.path} takes {name} as {read}, but its layout is {layout}"
     for body in program.bodies():
         for node in body.graph.nodes:
             if node.op != "call_function":
@@ -81,16 +83,16 @@ def _stage_violations(program: Program) -> Iterable[str]:
     before = 0
     for unit in program.units:
         if not before <= unit.plan.stage <= before + 1:
-            yield f"{unit.path} is in stage {unit.plan.stage}, behind a unit of stage {before}"
+            yield f"{unit.path} is in stage {unit.plan.stage}, after a unit of stage {before}"
         before = unit.plan.stage
     if (before + 1) % program.mesh.pp:
         yield f"{before + 1} stages do not go round {program.mesh.pp} ranks"
 
 
 def _uneven_violations(where: str, node: torch.fx.Node, program: Program) -> Iterable[str]:
-    """A dimension that does not divide may only come from a weight that is cut so."""
-    cut = {p.shape[pl.dim] for p in program.parameters.values() for _, pl in p.layout.placements if pl.dim is not None}
+    """A dimension that does not divide may only come from a weight that is split so."""
+    uneven = {p.shape[pl.dim] for p in program.parameters.values() for _, pl in p.layout.placements if pl.dim is not None}
     for value in values(node):
         for _, placement in value.layout.placements:
-            if placement.dim is not None and value.shape[placement.dim] not in cut:
+            if placement.dim is not None and value.shape[placement.dim] not in uneven:
                 yield f"{where}: {node} is split unevenly on dimension {placement.dim} of {value.shape}"

@@ -1,5 +1,7 @@
-"""Fused operators: one file each, with its plain PyTorch reference (which is its specification), its sharding rule and its
-split form. A new operator is a new file, listed below."""
+"""Fused operators, one file each: a plain PyTorch reference, which is the specification, the sharding rule, and the split form.
+
+A new operator is a new file, imported below. Every operator runs without a compiled library; its reference then runs.
+"""
 
 from shardcomp.kernels.adamw import adamw_
 from shardcomp.kernels.add_rms_norm import add_rms_norm

@@ -1,4 +1,8 @@
-"""A residual addition and the RMS norm of the sum, which is written once and read by the backward of both."""
+"""A residual addition and the RMS norm of the sum.
+
+Fused, the sum is written once and not read again by the norm. The backward of both reads the sum once and writes one gradient,
+since x and residual have the same.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardcomp.ir import operators
 from shardcomp.kernels import rms_norm as norm
 from shardcomp.kernels.register import define, differentiate
 from shardcomp.sharding.rules import RULES, Rule
@@ -15,21 +20,32 @@ from shardcomp.sharding.rules import RULES, Rule
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, *, eps: float, offset: float = 0.0, round_first: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm(x + residual, weight)` and `x + residual`, rounded to their dtype before it is normalised.
+    """`rms_norm(x + residual, weight)` and `x + residual`, which is rounded to its dtype before the norm.
 
-    x, residual: [.., h], of one shape and dtype. The rest is that of `rms_norm`. Results: [.., h] each, contiguous, the norm
-    first.
+    Args:
+        x: [.., h] floating.
+        residual: [.., h], the shape and dtype of `x`.
+        weight, eps, offset, round_first: as in `rms_norm`.
+
+    Returns:
+        The norm and the sum: [.., h] each, contiguous, in the dtype of `x`.
+
+    Example:
+        >>> import torch
+        >>> normal, total = add_rms_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]), eps=0.0)
+        >>> normal, total
+        (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
     """
-    made = torch.ops.shardcomp.add_rms_norm(x, residual, weight, eps, offset, round_first)
-    return made[0], made[1]
+    results = torch.ops.shardcomp.add_rms_norm(x, residual, weight, eps, offset, round_first)
+    return results[0], results[1]
 
 
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = (x + residual).contiguous()
-    made, rstd = norm.forward(total, weight, eps, offset, round_first)
-    return made, total, rstd
+    normal, rstd = norm.forward(total, weight, eps, offset, round_first)
+    return normal, total, rstd
 
 
 def _shapes(
@@ -41,7 +57,7 @@ def _shapes(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, _, weight, _, ctx.offset, _ = inputs
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # either result may be unused; None then saves a tensor of zeros
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(output[1], weight, output[2])
 
@@ -62,3 +78,4 @@ define(
 )
 differentiate("add_rms_norm", _backward, _save)
 RULES[add_rms_norm] = Rule(function=norm.rows)
+operators.add(add_rms_norm, "norm", kernel="add_rms_norm")

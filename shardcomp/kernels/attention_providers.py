@@ -1,6 +1,6 @@
-"""What runs attention where a policy names it: torch's kernels one by one, FlashAttention 3 through torch, xformers.
+"""The providers of attention that a policy can name: torch's kernels one by one, FlashAttention 3 through torch, xformers.
 
-A provider that is named runs or raises: nothing takes its place. `probe` finds out by calling it.
+A named provider runs or raises; there is no silent fallback. `probe` calls it to find out which.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardcomp.errors import KernelError
 from shardcomp.kernels.dropout import Stream
 
 PROVIDERS = ("sdpa", "sdpa:cudnn", "flash3", "xformers", "eager")
-"""The names. `sdpa` is torch's own choice among its kernels, `eager` the scores written out, with a softmax in float32."""
+"""The names. `sdpa` is torch's own choice among its kernels; `eager` writes the scores out, with a softmax in float32."""
 _SCORES = frozenset({"softcap", "sinks"})
 _MASKS = frozenset({"q_position", "k_position", "q_segment", "k_segment", "key_mask", "bias", "window"})
 _LACKS: dict[str, frozenset[str]] = {
@@ -29,12 +29,12 @@ _LACKS: dict[str, frozenset[str]] = {
     "flash3": _SCORES | _MASKS | {"dropout"},
     "xformers": _SCORES,
 }
-"""The arguments of attention that a provider cannot honour."""
+"""Provider -> the arguments of attention that it does not support."""
 
 
 def check(provider: str, settings: Mapping[str, Any]) -> None:
-    """Raise KernelError where a provider has no such attention, whatever the machine. settings: those that are asked for."""
-    lacking = sorted(_LACKS.get(provider, frozenset()) & {name for name, held in settings.items() if held})
+    """Raise KernelError if a provider lacks an option on every machine. settings: option -> whether, or how, it is used."""
+    lacking = sorted(_LACKS.get(provider, frozenset()) & {name for name, setting in settings.items() if setting})
     if lacking:
         raise KernelError(f"attention = {provider} cannot take {', '.join(lacking)}: use attention = {_taking(lacking)}")
 
@@ -44,7 +44,11 @@ def _taking(names: Iterable[str]) -> str:
 
 
 def kernel_of(provider: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Within, torch's `scaled_dot_product_attention` runs on this kernel or raises. Raises KernelError where it is not here."""
+    """A context in which torch's `scaled_dot_product_attention` runs on this kernel or raises.
+
+    Raises:
+        KernelError: the kernel is not available on this device.
+    """
     if provider not in ("sdpa:cudnn", "flash3"):
         return nullcontext()
     if device.type != "cuda":
@@ -59,7 +63,7 @@ def kernel_of(provider: str, device: torch.device) -> AbstractContextManager[Any
 def _activate_flash3() -> None:
     try:
         torch_attention.activate_flash_attention_impl("FA3")
-    except Exception as problem:  # whatever the package of kernels says
+    except Exception as problem:  # the package of kernels may raise anything
         raise KernelError(
             f"attention = flash3: torch cannot activate FlashAttention 3: {problem}. Install its package "
             "(flash_attn_interface), or use attention = sdpa"
@@ -83,12 +87,13 @@ def xformers_attention(
 ) -> Tensor:
     """xformers' `memory_efficient_attention`, from and to [b, n, s, d].
 
-    Causal, windowed and packed attention takes no mask of s × s; what is `masked` in another way takes that of `seen()`: the
-    keys that each query sees, and the queries that see any. Key heads are repeated: its backward takes no groups.
+    Causal, windowed and packed attention needs no mask of s × s. Attention that is `masked` in another way uses `seen()`: the
+    keys that each query sees, and the queries that see any. Key heads are repeated, because its backward does not support
+    groups.
     """
     ops: Any = _xformers()
     b, n, s = q.shape[:3]
-    k, v = (held.repeat_interleave(n // held.shape[1], 1) for held in (k, v))
+    k, v = (heads.repeat_interleave(n // heads.shape[1], 1) for heads in (k, v))
     visible, mask = None, None
     flat = False
     if masked or bias is not None or k.shape[2] != s:
@@ -100,10 +105,11 @@ def xformers_attention(
         mask, flat = blocks.make_causal() if causal else blocks, True
         mask = mask.make_local_attention(window) if window is not None else mask
     elif causal:
+        # A mask object costs no memory: the kernel skips the upper triangle.
         mask = ops.LowerTriangularMask()
-    rows = [held.transpose(1, 2) for held in (q, k, v)]
+    rows = [heads.transpose(1, 2) for heads in (q, k, v)]
     if flat:
-        rows = [held.flatten(0, 1).unsqueeze(0) for held in rows]
+        rows = [heads.flatten(0, 1).unsqueeze(0) for heads in rows]
     with random.lent() if random is not None and dropout else nullcontext():
         try:
             out: Tensor = ops.memory_efficient_attention(*rows, attn_bias=mask, p=dropout, scale=scale)
@@ -119,43 +125,52 @@ def _xformers() -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module("xformers.ops")
     except ImportError as problem:
-        wanted = "pip install shardcomp[xformers]"
-        raise KernelError(f"attention = xformers: {problem}: {wanted}, or use attention = sdpa") from problem
+        raise KernelError(
+            f"attention = xformers: {problem}: pip install shardcomp[xformers], or use attention = sdpa"
+        ) from problem
 
 
 def _additive(seen: Tensor, bias: Tensor | None, q: Tensor, keys: int) -> Tensor:
-    """What is added to the scores, [b, n, q, k] in the dtype of q, in memory in rows of a multiple of 8, as xformers needs."""
+    """The mask as an addition to the scores, [b, n, q, k] in the dtype of q. xformers needs padded rows of a multiple of 8."""
     added = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
     shape = (*q.shape[:3], keys)
-    made = torch.where(seen, added, float("-inf")).expand(shape)
-    return torch.nn.functional.pad(made, (0, -keys % 8))[..., :keys]
+    mask = torch.where(seen, added, float("-inf")).expand(shape)
+    return torch.nn.functional.pad(mask, (0, -keys % 8))[..., :keys]
 
 
 def _runs(segments: Tensor) -> list[int]:
-    """The lengths of the runs of equal numbers, row by row. Waits for the device. Raises KernelError where a segment of a row
-    is in several runs."""
+    """The lengths of the runs of equal numbers, row by row. The host waits for the device.
+
+    Raises:
+        KernelError: a row has a segment in several runs.
+    """
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    # Runs and distinct numbers are equal in number exactly if each segment is one run.
     ordered = segments.sort(-1).values
     kinds = torch.ones_like(starts)
     kinds[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     if int(starts.sum()) != int(kinds.sum()):
-        raise KernelError("attention = xformers: a segment lies in several pieces, and it takes one: use attention = sdpa")
+        raise KernelError("attention = xformers: a segment lies in several runs, and it takes one: use attention = sdpa")
     at = starts.flatten().nonzero().flatten().tolist()
     return [end - start for start, end in zip(at, [*at[1:], segments.numel()], strict=True)]
 
 
 def probe(calls: Iterable[Callable[[], Tensor]]) -> None:
-    """Call attention forward and backward. Raises KernelError with what stands in its way, in the provider's own words."""
+    """Call attention forward and backward.
+
+    Raises:
+        KernelError: a call failed; the text has the provider's own words.
+    """
     for call in calls:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 call().sum().backward()
             except KernelError:
                 raise
             except Exception as problem:
-                why = [str(each.message).partition(" (Triggered")[0] for each in said]
+                why = [str(warning.message).partition(" (Triggered")[0] for warning in caught]
                 reasons = "; ".join(dict.fromkeys([*why, str(problem)]))
                 raise KernelError(
                     f"the attention that the policy names does not run: {reasons}. Use attention = sdpa"

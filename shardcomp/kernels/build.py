@@ -1,5 +1,10 @@
-"""Builds the library of kernels from csrc/, with a ninja file of its own: ahead of time for setup.py, just in time for
-`library.py`. Imports neither torch nor the rest of shardcomp."""
+"""Builds the library of kernels from csrc/ with a ninja file: ahead of time for setup.py, just in time for `library.py`.
+
+Why not torch.utils.cpp_extension: with a CPU-only torch it refuses to compile CUDA, and its C++ headers tie the library to one
+version of torch and take a minute to compile. The sources use torch's stable ABI instead, so one library runs in every torch
+from 2.11 on, with or without CUDA. This module imports neither torch nor the rest of shardcomp, so that setup.py can load it
+alone.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +21,24 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 TORCH_TARGET = "0x020b000000000000"
-"""The oldest torch that the library is for, 2.11: what is built with a newer one runs with it as well."""
+"""torch 2.11, the oldest that the library supports. A library that was built with a newer torch runs with it as well."""
 
 _SHARED = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-# What a kernel computes is written down to the last bit: nothing is contracted, and vectors are explicit.
+# The sources determine every bit of a result, so a product and a sum are never contracted into one rounding. The other flags
+# change no value: no kernel reads errno or floating-point exceptions.
 _KERNEL = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
-# C++17: the headers of C++20 take nvcc as long as a kernel does. -O1 is for what runs on the host.
+# C++17, because nvcc takes as long for the headers of C++20 as for a kernel. -O1 is for host code alone. --fmad=false is nvcc's
+# -ffp-contract=off. The fatbin is compressed: most of the file is code for architectures that a machine does not have.
 CUDA_FLAGS = ("-std=c++17", "-O1", "--fmad=false", "-Xfatbin=-compress-all", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
 class BuildError(Exception):
-    """The library cannot be built here; its text says why, in one line or with the compiler's."""
+    """The library cannot be built here. The text says why, in one line or with the compiler's output."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """An instruction set that the CPU's kernels are compiled for. needs: the processor flags that it takes."""
+    """An instruction set that the CPU's kernels are compiled for. needs: the processor flags that it requires."""
 
     name: str
     flags: tuple[str, ...]
@@ -45,7 +52,7 @@ LEVELS = (_BASE, _V3, _V4) if platform.machine() == "x86_64" else (Level("base",
 
 
 def own_level() -> Level:
-    """The best one for this processor."""
+    """The best level for this processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -58,8 +65,8 @@ def own_level() -> Level:
 class Recipe:
     """Everything that a build depends on.
 
-    levels: those of the CPU's kernels; of several, the best one is chosen when the library is loaded. nvcc: what compiles the
-    kernels of csrc/cuda, None where they are left out.
+    levels: the instruction sets of the CPU's kernels; of several, the library chooses the best one at run time. nvcc: the
+    compiler of csrc/cuda, or None to leave CUDA out.
     """
 
     compiler: str
@@ -68,24 +75,30 @@ class Recipe:
     nvcc: str | None = None
 
     def key(self) -> str:
-        """A hash of sources, headers, flags and compilers."""
-        seen = hashlib.sha256()
-        for path in sorted(each for each in SOURCES.rglob("*") if each.is_file()):
-            seen.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
+        """A hash of sources, headers, flags and compilers. A change of any builds the library anew."""
+        digest = hashlib.sha256()
+        for path in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
         tools = [tool for tool in (self.compiler, self.nvcc) if tool]
         versions = [_run([tool, "--version"]) for tool in tools]
+        # Without the folder of the sources: copies of one checkout share a library.
         statements = "\n".join(_statements(self, Path())).replace(str(SOURCES), "")
-        seen.update(repr((statements, versions)).encode())
-        return seen.hexdigest()[:24]
+        digest.update(repr((statements, versions)).encode())
+        return digest.hexdigest()[:24]
 
 
 def recipe(levels: Sequence[Level], cuda: bool | None = None) -> Recipe:
-    """What would build the library on this machine. cuda: None takes the kernels of csrc/cuda along where nvcc is found.
+    """The recipe of a build on this machine.
 
-    Raises BuildError where a tool is missing.
+    Args:
+        levels: the instruction sets of the CPU's kernels.
+        cuda: whether to compile csrc/cuda; None: if nvcc exists.
+
+    Raises:
+        BuildError: a tool or the sources are missing.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler was found ({', '.join(names)}): install g++ or clang, or name one in CXX")
     ninja = _ninja()
@@ -99,20 +112,22 @@ def recipe(levels: Sequence[Level], cuda: bool | None = None) -> Recipe:
     return Recipe(compiler, ninja, tuple(levels), nvcc)
 
 
-def build(how: Recipe, made: Path) -> None:
-    """Build the library as the file `made`, which appears whole. The folder beside it that is worked in is removed.
+def build(how: Recipe, target: Path) -> None:
+    """Build the library as the file `target`, which appears complete or not at all.
 
-    Raises BuildError with what the compiler said.
+    Raises:
+        BuildError: the compiler failed; the text has its output.
     """
-    work = made.with_name(f"{made.name}.{os.getpid()}")
+    # Beside the target, so that the last step is a rename within one file system.
+    work = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         (work / "build.ninja").write_text("\n".join(_statements(how, _torch())) + "\n")
-        done = subprocess.run([how.ninja, "-C", str(work)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BuildError(f"the build failed:\n{done.stdout}{done.stderr}")
-        os.replace(work / "kernels.so", made)
+        run = subprocess.run([how.ninja, "-C", str(work)], capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise BuildError(f"the build failed:\n{run.stdout}{run.stderr}")
+        os.replace(work / "kernels.so", target)  # atomic: no process loads half a file
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -135,7 +150,7 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
         lines.extend([f"build {name}.o: {rule} {_escaped(source)}", f"  flags = {' '.join(flags)}"])
 
     def together(rule: str, folder: str, pattern: str, parts: int, flags: Sequence[str] = (), end: str = "") -> None:
-        """The sources of a folder as so few, since a compiler's own headers take it as long as several kernels do."""
+        """Compile a folder in `parts` units: the compiler takes as long for its headers as for several kernels."""
         for at in range(parts):
             *before, last = sorted((SOURCES / folder).glob(pattern))[at::parts]
             compiled(rule, last, f"{folder}_{at}{end}", [*flags, *(f'-include "{_escaped(source)}"' for source in before)])
@@ -158,8 +173,10 @@ def _statements(how: Recipe, torch: Path) -> list[str]:
 
 
 def targets() -> list[str]:
-    """nvcc's options for the architectures. The oldest one's intermediate code is made once, is compiled for each of them, and
-    is taken along for devices that are newer than all."""
+    """nvcc's options for the architectures.
+
+    PTX for the oldest architecture is generated once and compiled for each. The library also contains it, for newer devices.
+    """
     archs = sorted(os.environ.get("SHARDCOMP_CUDA_ARCHS", "80;90").split(";"), key=lambda arch: (len(arch), arch))
     return [f"-gencode=arch=compute_{archs[0]},code=[{','.join((*(f'sm_{arch}' for arch in archs), f'compute_{archs[0]}'))}]"]
 
@@ -169,24 +186,24 @@ def _escaped(path: Path) -> str:
 
 
 def _torch() -> Path:
-    """The folder of the torch that is installed, which is not imported for this."""
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.submodule_search_locations:
+    """The folder of the installed torch, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
         raise BuildError(
             "torch, whose headers are needed, is not installed: with pip, --no-build-isolation shows it to the build"
         )
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def _candidates() -> Iterator[str | None]:
-    if found := importlib.util.find_spec("ninja"):
-        yield from (str(Path(place) / "data" / "bin" / "ninja") for place in found.submodule_search_locations or ())
+    if spec := importlib.util.find_spec("ninja"):
+        yield from (str(Path(place) / "data" / "bin" / "ninja") for place in spec.submodule_search_locations or ())
     yield str(Path(sys.executable).parent / "ninja")
     yield "ninja"
 
 
 def _ninja() -> str | None:
-    return next((path for each in _candidates() if each and (path := shutil.which(each))), None)
+    return next((path for name in _candidates() if name and (path := shutil.which(name))), None)
 
 
 def _nvcc() -> str | None:

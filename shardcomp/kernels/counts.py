@@ -7,22 +7,12 @@ from typing import Any
 
 from torch import fx
 
+from shardcomp.ir import operators
 from shardcomp.ir.program import Unit
-from shardcomp.kernels.add_rms_norm import add_rms_norm
-from shardcomp.kernels.attention import attention
-from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
-from shardcomp.kernels.dropout import dropped_attention
-from shardcomp.kernels.gated import geglu, swiglu
-from shardcomp.kernels.layer_norm import layer_norm
-from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy, vocab_linear_cross_entropy
-from shardcomp.kernels.rms_norm import rms_norm
-from shardcomp.kernels.rotary import rotary
 
-_KERNELS = (rms_norm, add_rms_norm, layer_norm, rotary, swiglu, geglu, attention, cross_entropy, linear_cross_entropy)
-_NAMES: dict[Any, str] = {each: each.__name__ for each in _KERNELS}
-_NAMES |= {dropped_attention: "attention", vocab_cross_entropy: "cross_entropy"}
-_NAMES[vocab_linear_cross_entropy] = "linear_cross_entropy"
-NAMES = tuple(dict.fromkeys(_NAMES.values()))
+_ORDER = list(operators.FAMILIES)
+_ROWS = sorted((row for row in operators.OPERATORS.values() if row.kernel), key=lambda row: _ORDER.index(row.family))
+NAMES = tuple(dict.fromkeys(row.kernel for row in _ROWS))
 """The kernels that reports and policies count."""
 
 
@@ -31,8 +21,8 @@ def kernel_counts(units: Iterable[Unit]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for unit in units:
         for node in unit.body.calls():
-            name = _NAMES.get(node.target)
-            if name is not None:
+            name = operators.facts_of(node).kernel
+            if name:
                 entry = found.setdefault(name, {"count": 0, "where": {}})
                 entry["count"] += 1
                 entry["where"][place_of(unit, node)] = None

@@ -1,8 +1,10 @@
-"""Kernels of devices that not every build is tried on: each waits under a name of its own until it has given, on the device
-that is there, what the operator's reference gives. Then it takes its place among the operators, and nothing stands before it.
+"""Kernels of a device are compared with their references before they may run there.
 
-It is called for this once in a process, on small inputs, when its operator first runs on such a device, with values: not while
-a graph is traced, and not while CUDA records one, during which the reference runs.
+The tests of a build do not cover every GPU. So a CUDA kernel is first registered in a namespace of its own. When its operator
+first runs on a GPU in a process, the kernel and the reference run on small inputs. If they agree, the kernel is registered as
+the implementation of the operator, and later calls reach it without a check.
+
+The comparison needs values: it waits while a graph is traced, and while CUDA records one, during which the reference runs.
 """
 
 from __future__ import annotations
@@ -22,24 +24,28 @@ from shardcomp.errors import KernelError
 from shardcomp.kernels import library, small_cases
 
 SPACES = {"cuda": "shardcomp_cuda"}
-"""The kind of device -> the namespace in which its kernels wait."""
+"""Kind of device -> the namespace of its unchecked kernels."""
 _log = logging.getLogger("shardcomp.kernels")
 _lock = threading.Lock()
 _rejected: dict[tuple[str, str], str] = {}
-"""(operator, kind of device) -> why its kernel does not run."""
+"""(operator, kind of device) -> why its kernel does not run there."""
 
 
 def in_place(name: str, device: torch.device, reference: Callable[..., Any]) -> bool:
-    """Whether a kernel runs for an operator on a device; the first call for that kind of device finds out whether one may.
+    """Whether a kernel is registered for an operator on a device. The first call for a kind of device compares it first.
 
-    Raises KernelError for one that must not where `SHARDCOMP_KERNELS` names its library; else the reference is to run, and one
-    warning says why.
+    If the kernel fails, the caller runs the reference, and one warning says why.
+
+    Raises:
+        KernelError: the kernel failed, and `SHARDCOMP_KERNELS` demands the library by its name.
     """
+    # The common case first and without a lock; it also loads the library.
     if library.provides(name, device.type):
         return True
     if device.type not in SPACES or not _waits(name, device.type):
         return False
     with _lock:
+        # Another thread may have registered it meanwhile.
         if library.provides(name, device.type):
             return True
         if (name, device.type) not in _rejected:
@@ -49,6 +55,7 @@ def in_place(name: str, device: torch.device, reference: Callable[..., Any]) -> 
                 _compare(name, device, reference)
                 _put_in_place(name)
                 return True
+            # On a device that nobody tried a kernel may fail in any way, and the reference can still run.
             except Exception as error:
                 _reject(name, device, f"{type(error).__name__}: {error}")
     if (word := os.environ.get(library.VARIABLE, "auto")) != "auto":
@@ -60,7 +67,7 @@ def in_place(name: str, device: torch.device, reference: Callable[..., Any]) -> 
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why the kernel of an operator does not run, if it was tried."""
+    """Why the kernel of an operator does not run, or None if it was not tried or did not fail."""
     return _rejected.get((name, device.type))
 
 
@@ -69,11 +76,11 @@ def _waits(name: str, kind: str) -> bool:
 
 
 def _compare(name: str, device: torch.device, reference: Callable[..., Any]) -> None:
-    """As if nobody were around: no modes, no autocast, no gradients."""
-    with ExitStack() as alone:
-        for each in (_disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad()):
-            alone.enter_context(each)
-        alone.enter_context(torch.autocast(device.type, enabled=False))
+    """Compare without the caller's modes, autocast and gradients, which would change or record the calls."""
+    with ExitStack() as isolated:
+        for context in (_disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad()):
+            isolated.enter_context(context)
+        isolated.enter_context(torch.autocast(device.type, enabled=False))
         candidate = getattr(getattr(torch.ops, SPACES[device.type]), name)
         small_cases.compare(name, candidate, reference, device)
 

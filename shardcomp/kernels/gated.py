@@ -1,4 +1,7 @@
-"""The product of an activated gate and another value, as gated MLPs take it. The backward activates the gate once more."""
+"""The product of an activated gate and another tensor, the inner part of a gated MLP (https://arxiv.org/abs/2002.05202).
+
+The backward saves gate and up alone and computes the activation again: to save it would cost a further tensor of their size.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardcomp.ir import operators
 from shardcomp.kernels.register import define, differentiate, laid_out, widened
 from shardcomp.sharding.rules import RULES, Rule, pointwise
 
@@ -18,14 +22,40 @@ aten = torch.ops.aten
 def swiglu(gate: Tensor, up: Tensor, *, round_first: bool = False) -> Tensor:
     """silu(gate) · up.
 
-    gate, up: of one shape and floating dtype. round_first: silu(gate) is rounded to that dtype before the product is; else all
-    of it is computed in float32, or float64 for float64, and rounded once. Result: in their shape and dtype.
+    Args:
+        gate: [..] floating.
+        up: the shape and dtype of `gate`.
+        round_first: round silu(gate) to the dtype before the product, as HuggingFace's models do; else compute in float32
+            (float64 for float64) and round once.
+
+    Returns:
+        The shape and dtype of `gate`.
+
+    Example:
+        >>> import torch
+        >>> swiglu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+        tensor([0.0000, 1.4621])
     """
     return torch.ops.shardcomp.gated(gate, up, "silu", round_first)
 
 
 def geglu(gate: Tensor, up: Tensor, *, tanh: bool = False, round_first: bool = False) -> Tensor:
-    """gelu(gate) · up. tanh: gelu by its approximation with a tanh. The rest is that of `swiglu`."""
+    """gelu(gate) · up.
+
+    Args:
+        gate: [..] floating.
+        up: the shape and dtype of `gate`.
+        tanh: approximate gelu with a tanh.
+        round_first: as in `swiglu`.
+
+    Returns:
+        The shape and dtype of `gate`.
+
+    Example:
+        >>> import torch
+        >>> geglu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+        tensor([0.0000, 1.6827])
+    """
     return torch.ops.shardcomp.gated(gate, up, "gelu_tanh" if tanh else "gelu", round_first)
 
 
@@ -74,3 +104,5 @@ define("gated(Tensor gate, Tensor up, str activation, bool round_first) -> Tenso
 define("gated_bwd(Tensor gradient, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)", _back, _shapes_back)
 differentiate("gated", _backward, _save)
 RULES[swiglu] = RULES[geglu] = Rule(function=pointwise)
+operators.add(swiglu, "gated", kernel="swiglu", variants=lambda: [{}])
+operators.add(geglu, "gated", kernel="geglu", variants=lambda: [{}, {"tanh": True}])

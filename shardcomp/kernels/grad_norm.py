@@ -1,4 +1,4 @@
-"""The square of the norm of many gradients, in one pass, with nothing waited for."""
+"""The squared norm of many gradients, in one pass. The result stays on the device, so that the host waits for nothing."""
 
 from __future__ import annotations
 
@@ -11,25 +11,37 @@ from shardcomp.kernels.register import define
 
 
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements: [], float32, or float64 where a gradient is; it is added in that dtype.
+    """The sum of the squares of all elements. It is finite only if every gradient and the sum itself are.
 
-    gradients: floating, of any shapes, on one device. What ranks and devices have is added up before the root is taken. The
-    result is finite only where every gradient is, and the sum itself. Raises ValueError for an empty list, which names no
-    device.
+    It is the square of the norm, so that the sums of several ranks can be added before the root is taken.
+
+    Args:
+        gradients: floating, of any shapes, on one device.
+
+    Returns:
+        [], float32, or float64 if a gradient is float64.
+
+    Raises:
+        ValueError: the list is empty, so that it names no device.
+
+    Example:
+        >>> import torch
+        >>> grad_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(25.)
     """
     if not gradients:
         raise ValueError("grad_norm: no gradients")
-    found: Tensor = torch.ops.shardcomp.grad_norm(gradients)
-    return found
+    result: Tensor = torch.ops.shardcomp.grad_norm(gradients)
+    return result
 
 
 def _reference(gradients: list[Tensor]) -> Tensor:
     wide = _wide(gradients)
-    return torch.stack([torch.linalg.vector_norm(each, dtype=wide) for each in gradients]).square().sum()
+    return torch.stack([torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]).square().sum()
 
 
 def _wide(gradients: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(each.dtype == torch.float64 for each in gradients) else torch.float32
+    return torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
 
 
 define(

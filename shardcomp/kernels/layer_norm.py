@@ -1,13 +1,15 @@
-"""Layer norm over the last dimension."""
+"""Layer norm (Ba, Kiros and Hinton, https://arxiv.org/abs/1607.06450) over the last dimension."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardcomp.ir import operators
 from shardcomp.kernels.register import define, differentiate, summed_rows, widened
 from shardcomp.kernels.rms_norm import rows
 from shardcomp.sharding.rules import RULES, Rule
@@ -16,11 +18,28 @@ from shardcomp.sharding.rules import RULES, Rule
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float, stepwise: bool = False
 ) -> Tensor:
-    """(x - mean(x)) / √(variance(x) + eps) · weight + bias, moments over the last dimension, of all its elements.
+    """(x - mean(x)) / √(variance(x) + eps) · weight + bias, with the moments of the last dimension.
 
-    x: [.., h] floating. weight, bias: [h], each may be missing. Computed in float32, or float64 for such `x`, and rounded once.
-    stepwise: the last bits are those of the mean, the mean of the squared deviations, and products one after the other; else
-    those of torch's own operator. Result: [.., h], contiguous, in the dtype of `x`.
+    Computed in float32, or in float64 if `x` is float64, and rounded once. The variance divides by h, not by h - 1.
+
+    Args:
+        x: [.., h] floating.
+        weight: [h] floating, or None.
+        bias: [h] floating, or None.
+        eps: added to the variance.
+        stepwise: the bits of a norm that is written out in single operators (as Cohere's is): the mean, the mean of the squared
+            deviations, then each product and sum; else the bits of torch's own operator.
+
+    Returns:
+        [.., h], contiguous, in the dtype of `x`.
+
+    Raises:
+        RuntimeError: `x` has no dimension, or the size of `weight` or `bias` is not h (by the compiled kernel).
+
+    Example:
+        >>> import torch
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), bias=torch.tensor([0.0, 1.0]), eps=0.0)
+        tensor([[-1.,  2.]])
     """
     return torch.ops.shardcomp.layer_norm(x, weight, bias, eps, stepwise)[0]
 
@@ -33,12 +52,12 @@ def _forward(
     centred = wide - mean
     rstd = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
     if stepwise:
-        made = centred * rstd
-        made = made if weight is None else made * widened(weight)
-        made = (made if bias is None else made + widened(bias)).to(x.dtype)
+        result = centred * rstd
+        result = result if weight is None else result * widened(weight)
+        result = (result if bias is None else result + widened(bias)).to(x.dtype)
     else:
-        made = functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return made.contiguous(), mean.contiguous(), rstd.contiguous()
+        result = functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return result.contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def _back(
@@ -61,7 +80,9 @@ def _shapes(x: Tensor, weight: Any, bias: Any, eps: float, stepwise: bool) -> tu
 
 
 def _shapes_back(gradient: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Any:
-    return x.new_empty(x.shape), *(x.new_empty(0) if held is None else held.new_empty(held.shape) for held in (weight, bias))
+    return x.new_empty(x.shape), *(
+        x.new_empty(0) if vector is None else vector.new_empty(vector.shape) for vector in (weight, bias)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -72,8 +93,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, mean, rstd = ctx.saved_tensors
-    made = torch.ops.shardcomp.layer_norm_bwd(gradient, x, weight, bias, mean, rstd)
-    return made[0], None if weight is None else made[1], None if bias is None else made[2], None, None
+    of_x, of_weight, of_bias = torch.ops.shardcomp.layer_norm_bwd(gradient, x, weight, bias, mean, rstd)
+    return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None, None
 
 
 define(
@@ -89,3 +110,14 @@ define(
 )
 differentiate("layer_norm", _backward, _save)
 RULES[layer_norm] = Rule(function=rows)
+
+
+def _variants(eps: float, constants: Sequence[float], vectors: int) -> Iterator[tuple[tuple[int | None, ...], dict[str, Any]]]:
+    """Every way to take the vectors as weight and bias, each rounded once and at every step."""
+    orders: dict[int, list[tuple[int | None, ...]]] = {0: [()], 1: [(0,), (None, 0)], 2: [(0, 1), (1, 0)]}
+    for order in orders[vectors]:
+        yield order, {"eps": eps}
+        yield order, {"eps": eps, "stepwise": True}
+
+
+operators.add(layer_norm, "norm", kernel="layer_norm", variants=_variants)

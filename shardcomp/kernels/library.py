@@ -1,8 +1,8 @@
-"""Which library of kernels runs the operators, and loading it: when the first operator runs, not when shardcomp is imported.
+"""The choice of a library of kernels, and its loading: when the first operator runs, not when shardcomp is imported.
 
-`SHARDCOMP_KERNELS` says which: `aot` is the one that was installed with shardcomp; `jit` one that is built on this machine,
-once, and found in a cache from then on; `reference` is none, so that the operators' references run; `auto`, the default, is the
-first of these that there is. A log line of `shardcomp.kernels` says which it was and why.
+`SHARDCOMP_KERNELS` makes the choice. `aot` is the library that was installed with shardcomp. `jit` is built on this machine
+once and cached. `reference` is no library: the operators' references run. `auto`, the default, takes the first of these that
+works. A log line of `shardcomp.kernels` says which one runs, and why.
 """
 
 from __future__ import annotations
@@ -31,40 +31,42 @@ _log = logging.getLogger("shardcomp.kernels")
 
 @dataclass(frozen=True)
 class Library:
-    """What runs the operators. kind: `aot`, `jit` or `reference`. why: in a few words, also what spoke against the others."""
+    """What runs the operators. kind: `aot`, `jit` or `reference`. why: the reason, and what failed before it."""
 
     kind: str
     path: Path | None
     why: str
 
 
-_held: Library | None = None
+_loaded: Library | None = None
 _lock = threading.Lock()
 
 
 def load() -> Library:
-    """The library, loaded by the first call, which may have to build it.
+    """The library. The first call loads it, and builds it if necessary.
 
-    Raises KernelError if `SHARDCOMP_KERNELS` names one that cannot run here, or is no word that there is.
+    Raises:
+        KernelError: `SHARDCOMP_KERNELS` is no valid choice, or chooses a library that cannot run here.
     """
-    global _held
-    if _held is None:
+    global _loaded
+    if _loaded is None:
+        # Checked again under the lock: threads of several ranks may come here at once.
         with _lock:
-            if _held is None:
-                _held = _load(os.environ.get(VARIABLE, "auto"))
-    return _held
+            if _loaded is None:
+                _loaded = _load(os.environ.get(VARIABLE, "auto"))
+    return _loaded
 
 
 def provides(name: str, device: str) -> bool:
-    """Whether the library has an implementation of an operator for a kind of device, `cpu` or `cuda`."""
+    """Whether a kernel of an operator is registered for a kind of device, `cpu` or `cuda`."""
     load()
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"shardcomp::{name}", device.upper()))
 
 
 def cache() -> Path:
-    """The folder of libraries that were built just in time: $SHARDCOMP_CACHE, or shardcomp/ in the user's cache folder."""
-    if named := os.environ.get("SHARDCOMP_CACHE"):
-        return Path(named)
+    """The folder of libraries that were built just in time: $SHARDCOMP_CACHE, or `shardcomp` in the user's cache."""
+    if folder := os.environ.get("SHARDCOMP_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardcomp"
 
 
@@ -72,24 +74,25 @@ def _load(word: str) -> Library:
     if word not in _WORDS:
         raise KernelError(f"{VARIABLE}={word}: there is no such choice; it is one of {', '.join(_WORDS)}")
     if word == "reference":
-        return _told(Library("reference", None, f"{VARIABLE}=reference"))
-    against = []
+        return _logged(Library("reference", None, f"{VARIABLE}=reference"))
+    failures = []
     for kind, find in (("aot", _packaged), ("jit", _built)):
         if word not in ("auto", kind):
             continue
         try:
             path, why = find()
             _open(path)
+        # `auto` tries the next choice, and the log line has every reason.
         except (BuildError, OSError) as error:
-            against.append(str(error))
+            failures.append(str(error))
         else:
-            return _told(Library(kind, path, "; ".join((why, *against))))
+            return _logged(Library(kind, path, "; ".join((why, *failures))))
     if word != "auto":
-        raise KernelError(f"{VARIABLE}={word}: {against[0]}\n{VARIABLE}=auto takes the operators' references instead")
-    return _told(Library("reference", None, "; ".join(against)), logging.WARNING)
+        raise KernelError(f"{VARIABLE}={word}: {failures[0]}\n{VARIABLE}=auto takes the operators' references instead")
+    return _logged(Library("reference", None, "; ".join(failures)), logging.WARNING)
 
 
-def _told(library: Library, level: int = logging.INFO) -> Library:
+def _logged(library: Library, level: int = logging.INFO) -> Library:
     runs = "the operators' references, in plain PyTorch" if library.path is None else str(library.path)
     _log.log(level, "kernels: %s (%s)", runs, library.why)
     return library
@@ -109,8 +112,11 @@ def _packaged() -> tuple[Path, str]:
 
 
 def _built() -> tuple[Path, str]:
-    """The kernels of CUDA are taken along where torch can use them. If nvcc cannot compile them here, those of the CPU run all
-    the same, unless this library was asked for by its name."""
+    """The library of this machine, with CUDA's kernels where torch can use them.
+
+    If nvcc cannot compile these, the library has the CPU's kernels alone, unless `SHARDCOMP_KERNELS` demands it by name. A file
+    notes the failure, so that the next process does not wait for it again.
+    """
     how = recipe([own_level()], cuda=None if torch.version.cuda else False)
     if how.nvcc is None:
         return _cached(how)
@@ -149,7 +155,7 @@ def _build(how: Recipe, path: Path) -> tuple[Path, str]:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with path.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    """Hold a file lock, so that of several ranks on a machine one builds and the others wait."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield

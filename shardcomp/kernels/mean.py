@@ -1,4 +1,4 @@
-"""The split form of a mean over a dimension that is divided over an axis, as a norm over all heads takes it."""
+"""The split form of a mean over a sharded dimension, such as a norm over all heads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,30 @@ from torch import Tensor, fx
 
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.layout import Size
-from shardcomp.ir.program import value
+from shardcomp.ir.nodes import value
 from shardcomp.sharding.rules import RULES, Factoring, Form, Rule, reduction
 
 
 def split_mean(x: Tensor, dims: list[int], keepdim: bool, count: Size, axis: Axis) -> Tensor:
-    """This rank's summand of the mean over `dims`, of which each rank has a piece; `count` elements are averaged in all."""
+    """This rank's summand of a mean over sharded dimensions: the sum over ranks is the mean.
+
+    Args:
+        x: this rank's shard.
+        dims: the dimensions of the mean.
+        keepdim: keep them with size one.
+        count: the number of averaged elements over all ranks.
+        axis: the axis of the mesh over which `dims` are sharded.
+
+    Returns:
+        A partial tensor.
+
+    Example:
+        Two ranks with the shards [1, 2] and [3, 6] of one dimension; their summands 0.75 and 2.25 add up to the mean 3:
+
+        >>> import torch
+        >>> split_mean(torch.tensor([1.0, 2.0]), [0], False, 4, axis=None)
+        tensor(0.7500)
+    """
     return x.sum(dims, keepdim=keepdim) / count
 
 
@@ -32,9 +50,9 @@ _FORM = Form(split_mean, _arguments, partial=True)
 def _rule(node: fx.Node) -> Factoring:
     if len(node.args) < 2 or node.kwargs or not isinstance(node.args[1], (list, tuple)):
         return reduction(linear=True)(node)
-    found = reduction(contracts=True, linear=True)(node)
-    contracted = [name for name in found.operands[0] if name is not None and name not in found.results[0]]
-    return replace(found, forms=dict.fromkeys(contracted, _FORM))
+    factoring = reduction(contracts=True, linear=True)(node)
+    contracted = [name for name in factoring.operands[0] if name is not None and name not in factoring.results[0]]
+    return replace(factoring, forms=dict.fromkeys(contracted, _FORM))
 
 
 RULES[torch.ops.aten.mean] = Rule(function=_rule)

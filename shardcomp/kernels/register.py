@@ -1,8 +1,8 @@
-"""How a fused operator is made: a schema, a reference in plain PyTorch, and the shapes of its results.
+"""Registration of a fused operator: a schema, a reference in plain PyTorch, and the shapes of its results.
 
-The reference is the operator's specification and what runs where nothing better is registered; the library that `library.py`
-loads registers operators of the same names for the CPU and takes their place there, in graphs that exist already as well. For
-other devices `device_check.py` does so, one by one.
+The reference is the specification, and it runs wherever no kernel is registered. Graphs therefore always contain these
+operators, whether or not a library exists. The library that `library.py` loads registers kernels for the CPU under the same
+names; they then run in graphs that exist already, too. For other devices `device_check.py` does this, operator by operator.
 """
 
 from __future__ import annotations
@@ -18,40 +18,48 @@ from shardcomp.kernels import device_check
 LIBRARY = torch.library.Library("shardcomp", "FRAGMENT")
 _WAITING = [torch.library.Library(space, "FRAGMENT") for space in device_check.SPACES.values()]
 REFERENCES: dict[str, Callable[..., Any]] = {}
-"""Operator -> its reference, which runs whatever library there is."""
+"""Operator -> its reference."""
 
 
 def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Make `torch.ops.shardcomp.<name>` of its schema, `name(arguments) -> results`. shapes: what it gives on fake tensors."""
+    """Define `torch.ops.shardcomp.<name>`.
+
+    Args:
+        schema: `name(arguments) -> results`.
+        reference: computes the results.
+        shapes: allocates results of the right shapes and dtypes; it runs on fake tensors.
+    """
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     REFERENCES[name] = reference
+    # The same schema in the namespace of unchecked kernels; see device_check.py.
     for waiting in _WAITING:
         waiting.define(schema)
 
     def first(*arguments: Any) -> Any:
-        """What runs until there is a library, and then where it has no such operator."""
-        device = next(each.device for each in _flat(arguments) if isinstance(each, Tensor))
+        """Runs until the library is loaded, and afterwards where it has no such operator."""
+        device = next(value.device for value in _flat(arguments) if isinstance(value, Tensor))
         if device_check.in_place(name, device, reference):
             return getattr(torch.ops.shardcomp, name).default(*arguments)
         return reference(*arguments)
 
+    # One implementation for all devices, below autograd: the gradient is that of `differentiate`, never that of the reference.
     LIBRARY.impl(name, first, "CompositeExplicitAutograd")
     torch.library.register_fake(f"shardcomp::{name}", shapes, lib=LIBRARY)
 
 
 def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
-    """The arguments, and of those that are lists their elements."""
-    for each in arguments:
-        yield from each if isinstance(each, list | tuple) else (each,)
+    """The arguments, with the elements of lists in place of the lists."""
+    for argument in arguments:
+        yield from argument if isinstance(argument, list | tuple) else (argument,)
 
 
 def differentiate(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> None:
-    """Give an operator its gradient. save(ctx, inputs, output) keeps what `backward(ctx, *gradients)` needs."""
+    """Register the gradient of an operator. save(ctx, inputs, output) stores what `backward(ctx, *gradients)` needs."""
     torch.library.register_autograd(f"shardcomp::{name}", backward, setup_context=save, lib=LIBRARY)
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in the dtype that operators compute in: float32, or float64 where it is float64."""
+    """`x` in the dtype of computation: float32, or float64 for float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -60,7 +68,7 @@ def summed_rows(x: Tensor) -> Tensor:
     return (x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)).sum(0)
 
 
-def laid_out(made: Tensor, like: Tensor) -> Tensor:
-    """`made`, with the strides that `torch.empty_like(like)` has."""
-    wanted = torch.empty_like(like)
-    return made if made.stride() == wanted.stride() else wanted.copy_(made)
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the strides of `torch.empty_like(like)`, which the shapes of fake tensors promise."""
+    result = torch.empty_like(like)
+    return tensor if tensor.stride() == result.stride() else result.copy_(tensor)

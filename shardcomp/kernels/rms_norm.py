@@ -1,29 +1,53 @@
-"""RMS norm over the last dimension. Its backward reads the input and one number per row, not the normalised values."""
+"""RMS norm (Zhang and Sennrich, https://arxiv.org/abs/1910.07467) over the last dimension.
+
+The backward reads the input and one number per row; it computes the normalised values again instead of saving them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from shardcomp.ir.program import Value, tensor_arguments, value
+from shardcomp.ir import operators
+from shardcomp.ir.nodes import tensor_arguments, value
+from shardcomp.ir.program import Value
 from shardcomp.kernels.register import define, differentiate, summed_rows, widened
-from shardcomp.sharding.rules import RULES, Dims, Factoring, Rule
+from shardcomp.sharding.notation import Dims
+from shardcomp.sharding.rules import RULES, Factoring, Rule
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: float = 0.0, round_first: bool = False) -> Tensor:
     """x / √(mean(x²) + eps) · (offset + weight), the mean over the last dimension.
 
-    x: [.., h] floating. weight: [h]; without it nothing is multiplied. Computed in float32, or float64 for such `x`.
-    round_first: the normalised values are rounded to the dtype of `x` before they meet the weight, and their product again;
-    else the product alone is rounded. Result: [.., h], contiguous, in the dtype of `x`.
+    Computed in float32, or in float64 if `x` is float64.
+
+    Args:
+        x: [.., h] floating.
+        weight: [h] floating, or None for no product.
+        eps: added to the mean of the squares.
+        offset: added to the weight; Gemma's norm has 1.
+        round_first: round the normalised values to the dtype of `x` before the product with the weight, and the product again,
+            as LLaMA does; else round the product alone.
+
+    Returns:
+        [.., h], contiguous, in the dtype of `x`.
+
+    Raises:
+        RuntimeError: `x` has no dimension, or the size of `weight` is not h (by the compiled kernel).
+
+    Example:
+        >>> import torch
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), eps=0.0)
+        tensor([[0.8485, 2.2627]])
     """
     return torch.ops.shardcomp.rms_norm(x, weight, eps, offset, round_first)[0]
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    """The norm, and the factor of each row: [.., 1] in float32, or float64 for such `x`."""
+    """The norm, and 1 / √(mean + eps) of each row: [.., 1] in float32, or float64 if `x` is float64."""
     wide = widened(x)
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normal = wide * rstd
@@ -36,7 +60,10 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_f
 def backward(
     gradient: Tensor, added: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight (empty without one), each rounded once. added: a further gradient of x."""
+    """The gradients of x and of the weight (empty without one), each rounded once.
+
+    added: a further gradient of x, that of a residual stream.
+    """
     wide, normal = widened(gradient), widened(x) * rstd
     of_weight = x.new_empty(0) if weight is None else summed_rows(wide * normal).to(weight.dtype)
     if weight is not None:
@@ -76,7 +103,7 @@ differentiate("rms_norm", _backward, _save)
 
 
 def rows(node: fx.Node) -> Factoring:
-    """A norm over the last dimension: the others may be cut, alike in all operands that have them and in all results."""
+    """The sharding rule of a norm over the last dimension: all others may be split, alike in operands and results."""
     operands = [value(operand).shape for operand in tensor_arguments(node)]
     results = 1 if isinstance(node.meta["value"], Value) else len(node.meta["value"])
     names: Dims = (*(f"d{i}" for i in range(len(operands[0]) - 1)), None)
@@ -85,3 +112,15 @@ def rows(node: fx.Node) -> Factoring:
 
 
 RULES[rms_norm] = Rule(function=rows)
+
+
+def _variants(eps: float, constants: Sequence[float], vectors: int) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+    """With one vector or none; an offset where the subgraph adds 1, and both ways to round."""
+    for offset in (0.0, 1.0) if vectors and 1.0 in constants else (0.0,):
+        for first in (False, True) if vectors else (False,):
+            options = {"offset": offset, "round_first": first}
+            if vectors < 2:
+                yield tuple(range(vectors)), {"eps": eps, **{name: option for name, option in options.items() if option}}
+
+
+operators.add(rms_norm, "norm", kernel="rms_norm", variants=_variants)

@@ -1,4 +1,4 @@
-"""Small calls of every operator, and whether a kernel gives on them what the operator's reference gives."""
+"""Small calls of every operator, and a comparison of a kernel with the operator's reference on them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from shardcomp.torch_private import tree_leaves, tree_map
 
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
-"""Relative and absolute, by the dtype that an operator is called with."""
+"""Dtype of a call -> relative and absolute tolerance."""
 _WIDTHS = (16, 2056)
-"""What one warp goes through, and what takes several."""
+"""Widths of rows: one warp takes the first, several warps the second."""
 
 
 def calls(dtype: torch.dtype = torch.float32, width: int = 16) -> dict[str, dict[str, tuple[Any, ...]]]:
-    """Kernel -> a small call of each operator that it is made of, the backward's among them: operator -> arguments."""
+    """Kernel -> operator -> arguments of a small call, for every operator of a kernel, those of the backward included."""
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -24,15 +25,16 @@ def calls(dtype: torch.dtype = torch.float32, width: int = 16) -> dict[str, dict
 
     x, y, w, b = drawn(3, 5, width), drawn(3, 5, width), drawn(width), drawn(width)
     moment = torch.rand((3, 5, 1), generator=draw)
+    # One label is ignored. The first column below has label 2, as on a later rank of a split vocabulary.
     labels, one = torch.tensor([3, 8, -100, 4, 2]), torch.tensor(1.0)
     rows = (x[0], labels, labels >= 0, 2)
     largest = x[0].float().amax(1)
     normal = (torch.stack((largest, torch.rand(5, generator=draw) + width)), torch.rand(5, generator=draw))
     heads, table = drawn(2, 3, 5, 16), torch.randn((5, 16), generator=draw)
     tables = (table.cos().to(dtype), table.sin().to(dtype))
-    weights = [held.float() for held in (w, b)]
-    copies = [held.clone() for held in (w, b)] if dtype.itemsize == 2 else []
-    moments, squares = [held / 9 for held in weights], [held.square() for held in weights]
+    weights = [vector.float() for vector in (w, b)]
+    copies = [vector.clone() for vector in (w, b)] if dtype.itemsize == 2 else []
+    moments, squares = [weight / 9 for weight in weights], [weight.square() for weight in weights]
     steps = [one.clone(), one.clone()]
     return {
         "rms_norm": {"rms_norm": (x, w, 1e-5, 0.0, True), "rms_norm_bwd": (y, None, x, w, moment, 0.0)},
@@ -59,16 +61,20 @@ def calls(dtype: torch.dtype = torch.float32, width: int = 16) -> dict[str, dict
 def compare(
     operator: str, run: Callable[..., Any], reference: Callable[..., Any], device: torch.device, kernel: str | None = None
 ) -> None:
-    """Call both on every small call of an operator, of all kernels or of one. Raises AssertionError where they differ."""
+    """Compare `run` with `reference` on the small calls of an operator, those of all kernels or of one.
+
+    Raises:
+        AssertionError: the results differ by more than the tolerances.
+    """
     for dtype, (relative, absolute) in TOLERANCES.items():
         for width in _WIDTHS:
-            for name, each in calls(dtype, width).items():
-                if operator in each and kernel in (None, name):
-                    made, expected = (_results(function, each[operator], device) for function in (run, reference))
-                    torch.testing.assert_close(made, expected, rtol=relative, atol=absolute)
+            for name, arguments in calls(dtype, width).items():
+                if operator in arguments and kernel in (None, name):
+                    results, expected = (_results(function, arguments[operator], device) for function in (run, reference))
+                    torch.testing.assert_close(results, expected, rtol=relative, atol=absolute)
 
 
 def _results(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> list[Tensor]:
-    """What a call returns and what it leaves of its arguments, some of which it may have written over."""
-    given = tree_map(lambda held: held.to(device, copy=True) if isinstance(held, Tensor) else held, arguments)
-    return [each for each in tree_leaves((run(*given), given)) if isinstance(each, Tensor)]
+    """The results of a call and its arguments afterwards, some of which it may have overwritten."""
+    copies = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, arguments)
+    return [leaf for leaf in tree_leaves((run(*copies), copies)) if isinstance(leaf, Tensor)]

@@ -1,7 +1,7 @@
 """A small configuration of the same structure as a large one: what a plan is verified on.
 
-Sizes are found by the names that HuggingFace configurations share (through `attribute_map` where a family has its own), and are
-only made smaller. Everything that is not a size stays: biases, tied embeddings, activation, kind of rotary embedding.
+Sizes are the keys that HuggingFace configurations share, or those that `attribute_map` gives for them. They only shrink.
+Everything else stays: biases, tied embeddings, activation, kind of rotary embedding.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from shardcomp.errors import ShardError
 
 LAYERS, HEAD_DIM, VOCABULARY, POSITIONS, WINDOW = 2, 16, 97, 128, 8
-"""What is aimed at. The vocabulary is odd, so that it never divides; the window is shorter than any batch."""
+"""The sizes to shrink to. The vocabulary is odd, so that it never divides evenly. The window is shorter than any batch."""
 MAX_HEADS = 16
-"""The ratio of query heads to key-value heads is kept up to this many heads."""
+"""Up to this many query heads, the ratio of query heads to key-value heads stays."""
 MAX_LAYERS = 8
-"""Layers that are kept, at most, to have one of each kind."""
+"""The small model has more than `LAYERS`, up to this many, if it needs them to have one of each kind."""
 
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 INNER = (
@@ -34,10 +34,22 @@ ROTARY = ("rope_parameters", "rope_scaling")
 def shrink(config: Any, keep: dict[str, Any] | None = None, tensor: int = 1, layers: int = 1) -> Any:
     """A small configuration of the same class and structure.
 
-    What `tensor` ranks split evenly at full size they split evenly here; the vocabulary never divides. layers: how many there
-    are at least. keep: values by key that
-    are taken as they are, the other sizes following where they depend on them. Raises ShardError for an unknown key, or where
-    the configuration's class refuses the result.
+    What `tensor` ranks split evenly at full size they split evenly here. Only the vocabulary never divides.
+
+    Args:
+        config: a HuggingFace configuration. It stays as it is.
+        keep: values by key that the result has. Sizes that depend on them follow.
+        tensor: the degree of tensor parallelism.
+        layers: how many layers the result has, at least.
+
+    Raises:
+        ShardError: a key of `keep` does not exist, or the configuration's class refuses the result.
+
+    Example:
+        >>> from shardcomp import presets
+        >>> small = shrink(presets.config_of("llama-7b"), tensor=4)
+        >>> small.num_hidden_layers, small.num_attention_heads, small.vocab_size
+        (2, 8, 97)
     """
     return _Shrinking(config, dict(keep or {}), tensor, layers).run()
 
@@ -49,9 +61,9 @@ class _Shrinking:
         self.full: dict[str, Any] = config.to_dict()
         unknown = [key for key in keep if self.names.get(key, key) not in self.full]
         if unknown:
-            known = ", ".join(sorted(key for key, held in self.full.items() if isinstance(held, int)))
+            known = ", ".join(sorted(key for key, value in self.full.items() if isinstance(value, int)))
             raise ShardError(f"{type(config).__name__} has no {', '.join(unknown)} to set; it has {known}")
-        self.keep = {self.names.get(key, key): held for key, held in keep.items()}
+        self.keep = {self.names.get(key, key): value for key, value in keep.items()}
         self.small = {**self.full, **self.keep}
 
     def run(self) -> Any:
@@ -67,24 +79,25 @@ class _Shrinking:
         self._positions()
         try:
             return type(self.config).from_dict(self.small)
-        except Exception as problem:
+        except Exception as error:
             sizes = ", ".join(f"{k} = {v}" for k, v in self.small.items() if v != self.full[k] and isinstance(v, int))
             raise ShardError(
-                f"{type(self.config).__name__} shrunk to {sizes} is refused by its class: {problem}; set these with --shrink "
+                f"{type(self.config).__name__} shrunk to {sizes} is refused by its class: {error}; set these with --shrink "
                 "KEY=VALUE, or verify it as it is (--shrink none)"
-            ) from problem
+            ) from error
 
     def _full(self, key: str) -> Any:
         return self.full.get(self.names.get(key, key))
 
-    def _set(self, key: str, wanted: Any) -> Any:
-        """Set a size unless the caller keeps it; what holds then."""
+    def _set(self, key: str, value: Any) -> Any:
+        """Set a value unless the caller keeps another one. Returns the value that the result has."""
         key = self.names.get(key, key)
         if key not in self.keep:
-            self.small[key] = wanted
+            self.small[key] = value
         return self.small[key]
 
-    def _kept(self, key: str) -> Any:
+    def _keep(self, key: str) -> Any:
+        """The value that the caller keeps, or None."""
         return self.keep.get(self.names.get(key, key))
 
     def _heads_and_widths(self) -> None:
@@ -93,19 +106,19 @@ class _Shrinking:
         full_groups = self._full(groups) if groups else full_heads
         ratio = max(1, full_heads // full_groups)
 
-        kept_heads = self._kept("num_attention_heads")
-        few = self._kept(groups) if groups and self._kept(groups) else self._few_groups(full_groups)
-        if kept_heads and not (groups and self._kept(groups)):
-            few = kept_heads if ratio == 1 else math.gcd(kept_heads, few)
+        keep_heads = self._keep("num_attention_heads")
+        few = self._keep(groups) if groups and self._keep(groups) else self._few_groups(full_groups)
+        if keep_heads and not (groups and self._keep(groups)):
+            few = keep_heads if ratio == 1 else math.gcd(keep_heads, few)
         heads = self._set("num_attention_heads", few * self._few_per_group(few, ratio, full_heads))
         if groups:
             self._set(groups, few)
 
         full_dim = self._full("head_dim") or full_hidden // full_heads
-        # Where keys and values are made from a latent vector, several sizes depend on head_dim in ways of their own.
+        # Where keys and values are computed from a latent vector, further sizes depend on head_dim, each in its own way.
         dim = full_dim if self._full("kv_lora_rank") else min(HEAD_DIM, full_dim)
-        if self._kept("hidden_size") and full_dim * full_heads == full_hidden:
-            dim = self._kept("hidden_size") // heads
+        if self._keep("hidden_size") and full_dim * full_heads == full_hidden:
+            dim = self._keep("hidden_size") // heads
         dim = self._set("head_dim", dim) if isinstance(self._full("head_dim"), int) else dim
         hidden = self._set("hidden_size", self._scaled(full_hidden, heads * dim, full_heads * full_dim, dim))
 
@@ -122,13 +135,14 @@ class _Shrinking:
                 self._set(key, _cut_factors(self._full(key), full_dim, dim))
 
     def _few_groups(self, full: int) -> int:
-        """Key-value heads: two for each rank, so that one taken for the other shows; no better split than at full size."""
+        """How many key-value heads: two for each rank, so that to mistake one for the other shows. They split no better than at
+        full size."""
         if full % self.tensor:
             return math.gcd(full, self.tensor)
         return min(full, 2 * self.tensor)
 
     def _few_per_group(self, groups: int, ratio: int, full_heads: int) -> int:
-        """Query heads to a key-value head: the ratio of the full size, or its smallest divisor that splits as evenly."""
+        """How many query heads for each key-value head: as at full size, or its smallest divisor that splits as evenly."""
         if groups * ratio <= MAX_HEADS:
             return ratio
         divisors = (n for n in range(2, ratio) if ratio % n == 0)
@@ -142,27 +156,28 @@ class _Shrinking:
 
     def _layers(self) -> None:
         full = self._full("num_hidden_layers")
-        lists = {key: held for key, held in self.full.items() if isinstance(held, list) and len(held) == full}
+        # A list with a value for each layer, such as its type.
+        lists = {key: value for key, value in self.full.items() if isinstance(value, list) and len(value) == full}
         count = min(max(LAYERS, self.layers), full)
-        kinds = {key: len(set(map(str, held))) for key, held in lists.items()}
-        while count < min(full, MAX_LAYERS) and any(len(set(map(str, h[:count]))) < kinds[key] for key, h in lists.items()):
+        kinds = {key: len(set(map(str, values))) for key, values in lists.items()}
+        while count < min(full, MAX_LAYERS) and any(len(set(map(str, v[:count]))) < kinds[key] for key, v in lists.items()):
             count += 1
         count = self._set("num_hidden_layers", count)
-        for key, held in lists.items():
-            self._set(key, (held * count)[:count])
+        for key, values in lists.items():
+            self._set(key, (values * count)[:count])
 
     def _vocabulary(self) -> None:
         rows = VOCABULARY
-        while -(-rows // self.tensor) * (self.tensor - 1) >= rows:  # a rank would be left without any
+        while -(-rows // self.tensor) * (self.tensor - 1) >= rows:  # one rank would have none
             rows += 2
         rows = self._set("vocab_size", min(rows, self._full("vocab_size")))
-        for key, held in self.full.items():
+        for key, value in self.full.items():
             if not key.endswith("_token_id"):
                 continue
-            if isinstance(held, int):
-                self._set(key, min(held, rows - 1))
-            elif isinstance(held, list):
-                self._set(key, sorted({min(token, rows - 1) for token in held}))
+            if isinstance(value, int):
+                self._set(key, min(value, rows - 1))
+            elif isinstance(value, list):
+                self._set(key, sorted({min(token, rows - 1) for token in value}))
 
     def _positions(self) -> None:
         stretched = any(_is_stretched(self.full.get(key)) for key in ROTARY)
@@ -173,20 +188,20 @@ class _Shrinking:
 
 
 def _is_stretched(rotary: Any) -> bool:
-    """Whether a rotary embedding is scaled by a rule in which the number of positions appears."""
+    """Whether a rotary embedding is scaled by a rule that depends on the number of positions."""
     if not isinstance(rotary, dict):
         return False
     kind = rotary.get("rope_type", rotary.get("type", "default"))
-    return kind != "default" or any(_is_stretched(held) for held in rotary.values())
+    return kind != "default" or any(_is_stretched(value) for value in rotary.values())
 
 
 def _cut_factors(rotary: dict[str, Any], full_dim: int, dim: int) -> dict[str, Any]:
-    """The same rule for heads of `dim`: where it has a factor for each frequency, fewer of them."""
-    found: dict[str, Any] = {}
-    for key, held in rotary.items():
-        if isinstance(held, dict):
-            held = _cut_factors(held, full_dim, dim)
-        elif isinstance(held, list) and key.endswith("factor"):
-            held = held[: len(held) * dim // full_dim]
-        found[key] = held
-    return found
+    """The same rule for heads of `dim` elements: a list with a factor for each frequency becomes shorter."""
+    result: dict[str, Any] = {}
+    for key, value in rotary.items():
+        if isinstance(value, dict):
+            value = _cut_factors(value, full_dim, dim)
+        elif isinstance(value, list) and key.endswith("factor"):
+            value = value[: len(value) * dim // full_dim]
+        result[key] = value
+    return result

@@ -33,7 +33,7 @@ from shardcomp.runtime.construction import build
 from shardcomp.runtime.linear import linear
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.recompute import keep, once
+from shardcomp.runtime.recompute import drop, keep, once
 from shardcomp.runtime.unit import Stage, Unit, UnitParameters, local
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "attention",
     "build",
     "cross_entropy",
+    "drop",
     "dropout",
     "dropped_attention",
     "geglu",

@@ -1,9 +1,8 @@
-"""What ranks tell each other before a call of the model: one small message along each axis.
+"""What ranks exchange before a call of the model: one small message along each axis.
 
-Ranks of one pp and tp group compute with the same batch, and all ranks make the same calls. Where they do not, they would train
-on a mixture, or wait for each other forever. So each call starts with an exchange of a few numbers: digests of the call and of
-its batch, how many labels count, how many micro-batches there are, and whether an input has a number that the model cannot
-take.
+The ranks of one pp and tp group must compute with the same batch, and all ranks must make the same calls. Otherwise they would
+train on a mixture, or wait for each other for ever. So every call starts with an exchange of a few numbers: digests of the call
+and its batch, how many labels count, how many micro-batches there are, and whether a token or label is out of bounds.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ from shardcomp.runtime.blueprint import IndexBound
 from shardcomp.runtime.digest import MULTIPLIER, digest
 
 CALL, BATCH, TRAINED, DIFFERS, OUTSIDE, CHANGED, MICRO_BATCHES, TOKENS = range(8)
-"""The numbers of the message, int64 each.
+"""The int64 numbers of the message.
 
-CALL, BATCH, TRAINED: digests of what was called with which shapes, of the numbers in the batch, and of which parameters have
-requires_grad. DIFFERS: whether one of these differs along an axis that was compared already. OUTSIDE: whether an input has a
-number outside of its bounds. CHANGED: whether a parameter is trained that the code was not lowered for. MICRO_BATCHES: how many
-there are. TOKENS: the labels that count.
+CALL, BATCH, TRAINED: digests of the call with its shapes, of the numbers in the batch, and of which parameters have
+requires_grad. DIFFERS: whether one of these differs along an axis that was compared already. OUTSIDE: whether a token or label
+is out of bounds. CHANGED: whether a parameter is trained that the code was not lowered for. MICRO_BATCHES: how many there are.
+TOKENS: how many labels count.
 """
 WIDTH = 8
 _LARGEST = slice(DIFFERS, MICRO_BATCHES + 1)
-"""Of these, ranks need the largest. Slices, because an index in a list would have an accelerator's host wait for its stream."""
+"""The numbers that combine to the largest. Slices: an index in a list makes an accelerator's host wait for it."""
 _COMPARED = {"tp": slice(CALL, TRAINED + 1), "pp": slice(CALL, BATCH + 1), "dp": slice(TRAINED, TRAINED + 1)}
-"""The digests that ranks of an axis have in common: stages have other parameters, data-parallel ranks other batches."""
+"""The digests that must be the same along an axis. Stages have other parameters, data-parallel ranks other batches."""
 _SAME = (
     "A batch is this data-parallel rank's samples, the same on every rank of one pp and tp group: choose samples by "
     'sharded.mesh["dp"].get_local_rank(), not by the rank in the world'
 )
 FIRST_CALLS = 3
-"""On an accelerator, so many calls of a kind wait for the answer. That of later ones is read when it is there."""
+"""On an accelerator, so many calls of a kind wait for the answer. Answers of later calls are read when they have arrived."""
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What the ranks know after an exchange.
+    """What all ranks know after an exchange.
 
-    tokens: the labels of the global batch that count, int64 []. micro_batches: the most that a rank has. changed: whether a
-    rank trains a parameter that the code was not lowered for. bad: where the answer is still on the device, a number [] that is
-    not zero if the step must not change any weight.
+    tokens: the number of labels of the global batch that count, int64 []. micro_batches: the largest number on a rank. changed:
+    whether a rank trains a parameter that the code was not lowered for. bad: [], where the answer is still on the device; not
+    zero if the step must not change any weight.
     """
 
     tokens: Tensor
@@ -60,9 +59,9 @@ class Agreed:
 class Agreement:
     """The exchange before each call.
 
-    axes: by name. compare: whether digests are exchanged; without, pp and dp exchange what a step needs. at_once: whether every
-    answer is read before the call, as on a CPU; else only those of a kind's first calls, and no later one waits for the device.
-    host: on an accelerator, axes whose groups exchange what the host must know before a step: MICRO_BATCHES and CHANGED.
+    compare: whether digests are compared. Without, pp and dp exchange only what a step needs. at_once: whether every answer is
+    read before the call, as on a CPU. Otherwise only the first calls of a kind wait for the device. host: the axes whose hosts,
+    beside an accelerator, exchange what they must know before a step: MICRO_BATCHES and CHANGED.
     """
 
     def __init__(
@@ -91,9 +90,11 @@ class Agreement:
     ) -> Agreed:
         """Compare a call with those of the other ranks along `axes`.
 
-        call: in words. bounds: of inputs of the batch. tokens: this rank's labels that count, int64 []. trained: the digest of
-        what is trained. changed: see CHANGED. Raises, on all ranks along `axes`, PlanError where ranks of one pp and tp group
-        make different calls, and BatchError for a number that is outside of its bounds.
+        call: in words. bounds: of inputs of the batch. tokens: this rank's number of labels that count, int64 []. trained: the
+        digest of what is trained. changed: see CHANGED.
+
+        Raises PlanError on all ranks along `axes` where ranks of one pp and tp group make different calls, and BatchError for a
+        number out of bounds.
         """
         self.poll()
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
@@ -110,6 +111,7 @@ class Agreement:
         if compared:
             numbers[BATCH] = _digest_of(batch)
         differing = ""
+        # Each axis combines the messages of its ranks into one, which the next axis exchanges: dp, the last, sees them all.
         for axis in (self.axes[name] for name in axes):
             if axis.size > 1 and (self.compare or axis.name != "tp"):
                 every = axis.all_gather(numbers.unsqueeze(0), 0)
@@ -130,7 +132,7 @@ class Agreement:
         return Agreed(numbers[TOKENS].clone(), micro_batches, changed, numbers[DIFFERS] + numbers[OUTSIDE])
 
     def poll(self, wait: bool = False) -> None:
-        """Raise what the answers of earlier calls say, those that are there, or where `wait` all of them."""
+        """Raise what the answers of earlier calls say: of those that have arrived, or where `wait` of all."""
         while self._answers and (wait or self._answers[0].is_there()):
             self._answers.popleft().check()
 
@@ -143,8 +145,8 @@ class Agreement:
 
 @dataclass
 class _Answer:
-    """What an exchange found, on the device. bounded: the inputs of the rows of `outside`, with their shapes. differing: what
-    differs, in words, where that is known."""
+    """The answer of an exchange, on the device. bounded: (input, shape) of each row of `outside`. differing: what differs, in
+    words, where that is known."""
 
     described: str
     numbers: Tensor
@@ -155,7 +157,7 @@ class _Answer:
     _copied: torch.Event | None = None
 
     def fetch(self) -> None:
-        """Copy it to the host without waiting."""
+        """Start to copy it to the host."""
         device = self.numbers.device
         if device.type != "cpu":
             self.numbers = _to_host(self.numbers)
@@ -200,7 +202,7 @@ def _digest_of(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that is there once the device's stream has come to it. Into memory that is not pinned, the host would wait."""
+    """A copy that the device's stream fills later. The host would wait if its memory were not pinned."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
@@ -217,7 +219,7 @@ def _combined(axis: str, every: Tensor, compare: bool) -> Tensor:
 
 
 def _differing(axis: Axis, every: Tensor, described: str) -> str:
-    """What the ranks of an axis differ in, and what would do; empty where they do not."""
+    """What the ranks of an axis differ in, and what would help; empty where they agree."""
     words = {CALL: "make another call, or one of other shapes", BATCH: "have other numbers in it"}
     for column in range(WIDTH)[_COMPARED[axis.name]]:
         own = int(every[axis.rank, column])
@@ -232,8 +234,11 @@ def _differing(axis: Axis, every: Tensor, described: str) -> str:
 
 
 def _outside(batch: Mapping[str, Tensor], bounds: Mapping[str, IndexBound]) -> Tensor | None:
-    """For each bounded input, in order: how many of its numbers are outside, the place of the first in the flat tensor, its
-    value, and the size that it must stay below: [inputs, 4] int64. None where no input is bounded."""
+    """[inputs, 4] int64, a row for each bounded input, in order; None where there are none.
+
+    A row: how many numbers are out of bounds, the index of the first in the flat tensor, its value, and the size that it must
+    stay below.
+    """
     rows = []
     for name, bound in bounds.items():
         flat = batch[name].detach().flatten()

@@ -1,5 +1,5 @@
-"""What the runtime needs to know of a lowered program: the emitted source beside a table of parameters. It can be saved as
-files that people read, and loaded where the compiler is not."""
+"""What the runtime knows of a lowered program: the emitted source and a table of parameters. It is saved as files that people
+read, and loads without the compiler."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _PLAN, _BUFFERS = "plan.json", "buffers.safetensors"
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """A parameter: its global shape, which dimension each axis cuts, the axes on which its gradient is partial, and which
-    rows of a packed weight it is."""
+    """A parameter: its full shape, the dim that each axis splits, the axes on which its gradient is partial, and the packed
+    slice that it is, if any."""
 
     shape: tuple[int, ...]
     requires_grad: bool
@@ -42,7 +42,7 @@ class ParameterPlan:
     aliases: tuple[str, ...] = ()
     part: PackedSlice | None = None
     copies: int = 1
-    """How many neighbouring ranks of tp hold each piece."""
+    """How many neighbouring ranks of tp have the same shard."""
     idle: bool = False
     """Whether the call does not use it."""
 
@@ -56,8 +56,8 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A unit: its path, and for its parameters and buffers the name in the emitted code -> the name in the model; and what was
-    decided for it, in the words of `program.Plan`."""
+    """A unit: its path, its parameters and buffers (the name in the emitted code -> the name in the model), and its plan, as in
+    `program.Plan`."""
 
     path: str
     parameters: dict[str, str]
@@ -82,7 +82,7 @@ class Blueprint:
     """A lowered program for one call signature.
 
     `inputs` are the caller's; `token_inputs` those that counting the labels needs. The sequence length must be a multiple of
-    `sequence_multiple`. `output_split`: output name -> (dimension that tp cuts, global size). `output_type`: "module:class" of
+    `sequence_multiple`. `output_split`: output name -> (dim that tp splits, full size). `output_type`: "module:class" of
     what the model returns. `seed`: what dropout starts from. `sources`: the Python of each stage, in the order of the model.
     `offload`: whether the host keeps what the optimizer needs. `ignored_label`: the label of a token that does not count.
     `compile`: whether torch.compile runs the units. `policy`: what it was lowered under, for the checkpoints of a run.
@@ -128,11 +128,11 @@ class Blueprint:
             return sys.modules[name] if name in sys.modules else self._import(source, name, digest)
 
     def _import(self, source: str, name: str, digest: str) -> ModuleType:
-        home = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}"
-        home.mkdir(exist_ok=True, mode=0o700)
-        if home.stat().st_uid != os.getuid():  # somebody else's folder is not a place to run code from
-            home = Path(tempfile.mkdtemp(prefix="shardcomp-"))
-        folder = home / digest
+        root = Path(tempfile.gettempdir()) / f"shardcomp-{os.getuid()}"
+        root.mkdir(exist_ok=True, mode=0o700)
+        if root.stat().st_uid != os.getuid():  # never run code from another user's folder
+            root = Path(tempfile.mkdtemp(prefix="shardcomp-"))
+        folder = root / digest
         folder.mkdir(exist_ok=True)
         path = folder / source_files(1)[0]
         if not path.exists() or path.read_text() != source:
@@ -150,14 +150,14 @@ class Blueprint:
         names = source_files(len(self.sources))
         for name, source in zip(names, self.sources, strict=True):
             (folder / name).write_text(source)
-        plan = {key: held for key, held in asdict_shallow(self).items() if key != "buffers"}
+        plan = {key: value for key, value in asdict_shallow(self).items() if key != "buffers"}
         plan["sources"] = names
         plan["mesh"] = asdict(self.mesh)
         plan["units"] = [asdict(unit) for unit in self.units]
         plan["index_bounds"] = {name: asdict(bound) for name, bound in self.index_bounds.items()}
         plan["parameters"] = {name: asdict(parameter) for name, parameter in self.parameters.items()}
         (folder / _PLAN).write_text(json.dumps(plan, indent=1))
-        save_file({name: held.contiguous() for name, held in self.buffers.items()}, folder / _BUFFERS)
+        save_file({name: buffer.contiguous() for name, buffer in self.buffers.items()}, folder / _BUFFERS)
 
     @staticmethod
     def load(directory: str | Path) -> Blueprint:

@@ -1,4 +1,4 @@
-"""A lowered model becomes one that trains: the process group, memory and numbers, compared between ranks."""
+"""From a lowered model to one that trains: the process group, memory and numbers, compared between ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from shardcomp.runtime import world
 from shardcomp.runtime.allocation import Weights, allocate, tied_axes
 from shardcomp.runtime.blueprint import COMPUTE, MASTER, Blueprint
 from shardcomp.runtime.call_cache import Lower
-from shardcomp.runtime.fsdp import accumulate_in_main_grads, use_separate_gather_buffers
+from shardcomp.runtime.fsdp import use_separate_gather_buffers
 from shardcomp.runtime.gradients import local
+from shardcomp.runtime.main_grad import accumulate_in_main_grads
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.origin import Origin
 from shardcomp.runtime.weight_check import broadcast_from_first, check_replicated, check_same
@@ -29,16 +30,16 @@ def build(
     same: Iterable[tuple[str, Tensor]] = (),
     sync_weights: bool = False,
 ) -> ShardedModel:
-    """Allocate this rank's part of a lowered model and hand it over.
+    """Allocate this rank's part of a lowered model.
 
     Args:
         blueprint: what the model was lowered to.
-        weights: is asked for this rank's part of each parameter.
+        weights: returns a slice of a parameter, and is called for this rank's shard of each.
         config: the HuggingFace configuration, where there is no `origin`.
         lower: lowers further calls; None where there is only the source of one.
         origin: what to keep of the dense model.
-        same: named tensors that every rank was given whole, which are to be the same on all.
-        sync_weights: whether every rank takes the numbers that rank 0 has.
+        same: named full tensors that must be the same on every rank.
+        sync_weights: whether every rank takes rank 0's numbers.
 
     Raises:
         PlanError: where ranks that hold the same part of a parameter start from other numbers.
@@ -64,15 +65,15 @@ def build(
     if sync_weights:
         _take_from_first_rank(model, weights, everyone)
     if blueprint.compare_ranks:
-        shards = {name: (held.index, local(held.parameters[0])) for name, held in model.held_parameters().items()}
+        shards = {name: (shard.index, local(shard.parameters[0])) for name, shard in model.local_shards().items()}
         check_replicated(shards, blueprint.parameters, everyone, device)
     return model
 
 
 @torch.no_grad()
 def _take_from_first_rank(model: ShardedModel, weights: Weights, everyone: Axis) -> None:
-    """Give every rank the numbers that rank 0 reads, one whole parameter or buffer at a time."""
-    shards = model.held_parameters()
+    """Give every rank the numbers that rank 0 reads, one full parameter or buffer at a time."""
+    shards = model.local_shards()
     for name, plan in model.blueprint.parameters.items():
         tensor = broadcast_from_first(weights(name, tuple(slice(0, size) for size in plan.shape)), everyone, model.device)
         for parameter in shards[name].parameters if name in shards else ():
@@ -80,6 +81,6 @@ def _take_from_first_rank(model: ShardedModel, weights: Weights, everyone: Axis)
     own = dict(model.named_buffers())
     for name, buffer in model.blueprint.buffers.items():
         tensor = broadcast_from_first(buffer, everyone, model.device)
-        buffer.copy_(tensor)  # what further calls make of it
+        buffer.copy_(tensor)  # further calls register it from here
         if name in own:
             own[name].copy_(tensor)

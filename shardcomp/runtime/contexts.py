@@ -9,14 +9,15 @@ import torch
 
 from shardcomp.errors import PlanError
 from shardcomp.ir.precision import COMPUTE
+from shardcomp.torch_private import NO_GRAPH_TASK, current_graph_task
 
 _OF_A_PEER = ("Timed out", "Connection reset", "Connection closed", "Connection refused", "Broken pipe")
 """What gloo says, in a RuntimeError, of a rank that is gone or does not answer."""
 
 
 def check_contexts(call: str, training: bool) -> None:
-    """Raise PlanError for a context that a call cannot be made in. training: whether it is to leave gradients."""
-    if torch._C._current_graph_task_id() != -1:
+    """Raise PlanError for a context that a call cannot run in. training: whether it computes gradients."""
+    if current_graph_task() != NO_GRAPH_TASK:
         raise PlanError(
             f"{call} within a backward pass, as under torch.utils.checkpoint: FSDP runs one at a time; recompute = full or "
             "selective in the policy computes activations again"
@@ -32,10 +33,12 @@ def check_contexts(call: str, training: bool) -> None:
 
 @contextmanager
 def computable(call: str, device: torch.device, precision: str) -> Iterator[None]:
-    """Within, emitted code computes as it was lowered, whatever the caller has turned on. Raises PlanError under an autocast
-    that asks for another dtype than the plan's."""
+    """Within, emitted code computes as it was lowered, whatever the caller has switched on.
+
+    Raises PlanError under an autocast to another dtype than the plan's.
+    """
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():  # what FSDP makes in its first forward must serve training as well
+        if torch.is_inference_mode_enabled():  # FSDP allocates in its first forward, and training needs those tensors too
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
         if torch.is_autocast_enabled(device.type):
@@ -51,7 +54,7 @@ def computable(call: str, device: torch.device, precision: str) -> Iterator[None
 
 
 def say_where(error: Exception, what: str, hint: str) -> None:
-    """Put a line of ours in front of an exception of torch's or transformers', whose type stays. hint: what would do."""
+    """Put a line in front of the message of an exception from elsewhere, whose type stays. hint: what would help."""
     if isinstance(error, torch.OutOfMemoryError):
         hint = "a smaller micro_batch, recompute = full or zero = 3 take less memory"
     elif isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in _OF_A_PEER):

@@ -1,4 +1,4 @@
-"""Digests of tensors, by which ranks see whether they have the same numbers without sending them."""
+"""Digests of tensors, which show whether ranks have the same numbers without sending them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 MULTIPLIER, INCREMENT = 0x5851F42D4C957F2D, 0x14057B7EF767814F
-"""Of Knuth's linear congruential generator: what neighbouring places of a tensor are weighed by has nothing in common."""
+"""Of Knuth's linear congruential generator. They give neighbouring elements unrelated factors."""
 _CHUNK = 1 << 22
-"""Numbers at a time: what a digest needs beside the tensor stays small."""
+"""Elements at a time, so that a digest needs little memory beside the tensor."""
 _KNOWN = 1 << 16
-"""Up to so many numbers, as a batch has, factors are kept from one step to the next."""
+"""Up to so many elements, as a batch has, factors are cached."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A number that another value, or the same values in another order, change: int64 [], on the tensor's device.
+    """A hash of a tensor's values and their order: int64 [], on the tensor's device.
 
-    The bits of each number times a factor of its place, summed; sums wrap around. Its cost is one read of the tensor.
+    It is the sum of each element's bits times a factor of its position. Sums wrap around. It reads the tensor once.
     """
     flat = tensor.detach().contiguous().flatten()
     flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat

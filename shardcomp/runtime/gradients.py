@@ -1,4 +1,4 @@
-"""Gradients over the axes of the mesh: the sum of those that come out partial, the global norm, and whether they are finite."""
+"""Gradients over the axes of the mesh: the sum of partial ones, the global norm, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.grad_norm import grad_norm
+from shardcomp.torch_private import foreach_mul_, foreach_norm
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A parameter `name` whose gradient is partial: each rank of `axes` has one summand, and so has each copy on this rank."""
+    """A parameter whose gradient is partial: every rank of `axes`, and every copy on this rank, has one summand of it."""
 
     name: str
     copies: tuple[nn.Parameter, ...]
@@ -29,11 +30,11 @@ class Partial:
 
 @torch.no_grad()
 def reduce_partial(partials: Iterable[Partial], device: torch.device) -> None:
-    """Sum the gradients that came out partial, such as that of a norm's weight under sequence parallelism, or of a tied weight
-    that two stages of a pipeline use. Called once per backward pass, when all of its gradients are there.
+    """Sum partial gradients, such as those of norm weights under sequence parallelism, or of a weight that two stages of a
+    pipeline use. Called once per backward pass, after its last gradient.
 
-    Gradients that stood before the pass must be set aside: summed once already, they would count once per rank. Sums are made
-    on `device`, wherever gradients are kept.
+    Gradients that stood before the pass must be stashed: they are summed already, and would count once per rank. device: where
+    sums are computed, also of gradients on the host.
     """
     partials = list(partials)
     sums = {id(partial): total for partial in partials if (total := _sum_of_copies(partial, device)) is not None}
@@ -67,29 +68,29 @@ def global_norm(
 ) -> Tensor:
     """The 2-norm of all gradients, the same on every rank: [] in `master`, on `device`.
 
-    Each element of each gradient counts once: pieces are added over the axes that cut them, copies are not. master: the dtype
-    of gradients. again: parameters that hold a gradient which another stage counts.
+    Each element of each gradient counts once: squares are summed over the axes that shard it, not over those that replicate it.
+    master: the dtype of gradients. again: parameters whose gradient another stage counts.
     """
     skipped = {id(p) for p in again}
     alike: dict[tuple[frozenset[str], torch.device], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None and id(parameter) not in skipped:
-            alike.setdefault((_cut_axes(parameter.grad), parameter.grad.device), []).append(local(parameter.grad))
+            alike.setdefault((_sharded_axes(parameter.grad), parameter.grad.device), []).append(local(parameter.grad))
     sums: dict[frozenset[str], Tensor] = {}
-    for (cut, _), gradients in sorted(alike.items(), key=lambda entry: (sorted(entry[0][0]), str(entry[0][1]))):
+    for (sharded, _), gradients in sorted(alike.items(), key=lambda entry: (sorted(entry[0][0]), str(entry[0][1]))):
         square = grad_norm(gradients).to(device, master)
-        sums[cut] = sums[cut] + square if cut in sums else square
+        sums[sharded] = sums[sharded] + square if sharded in sums else square
     for name, axis in axes.items():
-        over = [cut for cut in sums if name in cut]
+        over = [sharded for sharded in sums if name in sharded]
         if axis.size > 1 and over:
-            totals = axis.all_reduce(torch.stack([sums[cut] for cut in over]))
+            totals = axis.all_reduce(torch.stack([sums[sharded] for sharded in over]))
             sums.update(zip(over, totals, strict=True))
     square = torch.stack(list(sums.values())).sum() if sums else torch.zeros((), dtype=master, device=device)
     return axes["pp"].all_reduce(square).sqrt()
 
 
 def coefficient(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are multiplied by so that it is at most `max_norm`."""
+    """The factor for gradients of this norm that makes it at most `max_norm`."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -104,23 +105,23 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
             by_device.setdefault(parameter.grad.device, []).append(local(parameter.grad))
     for device, gradients in by_device.items():
         if isinstance(factor, Tensor):
-            torch._foreach_mul_(gradients, factor.to(device, gradients[0].dtype))
+            foreach_mul_(gradients, factor.to(device, gradients[0].dtype))
         else:
-            torch._foreach_mul_(gradients, factor)
+            foreach_mul_(gradients, factor)
 
 
 @torch.no_grad()
 def not_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """1 where a gradient on this rank holds an infinity or something that is no number, else 0: float32 []."""
+    """1 where a gradient on this rank has an infinity or NaN, else 0: float32 []."""
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros((), device=device)
-    largest = torch._foreach_norm(gradients, float("inf"))
-    return (~torch.stack([each.to(device) for each in largest]).isfinite()).any().float()
+    largest = foreach_norm(gradients, float("inf"))
+    return (~torch.stack([norm.to(device) for norm in largest]).isfinite()).any().float()
 
 
-def _cut_axes(gradient: Tensor) -> frozenset[str]:
+def _sharded_axes(gradient: Tensor) -> frozenset[str]:
     if not isinstance(gradient, DTensor):
         return frozenset()
     names = gradient.device_mesh.mesh_dim_names or ()
@@ -128,5 +129,5 @@ def _cut_axes(gradient: Tensor) -> frozenset[str]:
 
 
 def local(gradient: Tensor) -> Tensor:
-    """This rank's piece."""
+    """This rank's shard."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,7 +1,6 @@
 """Hooks that training code registers on parameters: called once per backward pass, when the gradient is reduced.
 
-Nothing of autograd calls them: what it computes gradients for are the gathered copies of parameters, for one micro-batch,
-before anything is summed over ranks.
+Autograd cannot call them: it computes gradients of gathered copies, for one micro-batch, before anything is summed over ranks.
 """
 
 from __future__ import annotations
@@ -46,8 +45,11 @@ def hooks_of(model: nn.Module) -> dict[str, DenseHooks]:
 
 @dataclass(frozen=True)
 class DenseShard:
-    """What this rank has of a dense parameter: the copies of one shard, which part of a packed weight it is, and where the
-    shard lies in that part, or in the parameter."""
+    """One rank's shard of a dense parameter.
+
+    copies: the DTensors of the shard. part: the packed slice that it is of, if any. index: its slice of that, or of the
+    parameter.
+    """
 
     name: str
     copies: tuple[nn.Parameter, ...]
@@ -58,9 +60,9 @@ class DenseShard:
 class ParameterHooks:
     """All hooks on the parameters of one rank.
 
-    parameters: those that it has. dense: hooks that were there before the model was sharded, by the dense parameter's name;
-    `shards` is what this rank has of each. These hooks see whole tensors, as they did before; every rank calls them with the
-    same numbers. A hook on a sharded parameter sees DTensors.
+    parameters: of this rank. dense: hooks from before the model was sharded, by the dense parameter's name. shards: this rank's
+    shards of those. Such hooks see full tensors, as before, and every rank calls them with the same numbers. Hooks on sharded
+    parameters see DTensors.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class ParameterHooks:
                     hook(p)
 
     def _joined(self, name: str, read: Callable[[nn.Parameter], Tensor | None]) -> Tensor | None:
-        """The whole tensor of a dense parameter, a packed one of its parts; None where no part has one."""
+        """The full tensor of a dense parameter, a packed one assembled; None where no shard has one."""
         tensors = {}
         for shard in self._shards[name]:
             tensor = read(shard.copies[0])
@@ -147,17 +149,17 @@ class ParameterHooks:
         return tensors[name] if name in tensors else assemble(name, parts, tensors)
 
     def _distribute(self, name: str, tensor: Tensor, write: Callable[[nn.Parameter], Tensor | None]) -> None:
-        """Give every shard of this rank its slice of the whole tensor."""
+        """Copy its slice of the full tensor to every shard of this rank."""
         for shard in self._shards[name]:
             slice_ = shard.part.read(lambda _, index: tensor[index], shard.index) if shard.part else tensor[shard.index]
             for p in shard.copies:
-                into = write(p)
-                if into is not None:
-                    local(into).copy_(slice_)
+                target = write(p)
+                if target is not None:
+                    local(target).copy_(slice_)
 
 
 def _as_gradient(tensor: Tensor, p: nn.Parameter) -> Tensor:
-    """What a hook returned, laid out as the gradient of its parameter."""
+    """What a hook returned, with the placements of its parameter's gradient."""
     if not isinstance(tensor, DTensor):
         raise PlanError(
             f"a hook on a sharded parameter of shape {tuple(p.shape)} returned a plain tensor of shape {tuple(tensor.shape)}: "

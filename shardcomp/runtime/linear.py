@@ -1,55 +1,63 @@
-"""A linear layer whose gradients are added where others are already, by the products that make them: that of its weight to that
-of the micro-batches before, that of its input to those of the other layers that read it."""
+"""A linear layer whose backward accumulates in place: the weight's gradient into its `main_grad`, the input's gradient into
+the one that all layers reading this input share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from shardcomp.runtime.fsdp import MainGrad
+
+class Accumulator(Protocol):
+    """What a linear layer needs of a `MainGrad`."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def add(self, grad_output: Tensor, x: Tensor) -> Tensor | None: ...
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias: [.., out] of [.., in], [out, in] and [out].
 
-    A weight that knows of a `WideGradient` has its gradient added up there; autograd then does not see it. An `x` that comes
-    from `fan_out` has its gradient added up there.
+    A weight with the attribute `main_grad` accumulates its gradient there, and autograd does not see it. An `x` returned by
+    `fan_out` accumulates its gradient there.
     """
-    wide, joint = getattr(weight, "wide_gradient", None), getattr(x, "joint_gradient", None)
-    if (wide is None or not weight.requires_grad) and joint is None or not torch.is_grad_enabled():
+    main_grad, joint = getattr(weight, "main_grad", None), getattr(x, "joint_gradient", None)
+    if (main_grad is None or not weight.requires_grad) and joint is None or not torch.is_grad_enabled():
         return functional.linear(x, weight, bias)
-    # A gradient is given to the leaf itself: what lies between would be given zeros where there is none.
-    leaf = weight if wide is None else wide.weight
-    made: Tensor = _Linear.apply(x, weight.detach(), bias, leaf, wide, joint)
-    return made
+    # The gradient goes to the gathered leaf directly. The views between would get a tensor of zeros where it is None.
+    leaf = weight if main_grad is None else main_grad.weight
+    result: Tensor = _Linear.apply(x, weight.detach(), bias, leaf, main_grad, joint)
+    return result
 
 
 def fan_out(x: Tensor) -> Tensor:
     """`x` itself, for several linear layers to read."""
     joint = _JointGradient()
-    made: Tensor = _FanOut.apply(x, joint)
-    made.joint_gradient = joint  # type: ignore[attr-defined]
-    return made
+    result: Tensor = _FanOut.apply(x, joint)
+    result.joint_gradient = joint  # type: ignore[attr-defined]
+    return result
 
 
 class _JointGradient:
-    """The gradients of what several layers read, as far as these have come in a backward."""
+    """The sum of the gradients that several layers have for their common input, so far in this backward."""
 
     sum: Tensor | None = None
 
-    def add(self, of_results: Tensor, weight: Tensor) -> None:
-        """Add that of one layer: `of_results` weight, [rows, in] of [rows, out] and [out, in]."""
+    def add(self, grad_output: Tensor, weight: Tensor) -> None:
+        """Add one layer's gradient, `grad_output` weight: [rows, in] of [rows, out] and [out, in]."""
         if self.sum is None:
-            self.sum = of_results @ weight
+            self.sum = grad_output @ weight
         else:
-            self.sum.addmm_(of_results, weight)
+            self.sum.addmm_(grad_output, weight)
 
 
 class _FanOut(torch.autograd.Function):
+    """The identity. Autograd runs its backward after those of all readers, so the joint gradient is complete there."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, joint: _JointGradient) -> Tensor:
         ctx.joint, ctx.shape = joint, x.shape
@@ -58,7 +66,7 @@ class _FanOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        of_others, joint = gradients[0], ctx.joint.sum
+        of_others, joint = gradients[0], ctx.joint.sum  # readers that are no `linear` arrive through autograd
         ctx.joint.sum = None
         if joint is None:
             return of_others, None
@@ -74,10 +82,10 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         leaf: Tensor,
-        wide: MainGrad | None,
+        main_grad: Accumulator | None,
         joint: _JointGradient | None,
     ) -> Tensor:
-        ctx.wide, ctx.joint = wide, joint
+        ctx.main_grad, ctx.joint = main_grad, joint
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight, bias)
 
@@ -85,13 +93,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, _, needs_bias, needs_weight, *_ = ctx.needs_input_grad
-        rows = gradients[0].reshape(-1, weight.shape[0])
-        of_x = of_weight = None
+        grad_output = gradients[0].reshape(-1, weight.shape[0])
+        grad_x = grad_weight = None
         if needs_x and ctx.joint is not None:
-            ctx.joint.add(rows, weight)
+            ctx.joint.add(grad_output, weight)
         elif needs_x:
-            of_x = (rows @ weight).view(x.shape)
+            grad_x = (grad_output @ weight).view(x.shape)
         if needs_weight:
-            columns = x.reshape(-1, weight.shape[1])
-            of_weight = rows.t() @ columns if ctx.wide is None else ctx.wide.add(rows, columns)
-        return of_x, None, rows.sum(0) if needs_bias else None, of_weight, None, None
+            rows = x.reshape(-1, weight.shape[1])
+            grad_weight = grad_output.t() @ rows if ctx.main_grad is None else ctx.main_grad.add(grad_output, rows)
+        return grad_x, None, grad_output.sum(0) if needs_bias else None, grad_weight, None, None

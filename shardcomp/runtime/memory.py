@@ -1,4 +1,4 @@
-"""What a rank holds between operators, in bytes, counted on its own tensors."""
+"""The memory of a rank between two operators, in bytes, counted from its tensors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from shardcomp.runtime.allocation import StageShard
 from shardcomp.runtime.fsdp import iter_tensors
 from shardcomp.runtime.gradients import local
+from shardcomp.runtime.stage_shard import StageShard
+from shardcomp.torch_private import storage_id
 
 ROLES = ("parameters", "gathered", "unreduced", "gradients", "optimizer")
 PLACES = ("device", "host")
@@ -19,36 +20,37 @@ def memory_by_role(
     stage_shards: Iterable[StageShard],
     device: torch.device,
     optimizer: torch.optim.Optimizer | None = None,
-    set_aside: Iterable[Tensor] = (),
+    stashed: Iterable[Tensor] = (),
 ) -> dict[str, dict[str, int]]:
-    """Place ("device" or "host") -> role -> bytes, each storage once, padding counted.
+    """Place ("device" or "host") -> role -> bytes. Every storage counts once, with its padding.
 
-    parameters: the pieces that an optimizer updates. gathered: whole copies in the compute dtype, also those under way.
-    unreduced: gradients before their sum over dp. gradients: behind it, and those that were `set_aside`. optimizer: its states.
-    What activations, operators and messages take while they run is not counted. Without an accelerator, what the plan leaves to
-    the host counts as there.
+    parameters: the shards that an optimizer updates. gathered: copies in the compute dtype, also those under way. unreduced:
+    gradients before they are reduced over dp. gradients: reduced ones, and the `stashed` ones. optimizer: its states.
+    Activations and the temporary memory of operators and messages do not count. Without an accelerator, what the plan offloads
+    counts as on the host.
     """
-    found = {place: dict.fromkeys(ROLES, 0) for place in PLACES}
+    nbytes = {place: dict.fromkeys(ROLES, 0) for place in PLACES}
     seen: set[int] = set()
-    for role, held, on_host in _all(list(stage_shards), optimizer, set_aside):
-        storage = local(held.detach()).untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+    for role, tensor, on_host in _all(list(stage_shards), optimizer, stashed):
+        shard = local(tensor.detach())
+        storage = shard.untyped_storage()
+        if storage_id(shard) not in seen:
+            seen.add(storage_id(shard))
             there = on_host if device.type == "cpu" else storage.device.type == "cpu"
-            found[PLACES[there]][role] += storage.nbytes()
-    return found
+            nbytes[PLACES[there]][role] += storage.nbytes()
+    return nbytes
 
 
 def _all(
-    stage_shards: list[StageShard], optimizer: torch.optim.Optimizer | None, set_aside: Iterable[Tensor]
+    stage_shards: list[StageShard], optimizer: torch.optim.Optimizer | None, stashed: Iterable[Tensor]
 ) -> Iterator[tuple[str, Tensor, bool]]:
     hosted: dict[int, bool] = {}
     for stage_shard in stage_shards:
-        for role, held, on_host in iter_tensors(stage_shard):
+        for role, tensor, on_host in iter_tensors(stage_shard):
             if role == "parameters":
-                hosted[id(held)] = on_host
-            yield role, held, on_host
-    yield from (("gradients", held, False) for held in set_aside)
+                hosted[id(tensor)] = on_host
+            yield role, tensor, on_host
+    yield from (("gradients", gradient, False) for gradient in stashed)
     for parameter, state in optimizer.state.items() if optimizer else ():
         on_host = hosted.get(id(parameter), False)
-        yield from (("optimizer", held, on_host) for held in state.values() if isinstance(held, Tensor))
+        yield from (("optimizer", moment, on_host) for moment in state.values() if isinstance(moment, Tensor))

@@ -1,4 +1,4 @@
-"""A batch in micro-batches, and samples that do not count: what fills up a micro-batch, or stands in for one."""
+"""A batch in micro-batches, and samples that do not count, which fill up a micro-batch or replace a missing one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def split(batch: Mapping[str, Tensor], size: int) -> list[Batch]:
 
 
 def filled_up(batch: Mapping[str, Tensor], rows: int, size: int, blueprint: Blueprint) -> Batch:
-    """A batch of `size` samples, of which those from the one number `rows` on do not count: the first is repeated."""
+    """A batch of `size` samples. Those from number `rows` on repeat the first one, and do not count."""
     missing = size - next(iter(batch.values())).shape[0]
     if missing:
         batch = {name: torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) for name, tensor in batch.items()}
@@ -28,13 +28,13 @@ def filled_up(batch: Mapping[str, Tensor], rows: int, size: int, blueprint: Blue
 
 
 def one_sample(batch: Mapping[str, Tensor], blueprint: Blueprint) -> Batch:
-    """A sample of the same inputs and length for a rank that has none: any that the model can compute."""
+    """One sample of the same inputs and length, for a rank that has none: any that the model can compute."""
     bounded = blueprint.index_bounds
     return {name: tensor.new_full((1, *tensor.shape[1:]), int(name not in bounded)) for name, tensor in batch.items()}
 
 
 def uncounted(batch: Mapping[str, Tensor], start: int, blueprint: Blueprint) -> Batch:
-    """The batch with labels that do not count in all samples from the one number `start` on.
+    """The batch, in which the labels of all samples from number `start` on do not count.
 
     Raises PlanError where the model has no input that holds its labels.
     """

@@ -24,13 +24,13 @@ def refuse(what: str, instead: str) -> NoReturn:
 
 
 class Namespace(nn.Module):
-    """A module inside a sharded model, such as `sharded.model.layers`: it holds parameters, under HuggingFace's names.
+    """A module inside a sharded model, such as `sharded.model.layers`: it has parameters, under HuggingFace's names.
 
     Raises PlanError for whatever would be without effect: calling it, hooks, a mode of its own, a conversion.
     """
 
     _settle: Callable[[], Callable[[], None] | None] | None = None
-    """Once the model is built, a weak reference to what puts sharded parameters in the place of gathered copies."""
+    """Once the model is built, a weak reference to the function that reshards its parameters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refused."""
@@ -69,13 +69,12 @@ class Namespace(nn.Module):
         )
 
     def seal(self, settle: Callable[[], None]) -> None:
-        """From now on refuse what would be without effect, here and in every module inside. settle: puts sharded parameters in
-        the place of gathered copies."""
+        """From now on refuse what would be without effect, here and in every module inside. settle: reshards parameters."""
         for module in self.modules():
             object.__setattr__(module, "_settle", weakref.WeakMethod(settle))
 
     def set_mode(self, mode: bool) -> None:
-        """Say the mode of the whole model in every module inside it."""
+        """Set the mode of the whole model in every module inside it."""
         for module in self.modules():
             module.training = mode
 

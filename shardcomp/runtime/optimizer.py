@@ -15,22 +15,29 @@ from shardcomp.runtime.gradients import coefficient, local
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW, for which gradients are read once and nothing is waited for.
+    """torch.optim.AdamW that reads gradients once and never waits for the device.
 
-    Its options mean the same, and so do its states `step`, `exp_avg` and `exp_avg_sq`: either goes on from what the other
-    saved. A parameter in bfloat16 or float16 is trained in float32: it has a fourth state, `master`, whose rounding it is, and
-    moments in float32. A parameter that is changed by other hands afterwards is to lose its state too. DTensors are updated
-    piece by piece, with no collectives.
+    Its options and its states `step`, `exp_avg` and `exp_avg_sq` are torch's: each resumes from what the other saved. DTensors
+    are updated shard by shard, without collectives. A parameter in bfloat16 or float16 has float32 moments and a fourth state,
+    `master`: its value in float32, which the parameter is rounded from. Delete the state of such a parameter after changing it
+    by other means. `torch.amp.GradScaler` works as with torch's fused optimizers.
 
-    Under a `torch.amp.GradScaler` its `grad_scale` and `found_inf` are followed, as torch's fused optimizers do.
-    params, lr (a number, or in a tensor of one element), betas, eps, weight_decay, maximize: as in torch.optim.AdamW. Raises
-    ValueError for options out of their range, and for parameters of another dtype than float64, float32, bfloat16 or float16.
+    Args:
+        params: parameters or groups, as in torch, in float64, float32, bfloat16 or float16.
+        lr: the learning rate, a number or a tensor of one element.
+        betas, eps, weight_decay, maximize: as in torch.
+
+    Raises:
+        ValueError: for options out of range, and for parameters of other dtypes.
+
+    Example:
+        >>> optimizer = shardcomp.AdamW(sharded.parameters(), lr=1e-4, betas=(0.9, 0.95))
     """
 
     grad_scale: Tensor
-    """[], where it is there: what gradients are to be divided by, being those of a scaled loss."""
+    """[], the scale of the loss that gradients are of; not set where there is none."""
     found_inf: Tensor
-    """[], where it is there: where it is not zero, a step changes nothing."""
+    """[], not zero where a step must change nothing; not set where nobody looked."""
 
     def __init__(
         self,
@@ -55,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
         if wrong:
             raise ValueError("; ".join(wrong))
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        # The options that only torch's has are kept, with no effect: a torch.distributed.checkpoint has to hold them.
+        # Options that only torch has are in the groups too, without effect: torch.distributed.checkpoint looks for them.
         super().__init__(params, torch.optim.AdamW([torch.empty(0)]).defaults | options)
         self._step_supports_amp_scaling = True  # a GradScaler leaves both attributes above to the step
 
@@ -76,11 +83,23 @@ class AdamW(torch.optim.Optimizer):
         norm: Tensor | None = None,
         max_norm: float = math.inf,
     ) -> float | None:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient. The gradients do not change.
 
-        norm: [], the norm of all gradients as they stand, such as `ShardedModel.grad_norm()`. With it, the step is that of
-        gradients scaled to a norm of at most `max_norm`; if it is not finite, nothing changes. The gradients themselves stay
-        as they are. Raises ValueError for a `max_norm` without a norm, and for groups that came from an AMSGrad.
+        Args:
+            closure: computes the loss again, as in torch.
+            norm: [], of all gradients, such as `ShardedModel.grad_norm()` returns. If it is not finite, nothing changes.
+            max_norm: what gradients are clipped to, with `norm`.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: for a `max_norm` without a norm, and for groups of an AMSGrad.
+
+        Example:
+            >>> optimizer = shardcomp.AdamW(sharded.parameters())
+            >>> step = sharded.train_step(input_ids=ids, labels=ids)
+            >>> optimizer.step(norm=sharded.grad_norm(), max_norm=1.0)
         """
         if norm is None and max_norm != math.inf:
             raise ValueError(f"max_norm = {max_norm} needs norm=, the norm of all gradients, to scale them by")
@@ -101,7 +120,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _from_norm(self, norm: Tensor | None, max_norm: float) -> tuple[Tensor | None, Tensor | None]:
-        """What gradients are to be multiplied by, and where there is to be no step."""
+        """(what to multiply gradients by, where not to step): None for neither."""
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if scale is not None:
@@ -142,11 +161,11 @@ class AdamW(torch.optim.Optimizer):
             scale=scale,
             found_inf=found_inf,
         )
-        # A graph that saved these weights is to notice, as after any operator in place.
+        # Autograd raises for a graph that saved these weights, as after any operator in place.
         torch.autograd.graph.increment_version(parameters)
 
     def _state_of(self, p: Tensor) -> dict[str, Any]:
-        """The states of a parameter: made where they are missing, and put where it is."""
+        """The states of a parameter, on its device; new ones where they are missing."""
         state: dict[str, Any] = self.state[p]
         wide = COMPUTED[p.dtype]
         if not state:
@@ -160,29 +179,29 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Go on from what this `state_dict`, or torch.optim.AdamW's, gave. Raises ValueError for that of an AMSGrad."""
+        """Resume from a `state_dict` of this class or of torch.optim.AdamW. Raises ValueError for one of an AMSGrad."""
         _check_options(state_dict["param_groups"])
         super().load_state_dict(dict(state_dict))
-        # torch gave every state the dtype of its parameter. A master that was saved in a narrow dtype is one which torch's own
-        # AdamW carried along and did not update: the parameter is newer.
+        # torch cast every state to the dtype of its parameter, so take the saved ones. A master in a narrow dtype went through
+        # torch's own AdamW, which did not update it: the parameter is newer.
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 wide = COMPUTED[p.dtype]
-                for name, given in state_dict["state"].get(key, {}).items():
-                    if name == "master" and (wide == p.dtype or given.dtype != wide):
+                for name, tensor in state_dict["state"].get(key, {}).items():
+                    if name == "master" and (wide == p.dtype or tensor.dtype != wide):
                         del self.state[p][name]
                     elif name != "step":
-                        self.state[p][name] = given.to(p.device, wide)
+                        self.state[p][name] = tensor.to(p.device, wide)
 
 
 def _check_options(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse what torch's own may be given and this one has not."""
+    """Refuse the option of torch's AdamW that this one lacks."""
     if any(group.get("amsgrad") for group in groups):
         raise ValueError("amsgrad = True: shardcomp.AdamW has no AMSGrad; go on with torch.optim.AdamW(..., amsgrad=True)")
 
 
 def _like_parameter(gradient: Tensor, p: Tensor) -> Tensor:
-    """This rank's piece of a gradient, laid out as its parameter is."""
+    """This rank's shard of a gradient, with the placements of its parameter."""
     if isinstance(p, DTensor) and isinstance(gradient, DTensor) and gradient.placements != p.placements:
         gradient = gradient.redistribute(placements=p.placements)
     return local(gradient)

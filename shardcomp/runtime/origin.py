@@ -1,4 +1,4 @@
-"""What a sharded model keeps of the dense model that it was made of."""
+"""What a sharded model takes over from the dense model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Origin:
 
     @staticmethod
     def of(model: nn.Module) -> Origin:
-        """What there is to keep of a dense model."""
+        """What to take over from a dense model."""
         from transformers import PreTrainedModel  # saved source runs without it
 
         kinds = (type(module) for module in model.modules() if isinstance(module, PreTrainedModel))

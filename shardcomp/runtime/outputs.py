@@ -1,4 +1,4 @@
-"""What a call returns: DTensors where tensor parallelism splits an output, and tensors that can be asked the same where not."""
+"""What a call returns: DTensors where tensor parallelism splits an output, else plain tensors with the same methods."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor, Shard
 from shardcomp.errors import BatchError
 from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.cross_entropy import cross_entropy, vocab_cross_entropy
+from shardcomp.torch_private import assert_async, disabled_torch_function
 
 
 class WholeTensor(Tensor):
-    """A plain tensor that answers `full_tensor` and `to_local` as a DTensor does, so that a loss of one's own which reads
-    logits through them runs under every plan. What is computed of it is a plain tensor."""
+    """A plain tensor with `full_tensor` and `to_local`, so that a loss of the user's own runs under every plan. Whatever is
+    computed from it is a plain tensor."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function
 
     def full_tensor(self) -> Tensor:
         """The tensor itself."""
@@ -32,8 +33,7 @@ class WholeTensor(Tensor):
 
 
 class _Plain(torch.autograd.Function):
-    """The same numbers, no view of them, whose gradient is a plain tensor: one that comes from a term with DTensors is put
-    together here, where plain code takes over."""
+    """The identity, and no view, whose gradient is plain: a gradient that comes from arithmetic with DTensors is gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -46,8 +46,10 @@ class _Plain(torch.autograd.Function):
 
 
 class _Unchanged(torch.autograd.Function):
-    """`x`, which was computed of `logits`: raises in its backward where they were written into since. Writing into a DTensor is
-    not noticed by its local tensor, which is what computing saves."""
+    """The identity on `x`, computed from `logits`, whose backward raises where the logits were written into since.
+
+    Autograd does not see that: computing saves the local tensor, and writing changes the version of the DTensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class _Unchanged(torch.autograd.Function):
 
 
 def computed_of(x: Tensor, logits: Tensor | None) -> Tensor:
-    """A plain tensor that was computed of logits, for the caller's own arithmetic: see `_Plain` and `_Unchanged`."""
+    """A plain tensor computed from logits, for the caller's own arithmetic, with the checks of `_Plain` and `_Unchanged`."""
     if isinstance(logits, DTensor) and x.requires_grad:
         x = _Unchanged.apply(x, logits)
     return _Plain.apply(x)
@@ -70,8 +72,8 @@ def computed_of(x: Tensor, logits: Tensor | None) -> Tensor:
 def as_output(local: Tensor, mesh: DeviceMesh, split: tuple[int, int] | None, whole: bool) -> Tensor:
     """An output as the caller sees it.
 
-    local: this rank's part. split: the dimension that tp splits, and its global size; None for one that every rank has whole.
-    whole: whether to gather a split one. Its gradient is that of the whole: every rank of tp is to compute the same from it.
+    local: this rank's shard. split: (dim that tp splits, global size), or None for a replicated output. whole: whether to
+    gather a split one. Its gradient must then be the same on every rank of tp.
     """
     if split is None:
         return local.as_subclass(WholeTensor)
@@ -83,26 +85,32 @@ def as_output(local: Tensor, mesh: DeviceMesh, split: tuple[int, int] | None, wh
 
 
 def token_log_probs(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
-    """The log-probability of each label, for a loss of one's own. Logits that are split on the vocabulary stay split: ranks
-    exchange three numbers per token.
+    """The log-probability of each label, for a loss of your own.
 
-    Args: logits: [b, s, v] floating, as a call of a sharded model returns them, or any other plain tensor. labels: [b, s]
-        int64, the same on every rank of tp. Labels are not shifted: that of a position is what its logits predict. ignored: the
-        label that does not count.
+    Logits that tensor parallelism splits stay split: ranks exchange three numbers per token. Labels are not shifted: the label
+    of a position is what its logits predict.
 
-    Returns: [b, s] in float32, or float64 for such logits: log softmax(logits)[label], zero where the label is `ignored`. The
-        same on every rank of tp.
+    Args:
+        logits: [b, s, v] floating, from a call of a sharded model or any other.
+        labels: [b, s] int64, the same on every rank of tp.
+        ignored: the label that does not count.
+
+    Returns:
+        [b, s], in float32, or float64 for such logits: log softmax(logits)[label], zero where the label is `ignored`. The same
+        on every rank of tp.
 
     Raises:
-        BatchError: for a label outside of the vocabulary, on a CPU; on an accelerator the device asserts it.
+        BatchError: for a label outside of the vocabulary, on a CPU. On an accelerator the device asserts it.
 
     Example:
-        log_probs = shardcomp.token_log_probs(sharded(input_ids=ids).logits[:, :-1], ids[:, 1:])
+        >>> log_probs = shardcomp.token_log_probs(sharded(input_ids=ids).logits[:, :-1], ids[:, 1:])
+        >>> log_probs.shape == ids[:, 1:].shape
+        True
     """
     columns, flat = logits.shape[-1], labels.flatten()
     inside = ((flat >= 0) & (flat < columns) | (flat == ignored)).all()
     if flat.device.type != "cpu":
-        torch._assert_async(inside)
+        assert_async(inside)
     elif not inside:
         wrong = flat[(flat != ignored) & ((flat < 0) | (flat >= columns))]
         raise BatchError(f"token_log_probs: a label is {int(wrong[0])}; the logits have the columns 0 to {columns - 1}")

@@ -19,9 +19,9 @@ from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream
 class Streams:
     """The streams of one rank, started from a seed and the rank's place on the mesh; no two of a world are the same.
 
-    shared: the same on every rank of a tensor-parallel group, for what is whole there. own: this rank's. piece: the same on the
-    neighbouring ranks that hold copies of one piece. All differ between ranks of the other axes, which have other samples,
-    another part of the sequence or other layers.
+    shared: the same on every rank of a tensor-parallel group, for replicated values. own: this rank's, for sharded ones. piece:
+    the same on the neighbouring ranks that have copies of one shard. All differ between ranks of the other axes, which have
+    other samples, another part of the sequence or other layers.
     """
 
     def __init__(self, seed: int, mesh: Mesh, coordinates: Mapping[str, int], device: torch.device) -> None:
@@ -29,7 +29,7 @@ class Streams:
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Begin anew, with other numbers for every step: what a run does that goes on from `step` on another mesh."""
+        """Start again, with other numbers for every `step`: a run does so that resumes on another mesh."""
         seed, mesh, coordinates, device = self.seed, self.mesh, self.coordinates, self.device
         group = 0
         for axis in AXES:
@@ -44,17 +44,17 @@ class Streams:
         self.piece = Stream(start + 1 + mesh.tp + coordinates["tp"] // mesh.copies, device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where each stream stands: uint8 tensors on the CPU, for a checkpoint of this rank or to draw the same again."""
+        """The state of every stream as uint8 tensors on the CPU, for a checkpoint of this rank or to draw the same again."""
         return {name: getattr(self, name).generator.get_state() for name in (SHARED, OWN, PIECE)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where `state_dict` was taken. Raises KeyError for a stream that is not in it."""
+        """Continue from a `state_dict`. Raises KeyError for a stream that is not in it."""
         for name in (SHARED, OWN, PIECE):
             getattr(self, name).generator.set_state(state[name])
 
     @contextmanager
     def replayed(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within, everything is drawn again as it was after `state`; afterwards the streams go on from where they are now."""
+        """Within, draw again as after `state`. Afterwards the streams continue from where they are now."""
         now = self.state_dict()
         self.load_state_dict(state)
         try:

@@ -1,11 +1,14 @@
-"""Recompute: a unit's forward is run again when its backward needs what it saved, in the place of keeping that.
+"""Recompute, also known as activation checkpointing: a unit's forward runs again when its backward needs what it saved.
 
-The saved tensors of a unit's call are slots of a frame, which at first hold nothing. The first that the backward asks for runs
-the forward again from the unit's inputs, up to the last value that is asked for and no further. A slot dies with the node of
-the backward that asked for it, and takes its tensor along, as a saved tensor would.
+Autograd stores an empty `SavedSlot` for each tensor that a unit saves. When the backward unpacks the first one, the forward
+runs again, from the unit's inputs up to the last tensor that is missing, and fills all slots. A slot dies with the autograd
+node that stored it, and its tensor with it, as a saved tensor would.
 
-What `keep` and `once` call is not run again: its result is remembered, and what it saved is taken from its arguments, or
-remembered as well where it was made inside. Outside a unit that is computed again both just call.
+Selective recompute marks calls in the emitted code. `keep(f, ...)` remembers the result of `f`. `drop(f, ...)` remembers
+nothing, since no saved tensor depends on the result. Neither runs `f` again. What `f` itself saved is taken from its arguments,
+or remembered where `f` computed it inside. Outside of recompute both only call `f`.
+
+Why not torch.utils.checkpoint: under a split backward it would run the forward up to five times, see DESIGN.md.
 """
 
 from __future__ import annotations
@@ -23,57 +26,63 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from shardcomp.errors import InternalError
 from shardcomp.runtime.random import Streams
+from shardcomp.torch_private import storage_id
 
 Body = Callable[..., Any]
 
 
 def recompute(body: Body, inputs: Sequence[Any], path: str, random: Streams | None = None) -> Any:
-    """`body(*inputs)`, such that the backward computes again what it needs. Nothing but the inputs is kept.
+    """Run `body(*inputs)` so that only the inputs are saved, and the backward recomputes the rest.
 
-    path: the unit's, for messages. random: what the body draws from, so that it draws the same again; None where it does not.
-    Without gradients, or with none for the inputs, this is the call itself.
+    path: the unit's, for messages. random: what the body draws from, to draw the same numbers again; None where it draws none.
+    Without gradients, or where no input requires one, this only calls `body`.
     """
-    graded = [held for held in inputs if isinstance(held, Tensor) and held.requires_grad]
+    graded = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if not graded or not torch.is_grad_enabled():
         return body(*inputs)
-    frame = SavedCall(body, inputs, path, random)
-    if _here.made is not None:
-        _here.made.append(frame)
-    passed = iter(_Border.apply(weakref.ref(frame), *graded))
-    given = [next(passed) if isinstance(held, Tensor) and held.requires_grad else held for held in inputs]
-    first = _Record(frame)
-    with _as_current(first), saved_tensors_hooks(first.pack, _unpack):
-        return body(*given)
+    call = SavedCall(body, inputs, path, random)
+    if _state.calls is not None:
+        _state.calls.append(call)
+    passed = iter(_Border.apply(weakref.ref(call), *graded))
+    arguments = [next(passed) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
+    run = _Record(call)
+    with _as_current(run), saved_tensors_hooks(run.pack, _unpack):
+        return body(*arguments)
 
 
 def keep(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """`function(*args, **kwargs)`, whose result is kept where the unit is computed again."""
-    run = _here.run
+    """`function(*args, **kwargs)`; where the unit is recomputed, its result is remembered and not computed again."""
+    run = _state.run
     return function(*args, **kwargs) if run is None else run.call(function, args, kwargs, stored=True)
 
 
-def once(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """`function(*args, **kwargs)`, whose result no saved value depends on: where the unit is computed again, NaN stands for
-    it."""
-    run = _here.run
+def drop(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`function(*args, **kwargs)`, where no saved tensor depends on the result: a recompute uses NaN in its place."""
+    run = _state.run
     return function(*args, **kwargs) if run is None else run.call(function, args, kwargs, stored=False)
+
+
+once = drop
+"""The name of `drop` in sources that earlier releases saved."""
 
 
 @contextmanager
 def saved_calls() -> Iterator[list[SavedCall]]:
-    """Collects the frames that this thread makes within, such as those of one micro-batch in one stage."""
-    before, _here.made = _here.made, []
+    """Collect the calls that this thread saves within, such as those of one micro-batch in one stage."""
+    before, _state.calls = _state.calls, []
     try:
-        yield _here.made
+        yield _state.calls
     finally:
-        _here.made = before
+        _state.calls = before
 
 
 @contextmanager
 def split_backward(on: bool = True) -> Iterator[None]:
-    """Within, where `on`, the backwards that this thread begins are for the inputs alone: what they computed again is left for
-    that of the weights, which comes later. It goes with the graph, or when a frame is told to `drop` it."""
-    switch = _here.switch
+    """Within, where `on`, the backwards that this thread begins compute the gradients of inputs only.
+
+    What they recompute stays for the weight pass that follows, and is freed with the graph, or by `SavedCall.drop`.
+    """
+    switch = _state.switch
     before, switch.split = switch.split, on
     try:
         yield
@@ -86,43 +95,47 @@ class _Switch:
     split: bool = False
 
 
-class _Here(threading.local):
-    """What is going on in this thread; ranks may be threads of one process."""
+class _ThreadState(threading.local):
+    """The state of this thread. Ranks may be threads of one process."""
 
     def __init__(self) -> None:
         self.run: _Record | _Replay | None = None
-        self.made: list[SavedCall] | None = None
-        # An object, which frames hold: on a GPU a backward runs in a thread of its own.
+        self.calls: list[SavedCall] | None = None
+        # An object that saved calls refer to: on a GPU, autograd runs the backward in another thread.
         self.switch = _Switch()
 
 
-_here = _Here()
+_state = _ThreadState()
 
 
 @contextmanager
 def _as_current(run: _Record | _Replay) -> Iterator[None]:
-    before, _here.run = _here.run, run
+    before, _state.run = _state.run, run
     try:
         yield
     finally:
-        _here.run = before
+        _state.run = before
 
 
 class SavedSlot:
-    """The place of one tensor that autograd saved. `own`: what cannot be had from the unit's inputs, and is kept."""
+    """What autograd stores in place of a saved tensor. own: whether a recompute cannot fill it, so that it keeps its tensor."""
 
-    __slots__ = ("__weakref__", "frame", "own", "tensor")
+    __slots__ = ("__weakref__", "call", "own", "tensor")
 
-    def __init__(self, frame: SavedCall) -> None:
-        self.frame = frame
+    def __init__(self, call: SavedCall) -> None:
+        self.call = call
         self.own = False
         self.tensor: Tensor | None = None
 
 
 @dataclass
-class _Kept:
-    """A call that is not run again: its result (None where it is not needed), and which slots it filled, from which of its
-    tensor arguments: slot -> (argument, size, stride, offset). drawn: where its random numbers stood afterwards."""
+class _Marked:
+    """A marked call, which a recompute skips.
+
+    begin, end: the slots that it filled. result: None under `drop`, which needs only `like`, its shape, dtype and device.
+    aliases: slot -> (argument, size, stride, offset) of the tensor argument that the slot is a view of. drawn: the state of its
+    random generator afterwards.
+    """
 
     begin: int
     end: int = 0
@@ -134,59 +147,59 @@ class _Kept:
 
 
 class SavedCall:
-    """One call of a unit. `inputs` are what it keeps; `runs` counts how often it was computed again."""
+    """One call of a unit, as recompute saved it. runs: how often it was recomputed."""
 
     def __init__(self, body: Body, inputs: Sequence[Any], path: str, random: Streams | None) -> None:
         self.body, self.path, self.random = body, path, random
-        self.inputs = tuple(held.detach() if isinstance(held, Tensor) else held for held in inputs)
-        self.graded = tuple(isinstance(held, Tensor) and held.requires_grad for held in inputs)
+        self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        self.graded = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         self.state = random.state_dict() if random is not None else {}
-        self.switch = _here.switch
+        self.switch = _state.switch
         self.slots: list[weakref.ref[SavedSlot]] = []
         self.shapes: list[tuple[torch.Size, torch.dtype]] = []
-        self.kept: list[_Kept] = []
+        self.marked: list[_Marked] = []
         self.runs = 0
 
     def live(self) -> list[tuple[int, SavedSlot]]:
-        """The slots that some backward may still ask for."""
+        """The slots that a backward may still unpack."""
         return [(i, slot) for i, ref in enumerate(self.slots) if (slot := ref()) is not None]
 
-    def held(self) -> Iterator[Tensor]:
-        """The tensors that the call keeps for its backward, as long as nothing has been computed again."""
-        yield from (held for held in self.inputs if isinstance(held, Tensor))
-        yield from (kept.result for kept in self.kept if kept.result is not None)
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that the call has in memory for its backward."""
+        yield from (x for x in self.inputs if isinstance(x, Tensor))
+        yield from (marked.result for marked in self.marked if marked.result is not None)
         yield from (slot.tensor for _, slot in self.live() if slot.tensor is not None)
 
     def drop(self) -> None:
-        """Forget what was computed again. It would be computed once more."""
+        """Free what was recomputed. A later backward would recompute it."""
         for _, slot in self.live():
             if not slot.own:
                 slot.tensor = None
 
     def again(self) -> None:
-        """Compute every tensor that is missing."""
+        """Recompute every tensor that is missing."""
         self.runs += 1
         run = _Replay(self)
         inputs = [
-            held.detach().requires_grad_(graded) if isinstance(held, Tensor) else held
-            for held, graded in zip(self.inputs, self.graded, strict=True)
+            x.detach().requires_grad_(graded) if isinstance(x, Tensor) else x
+            for x, graded in zip(self.inputs, self.graded, strict=True)
         ]
         replayed = self.random.replayed(self.state) if self.random is not None else nullcontext()
         try:
             with torch.enable_grad(), replayed, _as_current(run), saved_tensors_hooks(run.pack, _unpack):
                 self.body(*inputs)
         except _Enough as enough:
-            if enough.run is run:
+            if enough.run is run:  # not that of a unit around this one
                 return
             raise
         except Exception as failure:
-            failure.add_note(f"while {self.path} was computed again for its backward")
+            failure.add_note(f"while {self.path} was recomputed for its backward")
             raise
-        raise InternalError(f"{self.path}: computed again, it saved fewer values for its backward than before")
+        raise InternalError(f"{self.path}: its recompute saved fewer values for the backward than its forward")
 
 
 class _Enough(Exception):
-    """All that a backward asks for has been computed."""
+    """Every missing tensor is recomputed: the rest of the forward need not run."""
 
     def __init__(self, run: _Replay) -> None:
         super().__init__()
@@ -194,78 +207,85 @@ class _Enough(Exception):
 
 
 class _Record:
-    """The forward itself."""
+    """The first forward: fills `SavedCall` with empty slots and marked calls.
 
-    def __init__(self, frame: SavedCall) -> None:
-        self.frame = frame
-        self.current: _Kept | None = None
+    current, arguments: the marked call that runs, and its tensor arguments.
+    """
+
+    def __init__(self, call: SavedCall) -> None:
+        self.saved = call
+        self.current: _Marked | None = None
         self.arguments: list[Tensor] = []
 
     def pack(self, tensor: Tensor) -> SavedSlot:
-        frame, slot = self.frame, SavedSlot(self.frame)
+        saved, slot = self.saved, SavedSlot(self.saved)
         if self.current is not None:
             alias = _alias(tensor, self.arguments)
-            if alias is None:
+            if alias is None:  # computed inside of a call that is not run again
                 slot.own, slot.tensor = True, tensor.detach()
             else:
-                self.current.aliases[len(frame.slots)] = alias
-        frame.slots.append(weakref.ref(slot))
-        frame.shapes.append((tensor.shape, tensor.dtype))
+                self.current.aliases[len(saved.slots)] = alias
+        saved.slots.append(weakref.ref(slot))
+        saved.shapes.append((tensor.shape, tensor.dtype))
         return slot
 
     def call(self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], stored: bool) -> Tensor:
-        if self.current is not None:
+        if self.current is not None:  # inside of a marked call
             return function(*args, **kwargs)
-        kept = self.current = _Kept(len(self.frame.slots))
+        marked = self.current = _Marked(len(self.saved.slots))
         self.arguments = _tensors(args, kwargs)
         try:
             result = function(*args, **kwargs)
         finally:
             self.current, self.arguments = None, []
-        kept.end = len(self.frame.slots)
-        kept.like = result.shape, result.dtype, result.device
-        kept.requires_grad = result.requires_grad
-        kept.result = result.detach() if stored else None
+        marked.end = len(self.saved.slots)
+        marked.like = result.shape, result.dtype, result.device
+        marked.requires_grad = result.requires_grad
+        marked.result = result.detach() if stored else None
         stream = kwargs.get("random")
-        kept.drawn = None if stream is None else stream.generator.get_state()
-        self.frame.kept.append(kept)
+        marked.drawn = None if stream is None else stream.generator.get_state()
+        self.saved.marked.append(marked)
         return result
 
 
 class _Replay:
-    """The forward run again: fills the slots, in the order in which the first run made them."""
+    """A recompute: autograd saves the same tensors in the same order, which fill the slots.
 
-    def __init__(self, frame: SavedCall) -> None:
-        self.frame = frame
-        self.missing = {i: slot for i, slot in frame.live() if slot.tensor is None}
+    at: the next slot. last: the last one that is missing. calls: how many marked calls have passed.
+    """
+
+    def __init__(self, call: SavedCall) -> None:
+        self.saved = call
+        self.missing = {i: slot for i, slot in call.live() if slot.tensor is None}
         self.last = max(self.missing)
         self.at = self.calls = 0
 
     def pack(self, tensor: Tensor) -> None:
         if self.at in self.missing:
-            if self.frame.shapes[self.at] != (tensor.shape, tensor.dtype):
-                first = "{1} of {0}".format(*self.frame.shapes[self.at])
+            if self.saved.shapes[self.at] != (tensor.shape, tensor.dtype):
+                first = "{1} of {0}".format(*self.saved.shapes[self.at])
                 now = f"{tensor.dtype} of {tensor.shape}"
-                raise InternalError(f"{self.frame.path}: computed again, a value is {now} that was {first} before")
+                raise InternalError(f"{self.saved.path}: a recomputed value is {now} that was {first} before")
             self.missing[self.at].tensor = tensor.detach()
         self._advance(self.at + 1)
 
     def call(self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], stored: bool) -> Tensor:
-        kept = self.frame.kept[self.calls]
+        marked = self.saved.marked[self.calls]
         self.calls += 1
         arguments = _tensors(args, kwargs)
-        for slot, (argument, size, stride, offset) in kept.aliases.items():
+        for slot, (argument, size, stride, offset) in marked.aliases.items():
             if slot in self.missing:
                 self.missing[slot].tensor = arguments[argument].detach().as_strided(size, stride, offset)
-        self._advance(kept.end)
-        if kept.drawn is not None:
-            kwargs["random"].generator.set_state(kept.drawn)
-        if kept.result is not None:
-            return kept.result.detach().requires_grad_(kept.requires_grad)
-        assert kept.like is not None
-        shape, dtype, device = kept.like
+        self._advance(marked.end)
+        if marked.drawn is not None:
+            kwargs["random"].generator.set_state(marked.drawn)
+        if marked.result is not None:
+            return marked.result.detach().requires_grad_(marked.requires_grad)
+        # Nobody reads a dropped result. One element, expanded, needs no memory, and NaN would show if it were read.
+        assert marked.like is not None
+        shape, dtype, device = marked.like
         empty = torch.full((), torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
-        return empty.expand(shape).requires_grad_(kept.requires_grad)
+        return empty.expand(shape).requires_grad_(marked.requires_grad)
 
     def _advance(self, to: int) -> None:
         self.at = to
@@ -275,37 +295,37 @@ class _Replay:
 
 def _unpack(slot: SavedSlot) -> Tensor:
     if slot.tensor is None:
-        slot.frame.again()
+        slot.call.again()
     if slot.tensor is None:
-        raise InternalError(f"{slot.frame.path}: computed again, a value that its backward needs was not made")
+        raise InternalError(f"{slot.call.path}: its recompute lacks a value that its backward needs")
     return slot.tensor
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [held for held in (*args, *kwargs.values()) if isinstance(held, Tensor)]
+    return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
 
 def _alias(tensor: Tensor, arguments: list[Tensor]) -> tuple[int, torch.Size, tuple[int, ...], int] | None:
-    """Which of the arguments a saved tensor is a view of, and how; None for a tensor of its own."""
+    """(argument, size, stride, offset) of the argument that a saved tensor is a view of; None where it is of none."""
     for index, argument in enumerate(arguments):
-        shared = tensor.untyped_storage()._cdata == argument.untyped_storage()._cdata
+        shared = storage_id(tensor) == storage_id(argument)
         if shared and tensor.dtype == argument.dtype:
             return index, tensor.shape, tensor.stride(), int(tensor.storage_offset())
     return None
 
 
 class _Border(torch.autograd.Function):
-    """The identity in front of a unit. Its backward is the unit's last: what was computed again is not needed any more."""
+    """The identity in front of a unit. Its backward is the last of the unit's: it frees what was recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, frame: weakref.ref[SavedCall], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.frame = frame
+    def forward(ctx: Any, call: weakref.ref[SavedCall], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        return tuple(held.view_as(held) for held in inputs)
+        return tuple(x.view_as(x) for x in inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        frame = ctx.frame()
-        if frame is not None and not frame.switch.split:
-            frame.drop()
+        call = ctx.call()
+        if call is not None and not call.switch.split:
+            call.drop()
         return None, *gradients

@@ -1,13 +1,12 @@
 """A stage of the model under torch's pipeline schedules, and the schedules that run it.
 
-torch.distributed.pipelining decides the order of forwards, backwards and messages. What a stage does in each of them is decided
-here: torch's own stage loses gradients where FSDP puts parameters back in pieces under a split backward, runs the model once
-more to learn shapes that are known, and drops accumulated gradients when it does.
+torch.distributed.pipelining decides the order of forwards, backwards and messages. What a stage does in each is decided here.
+torch's own stage loses gradients where FSDP reshards parameters under a split backward. It also runs the model once more to
+learn shapes that are known here, and drops accumulated gradients when it does.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.pipelining._backward import _get_grad_fn_or_grad_acc, stage_backward, stage_backward_input
 
 from shardcomp.ir.schedules import SCHEDULES
-from shardcomp.runtime.allocation import StageShard
 from shardcomp.runtime.fsdp import prepare, run_post_backward
 from shardcomp.runtime.recompute import split_backward
-from shardcomp.runtime.unit import DetachNode, Stage
+from shardcomp.runtime.stage_shard import StageShard
+from shardcomp.runtime.unit import Stage
+from shardcomp.runtime.weight_pass import gradients_of_weights, starts_at_freed_nodes
+from shardcomp.torch_private import skip_metadata_inference, stage_backward, stage_backward_input
 
 _CLASSES = {
     "gpipe": schedules.ScheduleGPipe,
@@ -40,7 +39,11 @@ Batch = Mapping[str, Tensor]
 class ModelStage(PipelineStage):
     """One stage of the model on this rank, for one call signature.
 
-    Micro-batches from `count` on are empty: they stand in a schedule that asks for a certain number, and cost nothing.
+    Some schedules want more micro-batches than there are. Those from number `count` on are empty, and cost nothing.
+
+    A micro-batch passes through these dictionaries, all by its number: `_arrived` (inputs from the stage before), `_live`
+    (outputs and inputs, for the backward), `_gradients` (of its outputs, from the next stage), `_returned` (of its inputs, for
+    the stage before), `_weights` (the second half of its backward).
     """
 
     def __init__(
@@ -54,15 +57,15 @@ class ModelStage(PipelineStage):
         device: torch.device,
     ) -> None:
         super().__init__(nn.Module(), stage_shard.index, stages, device, group=group)
-        self.chunk, self.code, self.zero = stage_shard, code, zero
+        self.stage_shard, self.code, self.zero = stage_shard, code, zero
         self.stage_index_to_group_rank = dict(placement)
         self._reads = tuple(inspect.signature(code.forward).parameters)
         self.begin([], 1.0)
 
     def begin(self, batches: Sequence[Batch], scale: float) -> None:
-        """Take the micro-batches of a step; their losses are multiplied by `scale` on the way back."""
+        """Take the micro-batches of a step. scale: the loss scale, which the backward starts from."""
         self.batches, self.scale = batches, scale
-        self.count, self.done = len(batches), 0
+        self.count, self.backwards = len(batches), 0
         self.results: dict[int, dict[str, Tensor]] = {}
         self._arrived: dict[int, list[Tensor]] = {}
         self._gradients: dict[int, list[Tensor | None]] = {}
@@ -94,7 +97,7 @@ class ModelStage(PipelineStage):
         if self.is_last or fwd_chunk_id >= self.count:
             return []
         outputs = self._live[fwd_chunk_id][0]
-        return [self._operation(dist.isend, held.detach().contiguous(), self.stage_index + 1) for held in outputs]
+        return [self._operation(dist.isend, x.detach().contiguous(), self.stage_index + 1) for x in outputs]
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         if self.is_last or bwd_chunk_id >= self.count:
@@ -112,12 +115,12 @@ class ModelStage(PipelineStage):
         return [self._operation(dist.isend, g.contiguous(), self.stage_index - 1) for g in returned if g is not None]
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
-        """The stage before is on this rank as well."""
+        """Take the outputs of the stage before, which is on this rank too."""
         if mb_index < self.count:
-            self._arrived[mb_index] = [held.detach() for held in prev_stage_outputs]
+            self._arrived[mb_index] = [x.detach() for x in prev_stage_outputs]
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        """The stage behind is on this rank as well."""
+        """Take the gradients from the next stage, which is on this rank too."""
         if mb_index < self.count:
             self._gradients[mb_index] = list(next_stage_bwd_outputs)
 
@@ -129,31 +132,34 @@ class ModelStage(PipelineStage):
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any = (), kwargs: Any = None, save_forward_output: bool = True
     ) -> tuple[Tensor, ...]:
-        """One micro-batch: what the next stage takes, or nothing from the last stage, whose results are kept."""
+        """Forward of one micro-batch. Returns what the next stage takes; the last stage puts its results in `results`."""
         if fwd_chunk_id >= self.count:
             return ()
         inputs: list[Tensor] = []
         if not self.is_first:
             training = torch.is_grad_enabled()
-            wanted = [requires_grad for *_, requires_grad in self._shapes(self.code.received, fwd_chunk_id)]
+            graded = [requires_grad for *_, requires_grad in self._shapes(self.code.received, fwd_chunk_id)]
             arrived = self._arrived.pop(fwd_chunk_id)
-            inputs = [held.requires_grad_(training and want) for held, want in zip(arrived, wanted, strict=True)]
-        batch = {name: held for name, held in self.batches[fwd_chunk_id].items() if name in self._reads}
-        found = self.chunk.root(self.code.forward, *inputs, **batch)
+            inputs = [x.requires_grad_(training and grad) for x, grad in zip(arrived, graded, strict=True)]
+        batch = {name: tensor for name, tensor in self.batches[fwd_chunk_id].items() if name in self._reads}
+        results = self.stage_shard.root(self.code.forward, *inputs, **batch)
         if self.is_last:
-            self.results[fwd_chunk_id] = {name: held.detach() for name, held in found.items()}
-            outputs = [found["loss"]] if "loss" in found else []
+            self.results[fwd_chunk_id] = {name: tensor.detach() for name, tensor in results.items()}
+            outputs = [results["loss"]] if "loss" in results else []
         else:
-            # A value that only passes through gets a node of its own, so that its gradient is not that of the input.
-            outputs = [held.view_as(held) if any(held is given for given in inputs) else held for held in found]
+            # An input that only passes through gets a node of its own. Otherwise the gradient of the output would be the
+            # gradient of the input at once, without what this stage adds to it.
+            outputs = [y.view_as(y) if any(y is x for x in inputs) else y for y in results]
         self._live[fwd_chunk_id] = outputs, inputs
         return () if self.is_last else tuple(outputs)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """The gradients of the inputs, and where `full_backward` or the plan says so, those of the weights. Where nothing comes
-        before this stage, all of them come with the weights."""
+        """The gradients of the inputs, and where `full_backward` or the plan says so, of the weights too.
+
+        Where no input requires a gradient, as in the first stage, the whole backward runs in the weight pass.
+        """
         if bwd_chunk_id >= self.count:
             return
         outputs, inputs = self._live.pop(bwd_chunk_id)
@@ -161,121 +167,74 @@ class ModelStage(PipelineStage):
             gradients: list[Tensor | None] = [torch.full_like(outputs[0], self.scale)]
         else:
             gradients = self._gradients.pop(bwd_chunk_id)
-        if full_backward or self.chunk.whole_backward:
+        if full_backward or self.stage_shard.whole_backward:
             self._returned[bwd_chunk_id] = self._full(outputs, gradients, inputs)
             if not full_backward:
                 self._weights[bwd_chunk_id] = lambda: None
-        elif not any(held.requires_grad for held in inputs):
+        elif not any(x.requires_grad for x in inputs):
             self._returned[bwd_chunk_id] = [None] * len(inputs)
             self._weights[bwd_chunk_id] = lambda: self._full(outputs, gradients, inputs)
         else:
+            # torch's stage passes the sharded DTensors here, which are not in the graph: their gradients would be lost.
             self._before(reduce=False)
             weights = self._gathered()
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
-            given = [held for held in inputs if held.requires_grad]
-            whole = [] if _nodes_last() else [o.view_as(o) for o, _ in pairs]
+            graded = [x for x in inputs if x.requires_grad]
+            graph = [] if starts_at_freed_nodes() else [o.view_as(o) for o, _ in pairs]
             with split_backward():
-                found, groups = stage_backward_input([o for o, _ in pairs], [g for _, g in pairs], given, iter(weights))
-            returned = iter(found)
+                of_inputs, groups = stage_backward_input([o for o, _ in pairs], [g for _, g in pairs], graded, iter(weights))
+            returned = iter(of_inputs)
             self._returned[bwd_chunk_id] = _or_zeros([next(returned) if i.requires_grad else None for i in inputs], inputs)
-            self._weights[bwd_chunk_id] = lambda whole=whole: self._weights_only(weights, groups)
+            self._weights[bwd_chunk_id] = lambda graph=graph: self._weights_only(weights, groups)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """The gradients of the weights, behind those of the inputs."""
+        """The gradients of the weights, some time after those of the inputs."""
         if bwd_chunk_id < self.count:
             self._weights.pop(bwd_chunk_id)()
 
     def _full(self, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
-        self.done += 1
-        self._before(reduce=self.zero >= 2 or self.done == self.count)
+        self.backwards += 1
+        self._before(reduce=self.zero >= 2 or self.backwards == self.count)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
-        found = stage_backward(tuple(o for o, _ in pairs), tuple(g for _, g in pairs), inputs)
-        return _or_zeros(list(found), inputs)
+        gradients = stage_backward(tuple(o for o, _ in pairs), tuple(g for _, g in pairs), inputs)
+        return _or_zeros(list(gradients), inputs)
 
     def _weights_only(self, weights: list[Tensor], groups: Any) -> None:
-        self.done += 1
-        _gradients_of_weights(weights, groups)
-        self._reduce(self.zero >= 2 or self.done == self.count)
+        self.backwards += 1
+        gradients_of_weights(weights, groups)
+        self._reduce(self.zero >= 2 or self.backwards == self.count)
 
     # -- FSDP ------------------------------------------------------------------------------------------------------------
 
     def _before(self, reduce: bool) -> None:
-        """What FSDP does in the backward that comes."""
-        prepare(self.chunk, reduce, last=self.done == self.count)
+        """Set what FSDP does in the next backward."""
+        prepare(self.stage_shard, reduce, last=self.backwards == self.count)
 
     def _gathered(self) -> list[Tensor]:
-        """The parameters as the forward used them: the leaves of its graph."""
-        found = {id(p): p for home in self.chunk.unit_parameters for p in home.gathered if p.requires_grad}
-        return list(found.values())
+        """The parameters as the forward used them: the leaves of its graph, a shared one once."""
+        leaves = {id(p): p for unit in self.stage_shard.unit_parameters for p in unit.gathered if p.requires_grad}
+        return list(leaves.values())
 
     def _reduce(self, reduce: bool) -> None:
-        """Hand over to FSDP the gradients of weights that came without a backward of its own: it adds them to those in the
-        masters' dtype, and sums these over dp where `reduce`."""
+        """Let FSDP accumulate the gradients of a weight pass, which it did not see, and reduce them over dp where `reduce`."""
         self._before(reduce)
-        run_post_backward(self.chunk)
+        run_post_backward(self.stage_shard)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """The last backward of the step has summed them already."""
+        """Nothing: the last backward of the step has reduced them already."""
 
     def scale_grads(self, grad_scale_factor: int) -> None:
-        """The loss is divided by the labels of the global batch: there is nothing to scale."""
+        """Nothing: the loss is divided by the labels of the global batch."""
 
     def clear_runtime_states(self) -> None:
-        """`begin` does that."""
-
-
-@functools.cache
-def _nodes_last() -> bool:
-    """Whether a backward may begin at a torch.autograd.Function whose results are gone. In torch 2.11 it may not: the graph of
-    a micro-batch is kept whole between the two halves of its backward."""
-    x = torch.zeros((), requires_grad=True)
-    node = DetachNode.apply(x).grad_fn
-    try:
-        _backward([(GradientEdge(node, 0), x.detach())], [_get_grad_fn_or_grad_acc(x)])
-    except RuntimeError:
-        return False
-    return True
-
-
-def _backward(begin: list[tuple[GradientEdge, Tensor]], nodes: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The gradients that arrive at `nodes`. torch.autograd.grad of 2.11 cannot begin at a torch.autograd.Function: it asks for
-    the shape of its result."""
-    edges, gradients = zip(*begin, strict=True)
-    arrive = tuple(GradientEdge(node, 0) for node in nodes)
-    retain_graph = create_graph = allow_unused = False
-    return _engine_run_backward(edges, gradients, retain_graph, create_graph, arrive, allow_unused, accumulate_grad=False)
-
-
-def _gradients_of_weights(weights: list[Tensor], groups: list[dict[str, Any]]) -> None:
-    """The second half of a split backward, from the calls that `stage_backward_input` noted in `groups` to the weights.
-
-    As torch's `stage_backward_weight`, but that one, before 2.13, adds up the gradients of all results of a call and takes the
-    sum for that of the first.
-    """
-    of_node = {_get_grad_fn_or_grad_acc(weight): weight for weight in weights}
-    for group in groups:
-        calls, nodes = group.pop("intermediates"), list(group["params"])
-        noted = [(call, given) for call, given in zip(calls, group.pop("grads", []), strict=False) if given is not None]
-        edges = [(GradientEdge(call, i), each) for call, given in noted for i, each in enumerate(given) if each is not None]
-        if not edges:
-            continue
-        # A call that another one of them leads to would get that one's gradient once more.
-        handles = [call.register_prehook(lambda _, given=given: given) for call, given in noted] if len(noted) > 1 else []
-        try:
-            found = _backward(edges, nodes)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for node, gradient in zip(nodes, found, strict=True):
-            weight = of_node[node]
-            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+        """Nothing: `begin` does it."""
 
 
 def _or_zeros(gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
-    """A gradient for every input that asks for one: the stage before waits for it."""
+    """A gradient for every input that requires one, zeros if there is none: the stage before waits for it."""
     return [
-        (torch.zeros_like(held) if gradient is None else gradient) if held.requires_grad else None
-        for gradient, held in zip(gradients, inputs, strict=True)
+        (torch.zeros_like(x) if gradient is None else gradient) if x.requires_grad else None
+        for gradient, x in zip(gradients, inputs, strict=True)
     ]
 
 
@@ -288,7 +247,7 @@ class Pipeline:
         self._schedules: dict[int, Any] = {}
 
     def train(self, batches: Sequence[Batch], scale: float) -> list[dict[str, Tensor]]:
-        """Forward and backward of all micro-batches. Returns the results of each, empty where the last stage is elsewhere."""
+        """Forward and backward of all micro-batches. Returns the results of each, if this rank has the last stage."""
         self._begin(batches, scale)
         slots = least_slots(self._name, len(batches), self._pipeline, self.stages[0].num_stages)
         if slots not in self._schedules:
@@ -301,7 +260,7 @@ class Pipeline:
         """Forward of all micro-batches, without gradients."""
         self._begin(batches, 1.0)
         works: list[Any] = []
-        # Every rank takes its stages and micro-batches in the order of this sum: what it waits for always comes before.
+        # Every rank sorts its stages and micro-batches by this sum, so whatever it waits for was sent earlier.
         turns = sorted((index + stage.stage_index, stage.stage_index) for stage in self.stages for index in range(len(batches)))
         by_index = {stage.stage_index: stage for stage in self.stages}
         with torch.no_grad():
@@ -332,10 +291,9 @@ class Pipeline:
 
     def _schedule(self, slots: int) -> Any:
         stages: Any = self.stages if self._name not in ("gpipe", "1f1b") else self.stages[0]
-        made = _CLASSES[self._name](stages, slots, loss_fn=lambda output, target: output, scale_grads=False)
-        # Shapes are known: nothing is to be learnt by running the model once more.
-        made._initialize_stage = made._initialize_stages = lambda *args, **kwargs: None
-        return made
+        schedule = _CLASSES[self._name](stages, slots, loss_fn=lambda output, target: output, scale_grads=False)
+        skip_metadata_inference(schedule)
+        return schedule
 
 
 def _start(operations: list[dist.P2POp]) -> list[Any]:
@@ -343,7 +301,7 @@ def _start(operations: list[dist.P2POp]) -> list[Any]:
 
 
 def least_slots(schedule: str, micro_batches: int, pipeline: int, stages: int) -> int:
-    """The least number of micro-batches, of those at least `micro_batches`, that a schedule takes."""
+    """The smallest number of micro-batches, at least `micro_batches`, that a schedule takes."""
     if schedule == "1f1b":
         return max(micro_batches, pipeline)
     if schedule == "dualpipev":

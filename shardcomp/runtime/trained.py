@@ -26,8 +26,10 @@ class TrainedParameters:
         self._grew = False
 
     def look(self) -> tuple[int, bool]:
-        """A digest of what has requires_grad on this rank, and whether there is something among it that the code does not
-        train. Freezing changes nothing: sums over ranks that find nothing to sum do no harm."""
+        """A digest of what has requires_grad on this rank, and whether the code does not train some of it yet.
+
+        Frozen parameters need no new code: its sums over ranks find no gradient and do nothing.
+        """
         flags = tuple(entry.sharded_param.requires_grad for _, entry in self._named)
         if flags != self._flags:
             self._flags, self._digest = flags, zlib.crc32(bytes(flags))
@@ -35,7 +37,7 @@ class TrainedParameters:
         return self._digest, self._grew
 
     def grow(self, axes: Iterable[Axis], device: torch.device) -> frozenset[str]:
-        """What the code is to train from now on: what it does, and what some rank along `axes` has requires_grad for."""
+        """What the code must train from now on: what it does already, and what has requires_grad on a rank along `axes`."""
         names = self.names | self._now()
         flags = torch.tensor([[name in names for name in self._all]], dtype=torch.int64, device=device)
         for axis in axes:

@@ -1,7 +1,8 @@
-"""Units and stages at run time: `Home` holds a unit's parameters, `Unit` is the base of its emitted code, `Stage` calls
-the units.
+"""Units and stages at run time: `UnitParameters` has a unit's parameters, `Unit` is the base of its emitted code, `Stage`
+calls the units.
 
-Code and parameters are apart because one set of parameters serves every call signature, each of which has code of its own.
+Code and parameters are separate because one set of parameters serves every call signature, and each signature has its own
+code.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from shardcomp.ir.collectives import Axis
 from shardcomp.kernels.linear_cross_entropy import linear_cross_entropy
 from shardcomp.runtime.linear import fan_out, linear
 from shardcomp.runtime.random import Streams
-from shardcomp.runtime.recompute import keep, once, recompute
+from shardcomp.runtime.recompute import drop, keep, recompute
 
 BACKEND = "inductor"
 """What torch.compile compiles with."""
 
 
 def current(module: nn.Module, attribute: str) -> Tensor:
-    """A parameter or buffer as it is now: gathered, while its unit runs. Read as an attribute, a `Namespace` gives the
-    sharded one."""
+    """A parameter or buffer as it is now: gathered, while its unit runs.
+
+    `getattr` on a `Namespace` would put the sharded parameter back first.
+    """
     tensor = module._parameters.get(attribute)
     if tensor is None:
         tensor = module._buffers[attribute]
@@ -39,17 +42,17 @@ def current(module: nn.Module, attribute: str) -> Tensor:
 
 
 class UnitParameters(nn.Module):
-    """The parameters and buffers of one unit, held by modules of the model's tree; what FSDP gathers and reduces.
+    """The parameters and buffers of one unit: the module that FSDP gathers, reshards and reduce-scatters.
 
-    places: the name in the emitted code -> (module, attribute).
-    owned: the modules whose parameters belong to this unit alone. shared: where others use some of its parameters as well.
-    path, recompute: the unit's, see `UnitPlan`.
-    copies_vectors: whether the code computes with copies of biases and of norms' weights. The second half of a split backward
-    reads some of them, such as a LayerNorm's weight, when what was gathered is gone.
-    splits: whether its backward comes in two halves. What FSDP hangs on the call that a result comes from would then run in
-    the second half once more, where weights meet that very call: its results get a call of their own.
-    wide_gradients: the name of a matrix in the emitted code -> where its gradients of several micro-batches are added up.
-    compute_dtype: what its code computes in: FSDP casts all parameters to it but those of no dimension, which it does not take.
+    places: the name in the emitted code -> (module of the model's tree, attribute).
+    owned: the modules whose parameters only this unit uses. shared: where other units use some of its parameters as well.
+    path, recompute: as in `UnitPlan`.
+    copies_vectors: whether the code computes with copies of biases and norm weights. The second half of a split backward reads
+        some of them, such as a LayerNorm's weight, after the gathered parameters are freed.
+    splits: whether the schedule splits the backward. FSDP hooks the node that a result comes from, and the second half, which
+        starts from that node, would run the hooks again. So each result gets a node of its own.
+    main_grads: the name of a matrix in the emitted code -> its `MainGrad`.
+    compute_dtype: what the code computes in. FSDP casts parameters to it; 0-d ones, which FSDP does not take, are cast here.
     """
 
     shared: SharedParameters | None
@@ -69,8 +72,8 @@ class UnitParameters(nn.Module):
         super().__init__()
         self.path, self.recompute = path, recompute
         self.owned = nn.ModuleList(owned)
-        object.__setattr__(self, "shared", shared)  # not a child: it is the root's
-        self.places = {name: place for name, place in places.items()}
+        object.__setattr__(self, "shared", shared)  # no child of this module: it belongs to the root
+        self.places = dict(places)
         self.gathered: list[Tensor] = []
         """The parameters and buffers as the last forward used them."""
 
@@ -79,15 +82,15 @@ class UnitParameters(nn.Module):
         results = body(*inputs)
         if not self.splits:
             return results
-        return tuple(DetachNode.apply(each) for each in results) if isinstance(results, tuple) else DetachNode.apply(results)
+        return tuple(DetachNode.apply(x) for x in results) if isinstance(results, tuple) else DetachNode.apply(results)
 
     def run(self, body: Callable[..., Any], *inputs: Tensor) -> Any:
-        """`body` with all parameters of the unit gathered."""
+        """Run `body` with all parameters of the unit gathered."""
         return self(body, *inputs) if self.shared is None or not self.shared.apart else self.shared(self, body, *inputs)
 
 
 class DetachNode(torch.autograd.Function):
-    """The same numbers as the result of another call."""
+    """The identity, as an autograd node of its own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -101,8 +104,8 @@ class DetachNode(torch.autograd.Function):
 class SharedParameters(nn.Module):
     """The modules of a stage whose parameters several units use, such as a tied embedding.
 
-    apart: they are put back in pieces between those units: a group of their own, which is gathered around each. Else they
-    belong to the root's group, whose gradients are summed once, behind all of them.
+    apart: whether they are resharded between those units. They are an FSDP group of their own then, gathered around each unit.
+        Otherwise they belong to the root's group, whose gradients are reduced once, after all units.
     """
 
     def __init__(self, modules: list[nn.Module], apart: bool) -> None:
@@ -110,13 +113,13 @@ class SharedParameters(nn.Module):
         self.owned = nn.ModuleList(modules)
         self.apart = apart
 
-    def forward(self, home: UnitParameters, body: Callable[..., Any], *inputs: Tensor) -> Any:
-        return home(body, *inputs)
+    def forward(self, unit_params: UnitParameters, body: Callable[..., Any], *inputs: Tensor) -> Any:
+        return unit_params(body, *inputs)
 
 
 class ParameterNamespace:
-    """One level of the names in `w.self_attn.q_proj.weight`: plain attributes that hold local tensors. `w.experts[3]` reads the
-    attribute that a numbered module has."""
+    """One level of the names in `w.self_attn.q_proj.weight`: plain attributes with local tensors. `w.experts[3]` reads the
+    attribute "3", the name of a module in a list."""
 
     def __getitem__(self, index: int) -> Any:
         return self.__dict__[str(index)]
@@ -134,30 +137,32 @@ def local(unit: Unit | Compiled) -> Any:
             if part not in at.__dict__:
                 setattr(at, part, ParameterNamespace())
             at = at.__dict__[part]
-        held = current(module, attribute)
-        if held.dim() == 0 and isinstance(held, nn.Parameter):
-            held = held.to(unit.unit_parameters.compute_dtype)
-        held = held.to_local() if isinstance(held, DTensor) else held
+        tensor = current(module, attribute)
+        if tensor.dim() == 0 and isinstance(tensor, nn.Parameter):
+            tensor = tensor.to(unit.unit_parameters.compute_dtype)
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if name in unit.unit_parameters.main_grads:
-            held.wide_gradient = unit.unit_parameters.main_grads[name]
-        setattr(at, leaf, held.clone() if unit.unit_parameters.copies_vectors and held.dim() < 2 else held)
+            tensor.main_grad = unit.unit_parameters.main_grads[name]
+        setattr(at, leaf, tensor.clone() if unit.unit_parameters.copies_vectors and tensor.dim() < 2 else tensor)
     return top
 
 
 class Unit:
-    """Base of the emitted classes. `self.tp` and the like are the axes of the mesh, `self.device` where tensors are made,
-    `self.random` what dropout draws from."""
+    """Base of the emitted classes. `self.tp` and the like are the axes of the mesh, `self.device` is where new tensors go,
+    `self.random` is what dropout draws from."""
 
-    def __init__(self, home: UnitParameters, axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
-        self.unit_parameters = home
+    def __init__(
+        self, unit_parameters: UnitParameters, axes: Mapping[str, Axis], device: torch.device, random: Streams
+    ) -> None:
+        self.unit_parameters = unit_parameters
         self.device = device
         self.random = random
         for name, axis in axes.items():
-            setattr(self, name, replace(axis, unit=home.path))
+            setattr(self, name, replace(axis, unit=unit_parameters.path))
         self.call: Callable[..., Any] = self.forward
 
     def compile(self) -> None:
-        """From now on torch.compile runs the forward."""
+        """Let torch.compile run the forward from now on."""
         code = compiled(type(self))
         self.call = lambda *inputs: code(Compiled(self), *inputs)
 
@@ -165,8 +170,8 @@ class Unit:
         raise TypeError(f"{type(self).__name__} has no emitted forward")
 
     def fan_out(self, x: Tensor) -> Tensor:
-        """`x` for several linear layers to read, see `runtime.linear`. Not under a split backward, whose halves are told apart
-        by what autograd gives to whom."""
+        """`x` for several linear layers to read, see `runtime.linear`. Under a split backward it is plain `x`: torch tells the
+        two halves apart by the gradients that autograd hands on."""
         return x if self.unit_parameters.splits or not (torch.is_grad_enabled() and x.requires_grad) else fan_out(x)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -180,22 +185,25 @@ class Unit:
 
 
 class Compiled:
-    """What a compiled forward sees of a unit: its axes, where tensors are made, what dropout draws from, and its local tensors.
-    Of alike units these differ in numbers only, so that one compilation serves all."""
+    """What a compiled forward sees of a unit: its axes, device, random streams and local tensors.
+
+    These differ between alike units in numbers only, so one compilation serves all of them.
+    """
 
     def __init__(self, unit: Unit) -> None:
-        self.__dict__.update({name: held for name, held in vars(unit).items() if name not in ("home", "call")})
+        # Without the unit's own modules and functions, which would be guarded, and make every layer compile anew.
+        self.__dict__.update({k: v for k, v in vars(unit).items() if k not in ("unit_parameters", "call")})
         self.weights = local(unit)
 
     @torch.compiler.disable
     def fan_out(self, x: Tensor) -> Tensor:
-        """As that of `Unit`."""
+        """As `Unit.fan_out`."""
         return fan_out(x) if torch.is_grad_enabled() and x.requires_grad else x
 
 
-_AS_THEY_ARE = (keep, once, linear, linear_cross_entropy)
-"""Compiled code stops before these and goes on behind: recompute watches the first two, and the gradients of the last two are
-products into memory that is there already, some of which torch 2.11 does not trace for a GPU."""
+_NOT_COMPILED = (keep, drop, linear, linear_cross_entropy)
+"""Compiled code stops before these and starts again after them. Recompute watches the first two. The backwards of the last two
+multiply into existing memory, and torch 2.11 does not trace some of these products for a GPU."""
 _compiled: dict[tuple[type[Unit], str], Callable[..., Any]] = {}
 _compiling = threading.Lock()
 
@@ -203,39 +211,44 @@ _compiling = threading.Lock()
 def compiled(code: type[Unit]) -> Callable[..., Any]:
     """The forward of a class of units under torch.compile: a function of a `Compiled` and the unit's inputs.
 
-    What talks to other ranks, draws random numbers or is among `_AS_THEY_ARE` is not compiled, but the pieces around it are.
+    Collectives, functions that draw random numbers and `_NOT_COMPILED` are not compiled, but the code around them is.
     """
     with _compiling:
         if (code, BACKEND) not in _compiled:
             forward = code.forward
             draws = "random" in forward.__code__.co_names
-            held = {name: each for name, each in forward.__globals__.items() if _runs_as_it_is(each, draws)}
-            names = {name: torch.compiler.disable(each) for name, each in held.items()}
-            # What torch compiles belongs to a code object, and reads the names of the first function that has it.
+            disabled = {
+                name: torch.compiler.disable(value)
+                for name, value in forward.__globals__.items()
+                if _is_not_compiled(value, draws)
+            }
+            # torch keeps what it compiled by code object, with the globals of the first function that had it: a copy of the
+            # code object keeps this function's globals apart from those of the plain forward.
             own = forward.__code__.replace()
-            again = FunctionType(own, {**forward.__globals__, **names}, forward.__name__)
-            _compiled[code, BACKEND] = torch.compile(again, backend=BACKEND)
+            copy = FunctionType(own, {**forward.__globals__, **disabled}, forward.__name__)
+            _compiled[code, BACKEND] = torch.compile(copy, backend=BACKEND)
         return _compiled[code, BACKEND]
 
 
 def probe(device: torch.device) -> None:
-    """Raise PlanError where torch.compile does not work, on what is little work."""
+    """Compile a tiny function. Raises PlanError where torch.compile does not work."""
     try:
         torch.compile(lambda x: x + 1, backend=BACKEND)(torch.ones(8, device=device))
     except Exception as error:
-        said = str(error).strip().partition("\n")[0]
+        message = str(error).strip().partition("\n")[0]
         raise PlanError(
-            f"compile = true, but torch.compile does not work on {device.type} here: {type(error).__name__}: {said}; use "
+            f"compile = true, but torch.compile does not work on {device.type} here: {type(error).__name__}: {message}; use "
             "compile = false"
         ) from error
 
 
-def _runs_as_it_is(held: Any, draws: bool) -> bool:
-    """Whether a function of shardcomp's is not to be compiled, in a unit that draws random numbers or in one that does not."""
-    if not isinstance(held, FunctionType) or not held.__module__.startswith("shardcomp."):
+def _is_not_compiled(value: Any, draws: bool) -> bool:
+    """Whether a global of the emitted code is a function of shardcomp's that must not be compiled. draws: whether the unit
+    draws random numbers."""
+    if not isinstance(value, FunctionType) or not value.__module__.startswith("shardcomp."):
         return False
-    given = inspect.signature(held).parameters
-    return held in _AS_THEY_ARE or "axis" in given or draws and "random" in given
+    arguments = inspect.signature(value).parameters
+    return value in _NOT_COMPILED or "axis" in arguments or draws and "random" in arguments
 
 
 class Stage:
@@ -243,22 +256,25 @@ class Stage:
 
     units: ClassVar[tuple[tuple[str, type[Unit]], ...]] = ()
 
-    def __init__(self, homes: list[UnitParameters], axes: Mapping[str, Axis], device: torch.device, random: Streams) -> None:
+    def __init__(
+        self, unit_parameters: list[UnitParameters], axes: Mapping[str, Axis], device: torch.device, random: Streams
+    ) -> None:
         self.device = device
         self.random = random
-        self.each = [code(home, axes, device, random) for (_, code), home in zip(self.units, homes, strict=True)]
+        pairs = zip(self.units, unit_parameters, strict=True)
+        self.each = [code(unit_params, axes, device, random) for (_, code), unit_params in pairs]
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
-        """The model's results by name, or where another stage follows, what that one takes."""
+        """The model's results by name, or in any stage but the last, what the next stage takes."""
         raise TypeError(f"{type(self).__name__} has no emitted forward")
 
     def received(self, b: int, s: int) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
-        """What comes from the stage before, for a micro-batch of [b, s]: local shape, dtype, and whether its gradient goes
-        back."""
+        """(local shape, dtype, whether its gradient is sent back) of each tensor from the stage before, for a micro-batch of
+        [b, s]."""
         return []
 
     def sent(self, b: int, s: int) -> list[tuple[tuple[int, ...], torch.dtype, bool]]:
-        """What goes to the stage behind, in the words of `received`."""
+        """The same of each tensor for the next stage."""
         return []
 
     def tokens(self, **inputs: Tensor) -> Tensor:
@@ -267,11 +283,11 @@ class Stage:
 
 
 class StageRoot(nn.Module):
-    """The module that FSDP takes for the root of all units. Its own parameters are gathered from the first unit to the last."""
+    """FSDP's root module of a stage. Its own parameters stay gathered from the first unit to the last."""
 
-    def __init__(self, homes: list[UnitParameters], shared: SharedParameters | None) -> None:
+    def __init__(self, unit_parameters: list[UnitParameters], shared: SharedParameters | None) -> None:
         super().__init__()
-        self.unit_parameters = nn.ModuleList(homes)
+        self.unit_parameters = nn.ModuleList(unit_parameters)
         self.shared = shared
 
     def forward(self, body: Callable[..., Any], *received: Tensor, **inputs: Tensor) -> Any:

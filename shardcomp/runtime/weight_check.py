@@ -1,5 +1,8 @@
-"""Whether all ranks start from the same plan and the same weights. A model that each rank builds for itself, with a fresh head
-or adapters and no seed, has other numbers on each: what is replicated would stay different for good."""
+"""Whether all ranks start from the same plan and the same weights.
+
+Ranks that build a model with a fresh head or adapters and no seed have different numbers. Replicated weights would stay
+different for good.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _INSTEAD = (
 def check_alike(facts: Mapping[str, str], ranks: Axis, device: torch.device) -> None:
     """Raise PlanError on every rank where the ranks differ in a fact about the run, such as the policy.
 
-    facts: what differs, in words -> a text that is the same on every rank; the same words everywhere.
+    facts: what may differ, in words -> a text. All ranks have the same words.
     """
     if ranks.size == 1 or not facts:
         return
@@ -56,10 +59,9 @@ def check_same(tensors: Iterable[tuple[str, Tensor]], ranks: Axis, device: torch
 def check_replicated(
     shards: Mapping[str, tuple[tuple[slice, ...], Tensor]], names: Iterable[str], ranks: Axis, device: torch.device
 ) -> None:
-    """Raise PlanError on every rank where two ranks have other numbers for one and the same shard of a parameter.
+    """Raise PlanError on every rank where two ranks have different numbers for the same shard of a parameter.
 
-    shards: what this rank has, by the parameter's name: which slice of it, and the numbers. names: all parameters of the model,
-    the same on every rank.
+    shards: a parameter's name -> (slice, numbers) of this rank. names: all parameters of the model, the same on every rank.
     """
     names = [] if ranks.size == 1 else list(names)
     rows = []
@@ -81,7 +83,7 @@ def check_replicated(
 
 
 def broadcast_from_first(tensor: Tensor, ranks: Axis, device: torch.device) -> Tensor:
-    """What rank 0 gave, on every rank; others give a tensor of the same shape and dtype."""
+    """Rank 0's tensor, on every rank. The others pass one of the same shape and dtype."""
     received = tensor.detach().to(device, copy=True).contiguous()
     if ranks.size > 1:
         dist.broadcast(received, src=0)

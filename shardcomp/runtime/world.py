@@ -27,8 +27,10 @@ def world_size() -> int:
 
 
 def start(mesh: Mesh, facts: Mapping[str, str] = MappingProxyType({})) -> tuple[DeviceMesh, torch.device]:
-    """Join the process group, starting it if nobody has, and lay the mesh over it. Raises PlanError where the ranks differ in
-    one of `facts`, which may be none: their meshes would not fit together."""
+    """Join the process group, which is started if nobody has, and make its device mesh.
+
+    Raises PlanError where the ranks differ in one of `facts`, which may be none: their meshes would not fit together.
+    """
     device = device_of_rank()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -54,12 +56,14 @@ def device_of_rank() -> torch.device:
 
 
 def axes_of(*meshes: DeviceMesh) -> dict[str, Axis]:
-    """The axes of some meshes as this rank sees them; those of one name are of one mesh."""
-    found: dict[str, Axis] = {}
-    for mesh, name in ((each, name) for each in meshes for name in each.mesh_dim_names or () if name not in found):
-        size = mesh[name].size()
-        found[name] = Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
-    return found
+    """The axes of meshes as this rank sees them, each from the first mesh that has it."""
+    axes: dict[str, Axis] = {}
+    for mesh in meshes:
+        for name in mesh.mesh_dim_names or ():
+            if name not in axes:
+                size = mesh[name].size()
+                axes[name] = Axis(name, size, mesh.get_local_rank(name), mesh.get_group(name) if size > 1 else None)
+    return axes
 
 
 def everyone() -> Axis:

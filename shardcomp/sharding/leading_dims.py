@@ -1,11 +1,11 @@
-"""How a call is made on operands whose dimension 0 is taken apart into several: which operands, and what moves.
+"""A call on operands whose dimension 0 is split into several: which operands change, and which arguments move.
 
-A rule says this of one operator, or that a call of it does more than treat the rows of dimension 0 alike and apart.
+Each rule says this of one operator, or that a call of it does more than treat the rows of dimension 0 alike and independently.
+The table `ir.operators` says which rule an operator has.
 """
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from shardcomp.ir.layout import Size, same
-from shardcomp.ir.program import Value, tensor_arguments, value
-from shardcomp.kernels.dropout import dropout
+from shardcomp.ir.nodes import has_one_result, tensor_arguments, value
+from shardcomp.ir.operators import facts_of, is_pointwise
 
 aten = torch.ops.aten
 LeadingSizes = tuple[Size, ...]
@@ -33,28 +33,23 @@ class UnmergedCall:
     args: tuple[Any, ...]
 
 
-def packet_of(node: fx.Node) -> Any:
-    """The operator of a call without its overload, or the Python function."""
-    return getattr(node.target, "overloadpacket", node.target)
-
-
 def unmerge(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     """The call with dimension 0 in as many as `lead`; None where the call does more than keep its rows apart."""
-    rule = _RULES.get(packet_of(node))
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()) and isinstance(node.meta["value"], Value):
+    rule = _NAMED.get(facts_of(node).rows)
+    if rule is None and is_pointwise(node) and has_one_result(node):
         rule = _pointwise
-    found = rule(node, lead) if rule else None
-    if found is None:
+    unmerged = rule(node, lead) if rule else None
+    if unmerged is None:
         return None
     times = Counter(tensor_arguments(node))
     # Where a value is both rows and something else, putting its twin in its place would change both.
-    return found if all(times[row] == count for row, count in Counter(found.rows).items()) else None
+    return unmerged if all(times[row] == count for row, count in Counter(unmerged.rows).items()) else None
 
 
 def row_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """The operands of a call whose dimension 0 is its result's, one by one."""
-    found = unmerge(node, ())
-    return found.rows if found else ()
+    unmerged = unmerge(node, ())
+    return unmerged.rows if unmerged else ()
 
 
 def _pointwise(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
@@ -100,9 +95,9 @@ def _along(position: int, *, new: bool = False) -> Callable[[fx.Node, LeadingSiz
 
     def rule(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
         rows = tuple(tensor_arguments(node))
-        given = node.args[position] if len(node.args) > position else None
-        several = isinstance(given, (list, tuple))
-        dims = _moved(given if several else [given], len(value(rows[0]).shape) + new, lead)  # type: ignore[list-item,arg-type]
+        argument = node.args[position] if len(node.args) > position else None
+        several = isinstance(argument, (list, tuple))
+        dims = _moved(argument if several else [argument], len(value(rows[0]).shape) + new, lead)  # type: ignore[list-item,arg-type]
         if not dims or 0 in dims:
             return None
         moved = dims if several else dims[0]
@@ -112,7 +107,7 @@ def _along(position: int, *, new: bool = False) -> Callable[[fx.Node, LeadingSiz
 
 
 def _moved(dims: Iterable[Any], rank: int, lead: LeadingSizes) -> list[int]:
-    """Where dimensions are among those of the twin, counted from the left; empty where one is not given."""
+    """The dimensions of the twin that these become, counted from the left; empty where one is None."""
     dims = list(dims)
     if any(d is None for d in dims):
         return []
@@ -139,18 +134,18 @@ def _expand(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     return UnmergedCall((source,), node.target, (source, [*lead, *after[1:]]))
 
 
-_RULES: dict[Any, Callable[[fx.Node, LeadingSizes], UnmergedCall | None]] = {
-    **dict.fromkeys((dropout, aten.to, aten.detach, aten.where, aten.masked_fill), _pointwise),
-    **dict.fromkeys((aten.layer_norm, aten.rms_norm), _normalization),
-    **dict.fromkeys((aten.pad, aten.constant_pad_nd), _padding),
-    **dict.fromkeys((aten.mm, aten.bmm, aten.matmul), _product),
-    **dict.fromkeys((aten.softmax, aten.log_softmax, aten.cumsum, aten.flip, aten.slice, aten.select, aten.cat), _along(1)),
-    **dict.fromkeys((aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.any, aten.unbind), _along(1)),
-    **dict.fromkeys((aten.split, aten.chunk, aten.split_with_sizes, aten.repeat_interleave, aten.roll), _along(2)),
-    **dict.fromkeys((aten.unsqueeze, aten.stack), _along(1, new=True)),
-    aten.linear: _linear,
-    aten.transpose: _transpose,
-    aten.permute: _permute,
-    aten.expand: _expand,
-    operator.getitem: _by_row,
+_NAMED: dict[str, Callable[[fx.Node, LeadingSizes], UnmergedCall | None]] = {
+    "pointwise": _pointwise,
+    "by row": _by_row,
+    "linear": _linear,
+    "matmul": _product,
+    "norm": _normalization,
+    "pad": _padding,
+    "along 1": _along(1),
+    "along 2": _along(2),
+    "along 1 new": _along(1, new=True),
+    "transpose": _transpose,
+    "permute": _permute,
+    "expand": _expand,
 }
+"""The rules by the names that `ir.operators` gives them."""

@@ -1,4 +1,4 @@
-"""From one placement of a value to another: the collectives that bring it there, and what they move."""
+"""A reshard: the collectives that take a value from one placement to another, and the one model of what they cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shardcomp.ir.collectives import (
     reducescatter_allgather,
     split_allgather,
 )
-from shardcomp.ir.layout import WHOLE, Placement, Size
+from shardcomp.ir.layout import REPLICATED, Placement, Size, divides
 from shardcomp.ir.program import B, S, Value
 
 Step = tuple[Callable[..., Any], tuple[int, ...], Placement]
@@ -38,42 +38,96 @@ def reshard_steps(now: Placement, needed: Placement, partial_gradient: bool, req
     """The collectives from one placement to another over `parts` ranks, given how the gradient comes back. Empty where nothing
     is to be done."""
     if now == needed:
-        return [(identity_allreduce, (), WHOLE)] if now.is_whole and partial_gradient and requires_grad else []
-    if now.is_copied and needed.is_whole:
+        return [(identity_allreduce, (), REPLICATED)] if now.is_replicated and partial_gradient and requires_grad else []
+    if now.is_copied and needed.is_replicated:
         return []  # each rank's gradient of it is a summand already
     if now.copies > needed.copies and needed.dim is not None:
         return [(narrow, (needed.dim, now.copies, needed.copies), needed)]
-    if now.is_whole and needed.dim is not None and needed.copies > 1:
-        summed: list[Step] = [(identity_allreduce, (), WHOLE)] if requires_grad else []
+    if now.is_replicated and needed.dim is not None and needed.copies > 1:
+        summed: list[Step] = [(identity_allreduce, (), REPLICATED)] if requires_grad else []
         return [*summed, (narrow, (needed.dim, parts, needed.copies), needed)]
-    if now.is_whole and needed.dim is not None:
+    if now.is_replicated and needed.dim is not None:
         return [(split_allgather, (needed.dim,), needed)]
     if now.dim is not None and needed.dim is not None:
         return [(alltoall_alltoall, (now.dim, needed.dim), needed)]
-    if now.dim is not None and needed.is_whole:
-        return [(allgather_reducescatter if partial_gradient else allgather_split, (now.dim,), WHOLE)]
+    if now.dim is not None and needed.is_replicated:
+        return [(allgather_reducescatter if partial_gradient else allgather_split, (now.dim,), REPLICATED)]
     if now.partial and needed.dim is not None:
         return [(reducescatter_allgather, (needed.dim,), needed)]
-    if now.partial and needed.is_whole:
-        tail: list[Step] = [(identity_allreduce, (), WHOLE)] if partial_gradient and requires_grad else []
-        return [(allreduce_identity, (), WHOLE), *tail]
+    if now.partial and needed.is_replicated:
+        tail: list[Step] = [(identity_allreduce, (), REPLICATED)] if partial_gradient and requires_grad else []
+        return [(allreduce_identity, (), REPLICATED), *tail]
     raise InternalError(f"no collective from {now} to {needed}")
 
 
-def reshard_bytes(held: Value, now: Placement, needed: Placement, partial_gradient: bool, parts: int) -> float:
+def reshard_bytes(value: Value, now: Placement, needed: Placement, partial_gradient: bool, parts: int) -> float:
     """What the collectives on the way move, forward and backward, in bytes; a message counts as `MESSAGE` more."""
     total = 0.0
-    for target, _, _ in reshard_steps(now, needed, partial_gradient, held.requires_grad, parts):
+    for target, _, _ in reshard_steps(now, needed, partial_gradient, value.requires_grad, parts):
         exchange = EXCHANGES[target]
-        for op in (exchange.forward, exchange.backward if held.requires_grad else None):
+        for op in (exchange.forward, exchange.backward if value.requires_grad else None):
             if op is not None:
-                total += MESSAGE + bytes_of(held) * _ROUNDS.get(op, 1 / parts)
+                total += MESSAGE + bytes_of(value) * _ROUNDS.get(op, 1 / parts)
     return total
 
 
-def bytes_of(held: Value) -> float:
+FORBIDDEN = float("inf")
+"""The cost of what no collective does."""
+WEIGHT = 1e6
+"""Gathering a weight is always right, but anything else is better: each of its bytes counts as this many."""
+
+
+def reshard_estimate(
+    value: Value,
+    is_weight: bool,
+    now: Placement,
+    needed: Placement,
+    partial_gradient: bool,
+    parts: int,
+    length: Size | None,
+) -> float:
+    """Bytes for one operand, as propagation weighs them while what comes after a call is still unknown.
+
+    `reshard_bytes` counts what is really sent, and has the last word (see `propagation.refine`). The estimate differs where
+    only the rest of the body could tell. A sum is cheap to scatter only along `length`, as the residual stream is sharded:
+    scattered elsewhere it would be gathered again. A gather counts once, whatever its backward turns out to be. An all-reduce
+    counts twice. The partial gradient of a replicated weight costs nothing here: it is reduced once per step.
+    """
+    size = bytes_of(value)
+    if now == needed:
+        return 2 * size if now.is_replicated and partial_gradient and value.requires_grad and not is_weight else 0.0
+    if now.is_copied and needed.is_replicated:
+        return 0.0 if partial_gradient or not value.requires_grad else FORBIDDEN
+    if now.copies > needed.copies and not needed.partial and needed.dim is not None:
+        return 1.0 if is_narrowing(value, now, needed, parts) else FORBIDDEN
+    if now.is_replicated and needed.dim is not None and needed.copies > 1:
+        fits = divides(value.shape[needed.dim], parts // needed.copies)
+        return (2 * size if value.requires_grad else 0.0) if fits else FORBIDDEN
+    if now.copies > 1 or needed.copies > 1 or needed.partial:
+        return FORBIDDEN
+    split_sizes = [value.shape[placement.dim] for placement in (now, needed) if placement.dim is not None]
+    if now.is_sharded and not all(divides(size, parts) for size in split_sizes):
+        return FORBIDDEN
+    if is_weight:
+        return size * WEIGHT
+    if now.is_replicated:
+        return size if value.requires_grad else 0.0
+    if now.partial:
+        scattered = needed.dim is not None and length is not None and value.shape[needed.dim] == length
+        return size * (1 if scattered else 2 if needed.is_replicated else 3)
+    return size
+
+
+def is_narrowing(value: Value, now: Placement, needed: Placement, parts: int) -> bool:
+    """Whether a rank finds the shard that is needed within the shard that it has."""
+    if needed.dim is None or now.dim not in (None, needed.dim) or now.copies % needed.copies:
+        return False
+    return divides(value.shape[needed.dim], parts // needed.copies)
+
+
+def bytes_of(value: Value) -> float:
     """The size of a value at nominal sizes of the batch."""
-    return _numel(held.shape) * held.dtype.itemsize
+    return _numel(value.shape) * value.dtype.itemsize
 
 
 @cache

@@ -1,23 +1,14 @@
-"""How operators may be split: one line per operator in einsum-like factors, and the few rules that depend on arguments.
+"""How operators may be split: each operator's rule, applied to one call of it.
 
-The notation, one entry per tensor operand, then the results:
+A rule is a line of the notation (see `sharding.notation`) or, where it depends on the call's arguments, a function. The table
+`ir.operators` says which rule an operator of torch has; the fused kernels register theirs. An operator without a rule runs on
+replicated operands.
 
-    ... i, o i, +o -> ... o
-
-A name is a *factor*: wherever it appears, that dimension is cut in the same way. `...` stands for any further dimensions, cut
-alike in every operand that has them. A factor that no result has is contracted: cutting it makes the results partial. `!`
-after a factor: it must stay whole. `+` before an operand: it is added to the result, so it cannot stand beside a partial one.
-Operands given by keyword are written `name: dims`. After `|`: `linear 0` (linear in operand 0 alone) or `linear all` (in all
-jointly), through which a partial operand may pass as it is.
-
-A factor may have a *split form*, an operator that computes with the local piece and an axis; kernels register theirs.
-An operator without a rule needs its operands whole.
+A factor may have a *split form*, an operator that computes with the local shard and an axis; kernels register theirs.
 """
 
 from __future__ import annotations
 
-import operator
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,20 +17,21 @@ import sympy
 import torch
 from torch import fx
 
+from shardcomp.ir.collectives import EXCHANGES
 from shardcomp.ir.layout import Size, same
-from shardcomp.ir.program import Value, tensor_arguments
+from shardcomp.ir.nodes import has_one_result, tensor_arguments, values
+from shardcomp.ir.operators import OPERATORS, facts_of, is_pointwise, operator_of
+from shardcomp.sharding.notation import Dims, Entry, Notation, factors_of, parse
 
 aten = torch.ops.aten
-Dims = tuple[str | None, ...]
-"""The factor of each dimension; None for one that must stay whole or is broadcast."""
 HEADS = "n"
 """The factor of the heads, of which keys and values may have fewer than queries."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """An operator's split form: `function(*arguments(call), axis)`. Its result is whole or partial; `exchanges` lists the
-    messages it sends itself, as (operation, phase, shape of what this rank passes in, dtype)."""
+    """An operator's split form: `function(*arguments(call), axis)`. Its result is replicated or partial; `exchanges` lists
+    the messages it sends itself, as (operation, phase, shape of what this rank passes in, dtype)."""
 
     function: Callable[..., Any]
     arguments: Callable[[fx.Node], tuple[Any, ...]]
@@ -51,8 +43,8 @@ class Form:
 class Factoring:
     """A rule applied to one call: the factors of its tensor operands, in order, and of its results.
 
-    coarse: operands of which a factor may have fewer pieces than elsewhere, such as the heads of keys and values.
-    alike: result -> the one operand that it is made of; it lies as that where that has fewer pieces.
+    coarse: operands whose factor may have fewer shards than elsewhere, such as the heads of keys and values. alike: result ->
+    the one operand that it comes from; it has that operand's placement where that has fewer shards.
     """
 
     operands: tuple[Dims, ...]
@@ -65,53 +57,8 @@ class Factoring:
     alike: Mapping[int, int] = field(default_factory=dict)
 
     def factors(self) -> list[str]:
-        """Every factor that may be cut, in order of appearance."""
+        """Every factor that may be split, in order of appearance."""
         return list(dict.fromkeys(f for dims in (*self.operands, *self.results) for f in dims if f is not None))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One operand or result of a parsed rule."""
-
-    dims: tuple[str, ...]
-    keyword: str | None = None
-    additive: bool = False
-
-
-@dataclass(frozen=True)
-class Notation:
-    """A parsed line of the notation."""
-
-    operands: tuple[Entry, ...]
-    results: tuple[Entry, ...]
-    linear: frozenset[int] = frozenset()
-    jointly_linear: bool = False
-
-
-def parse(line: str) -> Notation:
-    """Parse one line of the notation. Raises ValueError with the place of the fault."""
-    text, _, options = line.partition("|")
-    left, arrow, right = text.partition("->")
-    if not arrow:
-        raise ValueError(f"{line!r}: no '->' between operands and results")
-    operands = tuple(_entry(part, line) for part in left.split(","))
-    results = tuple(_entry(part, line) for part in right.split(","))
-    words = options.split()
-    if words and words[0] != "linear":
-        raise ValueError(f"{line!r}: {words[0]!r} is not an option; use 'linear all' or 'linear' with operand numbers")
-    numbers = [word for word in words[1:] if word != "all"]
-    return Notation(operands, results, frozenset(int(n) for n in numbers), "all" in words)
-
-
-def _entry(text: str, line: str) -> Entry:
-    keyword, colon, dims = text.partition(":")
-    body = (dims if colon else keyword).strip()
-    additive = body.startswith("+")
-    names = tuple(body.lstrip("+").split())
-    for name in names:
-        if name != "..." and not re.fullmatch(r"[a-z]\w*!?", name):
-            raise ValueError(f"{line!r}: {name!r} is not a factor")
-    return Entry(names, keyword.strip() if colon else None, additive)
 
 
 def apply(notation: Notation, node: fx.Node, forms: Mapping[str, Form]) -> Factoring | None:
@@ -129,24 +76,12 @@ def apply(notation: Notation, node: fx.Node, forms: Mapping[str, Form]) -> Facto
                 return None
             entries.append((named[key], argument))
     leading = max((_value(n).rank - len(e.dims) + 1 for e, n in entries if "..." in e.dims), default=0)
-    operands = tuple(_expand(entry.dims, _value(argument).rank, leading) for entry, argument in entries)
-    results = tuple(_expand(e.dims, v.rank, leading) for e, v in zip(notation.results, _results(node), strict=False))
+    operands = tuple(factors_of(entry.dims, _value(argument).rank, leading) for entry, argument in entries)
+    results = tuple(factors_of(e.dims, v.rank, leading) for e, v in zip(notation.results, _results(node), strict=False))
     if any(dims is None for dims in (*operands, *results)):
         return None
     additive = frozenset(i for i, (entry, _) in enumerate(entries) if entry.additive)
     return Factoring(operands, results, notation.linear, notation.jointly_linear, additive, forms)  # type: ignore[arg-type]
-
-
-def _expand(dims: tuple[str, ...], rank: int, leading: int) -> Dims | None:
-    """Write `...` out as the numbered factors that stand for it, counted from the right."""
-    if "..." not in dims:
-        return tuple(None if d.endswith("!") else d for d in dims) if len(dims) == rank else None
-    at = dims.index("...")
-    extra = rank - len(dims) + 1
-    if extra < 0:
-        return None
-    middle = tuple(f"_{leading - extra + i}" for i in range(extra))
-    return tuple(None if d.endswith("!") else d for d in (*dims[:at], *middle, *dims[at + 1 :]))
 
 
 @dataclass(frozen=True)
@@ -163,8 +98,7 @@ def _value(node: fx.Node) -> _Shape:
 
 
 def _results(node: fx.Node) -> list[_Shape]:
-    found = node.meta["value"]
-    return [_Shape(v.shape) for v in ([found] if isinstance(found, Value) else found)]
+    return [_Shape(result.shape) for result in values(node)]
 
 
 # Rules that depend on an operator's arguments.
@@ -185,7 +119,7 @@ def pointwise(node: fx.Node) -> Factoring:
 
 def _pointwise_linearity(node: fx.Node) -> tuple[frozenset[int], bool]:
     tensors = len(tensor_arguments(node))
-    kind = getattr(node.target, "overloadpacket", None)
+    kind = operator_of(node)
     if kind in (aten.add, aten.sub):
         return frozenset(), tensors == 2
     if kind is aten.mul:
@@ -196,7 +130,7 @@ def _pointwise_linearity(node: fx.Node) -> tuple[frozenset[int], bool]:
 
 
 def reshape(node: fx.Node) -> Factoring:
-    """Runs of dimensions with the same product correspond; of a run, the major factor may be cut on both sides."""
+    """Runs of dimensions with the same product correspond; of a run, the major factor may be split on both sides."""
     source, target = _value(tensor_arguments(node)[0]).shape, _results(node)[0].shape
     before: list[str | None] = [None] * len(source)
     after: list[str | None] = [None] * len(target)
@@ -209,7 +143,8 @@ def _corresponding(source: tuple[Size, ...], target: tuple[Size, ...]) -> list[t
     """The major dimensions (i, j) of each pair of runs of `source` and `target` whose products are equal."""
     left = [i for i, size in enumerate(source) if not same(size, 1)]
     right = [j for j, size in enumerate(target) if not same(size, 1)]
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
+    # Take a dimension of each side, and further ones on the smaller side until the products agree: that is one run.
     while left and right:
         first = (left[0], right[0])
         p, q = sympy.sympify(source[left.pop(0)]), sympy.sympify(target[right.pop(0)])
@@ -219,9 +154,9 @@ def _corresponding(source: tuple[Size, ...], target: tuple[Size, ...]) -> list[t
             elif right and _nominal(q) < _nominal(p):
                 q *= target[right.pop(0)]
             else:
-                return found
-        found.append(first)
-    return found
+                return pairs
+        pairs.append(first)
+    return pairs
 
 
 def _nominal(size: Size) -> int:
@@ -235,7 +170,7 @@ def reorder(node: fx.Node) -> Factoring:
     """transpose, permute, t: the same dimensions in another order."""
     rank = _value(node.args[0]).rank  # type: ignore[arg-type]
     order = list(range(rank))
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    packet = operator_of(node)
     if packet is aten.permute:
         order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
     elif rank > 1:
@@ -245,12 +180,12 @@ def reorder(node: fx.Node) -> Factoring:
 
 
 def expand(node: fx.Node) -> Factoring:
-    """A dimension that keeps its size may be cut; one that is repeated may not."""
+    """A dimension that keeps its size may be split; one that is repeated may not."""
     source, target = _value(node.args[0]).shape, _results(node)[0].shape  # type: ignore[arg-type]
     offset = len(target) - len(source)
-    kept = {offset + i: f"d{i}" for i, size in enumerate(source) if same(size, target[offset + i])}
-    operand = tuple(kept.get(offset + i) for i in range(len(source)))
-    return Factoring((operand,), (tuple(kept.get(j) for j in range(len(target))),), frozenset({0}))
+    factors = {offset + i: f"d{i}" for i, size in enumerate(source) if same(size, target[offset + i])}
+    operand = tuple(factors.get(offset + i) for i in range(len(source)))
+    return Factoring((operand,), (tuple(factors.get(j) for j in range(len(target))),), frozenset({0}))
 
 
 def unsqueeze(node: fx.Node) -> Factoring:
@@ -261,13 +196,13 @@ def unsqueeze(node: fx.Node) -> Factoring:
 
 
 def along(position: int, *, gone: bool = False, linear: bool = False) -> Callable[[fx.Node], Factoring]:
-    """An operator that works along one dimension, its argument at `position`: that one stays whole, the others may be cut."""
+    """An operator that works along one dimension, its argument at `position`: that one is not split, the others may be."""
 
     def rule(node: fx.Node) -> Factoring:
         tensors = tensor_arguments(node)
         rank = _value(tensors[0]).rank
-        given = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-        at = given % rank if rank else 0  # type: ignore[operator]
+        dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+        at = dim % rank if rank else 0  # type: ignore[operator]
         names = tuple(None if i == at else f"d{i}" for i in range(rank))
         result = tuple(n for i, n in enumerate(names) if i != at) if gone else names
         several = len(tensors) > 1
@@ -278,7 +213,7 @@ def along(position: int, *, gone: bool = False, linear: bool = False) -> Callabl
 
 
 def reduction(*, contracts: bool = False, linear: bool = False) -> Callable[[fx.Node], Factoring]:
-    """sum, mean and the like. Only a sum may be cut along what it sums."""
+    """sum, mean and the like. Only a sum may be split along what it sums."""
 
     def rule(node: fx.Node) -> Factoring:
         rank = _value(node.args[0]).rank  # type: ignore[arg-type]
@@ -293,7 +228,7 @@ def reduction(*, contracts: bool = False, linear: bool = False) -> Callable[[fx.
 
 
 def normalization(position: int) -> Callable[[fx.Node], Factoring]:
-    """layer_norm and the like: the last dimensions, as many as the argument at `position` names, stay whole."""
+    """layer_norm and the like: the last dimensions, as many as the argument at `position` names, are not split."""
 
     def rule(node: fx.Node) -> Factoring:
         operands = tensor_arguments(node)
@@ -321,7 +256,7 @@ def matmul(node: fx.Node) -> Factoring | None:
 
 
 def scaled_attention(node: fx.Node) -> Factoring | None:
-    """scaled_dot_product_attention over [b, n, s, d]: heads are cut; keys and values may have fewer."""
+    """scaled_dot_product_attention over [b, n, s, d]: heads are split; keys and values may have fewer."""
     tensors = tensor_arguments(node)
     if any(_value(tensor).rank != 4 for tensor in tensors):
         return None
@@ -343,9 +278,9 @@ def stack(node: fx.Node) -> Factoring:
 
 
 def index(node: fx.Node) -> Factoring | None:
-    """x[:, :, i]: one index, along one dimension; the others may be cut."""
-    given = node.args[1]
-    at = [i for i, each in enumerate(given) if each is not None]  # type: ignore[union-attr,arg-type]
+    """x[:, :, i]: one index, along one dimension; the others may be split."""
+    indices = node.args[1]
+    at = [i for i, index in enumerate(indices) if index is not None]  # type: ignore[union-attr,arg-type]
     if len(at) != 1:
         return None
     operands = tensor_arguments(node)
@@ -363,7 +298,7 @@ def padding(node: fx.Node) -> Factoring:
 
 
 def item(node: fx.Node) -> Factoring:
-    """One of several results: cut as the operator left it."""
+    """One of several results: sharded as the operator left it."""
     names = tuple(f"d{i}" for i in range(len(_results(node)[0].shape)))
     return Factoring((names,), (names,), frozenset({0}))
 
@@ -377,54 +312,36 @@ class Rule:
     forms: Mapping[str, Form] = field(default_factory=dict)
 
 
-_LINES = {
-    aten.linear: "... i, o i, +o -> ... o | linear 0",
-    aten.mm: "r i, i o -> r o | linear 0 1",
-    aten.bmm: "z r i, z i o -> z r o | linear 0 1",
-    aten.addmm: "+o, r i, i o -> r o | linear 1",
-    aten.detach: "... -> ... | linear 0",
-    aten.clone: "... -> ... | linear 0",
+_NAMED: dict[str, Callable[[fx.Node], Factoring | None]] = {
+    "pointwise": pointwise,
+    "reshape": reshape,
+    "reorder": reorder,
+    "expand": expand,
+    "unsqueeze": unsqueeze,
+    "along 1": along(1),
+    "along 1 linear": along(1, linear=True),
+    "along 1 gone": along(1, gone=True),
+    "along 1 gone linear": along(1, gone=True, linear=True),
+    "along 2": along(2),
+    "along 2 linear": along(2, linear=True),
+    "sum": reduction(contracts=True, linear=True),
+    "reduce": reduction(),
+    "matmul": matmul,
+    "attention": scaled_attention,
+    "norm": normalization(1),
+    "stack": stack,
+    "index": index,
+    "pad": padding,
+    "item": item,
 }
-_FUNCTIONS: dict[Any, Callable[[fx.Node], Factoring | None]] = {
-    aten.reshape: reshape,
-    aten.expand: expand,
-    aten.repeat: expand,
-    aten.unsqueeze: unsqueeze,
-    aten.transpose: reorder,
-    aten.permute: reorder,
-    aten.t: reorder,
-    aten.matmul: matmul,
-    aten.scaled_dot_product_attention: scaled_attention,
-    aten.layer_norm: normalization(1),
-    aten.rms_norm: normalization(1),
-    aten.stack: stack,
-    aten.index: index,
-    aten.unbind: along(1, gone=True),
-    aten.repeat_interleave: along(2, linear=True),
-    aten.roll: along(2, linear=True),
-    aten.slice: along(1, linear=True),
-    aten.select: along(1, gone=True, linear=True),
-    aten.cat: along(1, linear=True),
-    aten.split: along(2),
-    aten.chunk: along(2),
-    aten.split_with_sizes: along(2),
-    aten.softmax: along(1),
-    aten.log_softmax: along(1),
-    aten.cumsum: along(1),
-    aten.flip: along(1),
-    aten.sum: reduction(contracts=True, linear=True),
-    aten.amax: reduction(),
-    aten.var: reduction(),
-    aten.any: reduction(),
-    aten.pad: padding,
-    aten.constant_pad_nd: padding,
-    aten.to: pointwise,
-    operator.getitem: item,
-}
-RULES: dict[Any, Rule] = {
-    **{target: Rule(line=parse(line)) for target, line in _LINES.items()},
-    **{target: Rule(function=function) for target, function in _FUNCTIONS.items()},
-}
+"""The rules that depend on a call's arguments, by the names that `ir.operators` gives them."""
+
+
+def _rule_of(text: str) -> Rule:
+    return Rule(line=parse(text)) if "->" in text else Rule(function=_NAMED[text])
+
+
+RULES: dict[Any, Rule] = {target: _rule_of(row.rule) for target, row in OPERATORS.items() if row.rule}
 """Operator -> rule. Keys are ATen operators without their overload, or Python functions."""
 
 
@@ -435,15 +352,21 @@ def register(target: Any, line: str, forms: Mapping[str, Form] | None = None) ->
 
 def factoring(node: fx.Node) -> Factoring | None:
     """The rule of a call, applied to it; None where the operator has none, or its operands do not fit."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    rule = RULES.get(packet)
+    rule = RULES.get(operator_of(node))
     if rule is None:
-        tags = getattr(node.target, "tags", ())
-        return pointwise(node) if torch.Tag.pointwise in tags and isinstance(node.meta["value"], Value) else None
+        return pointwise(node) if is_pointwise(node) and has_one_result(node) else None
     if rule.function is not None:
         return rule.function(node)
     assert rule.line is not None
     return apply(rule.line, node, rule.forms)
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether the backward of a call reads none of its operands: a collective, or a call that is linear in what it reads."""
+    if node.target in EXCHANGES or facts_of(node).backward == "nothing":
+        return True
+    rule = factoring(node)
+    return rule is not None and (rule.jointly_linear or (len(rule.operands) == 1 and 0 in rule.linear))
 
 
 def unfuse(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node] | None:
@@ -451,7 +374,7 @@ def unfuse(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node] | None:
 
     A product whose result is partial must be reduced before anything is added to it.
     """
-    packet: Any = getattr(node.target, "overloadpacket", None)
+    packet = operator_of(node)
     if packet is aten.linear and len(node.args) == 3 and isinstance(node.args[2], fx.Node):
         return aten.linear.default, tuple(node.args[:2]), node.args[2]
     if packet is aten.addmm and not node.kwargs and isinstance(node.args[0], fx.Node):

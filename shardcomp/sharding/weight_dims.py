@@ -1,28 +1,29 @@
-"""What a policy's words mean for a weight: which of its dimensions is cut, found from the operator that uses it and its rule.
+"""What a policy's words mean for a weight: the dimension that is split, found from the operator that uses it and its rule.
 
-`colwise` cuts the factor that the product makes (its output features), `rowwise` the one that it contracts, `vocab` the one
+`colwise` splits the factor that the product makes (its output features), `rowwise` the one that it contracts, `vocab` the one
 that an embedding looks up or a head makes. So a weight may be stored in any orientation.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from shardcomp.ir.layout import Layout, divides, split
-from shardcomp.ir.program import PARAMETER, Body, Program, Unit, stored, tensor_arguments, value
+from shardcomp.ir.nodes import is_parameter, path_of, stored, tensor_arguments, value
+from shardcomp.ir.operators import is_item
+from shardcomp.ir.program import PARAMETER, Body, Program, Unit
 from shardcomp.policy import Policy
 from shardcomp.sharding.rules import factoring
 
 UNEVEN = ("vocab",)
-"""Words whose weights may be cut unevenly, as `torch.chunk` does."""
+"""Words whose weights may be split unevenly, as `torch.chunk` does."""
 
 
 def weight_layouts(program: Program, policy: Policy, axis: str, size: int) -> tuple[dict[str, Layout], dict[str, str]]:
-    """The layout on `axis` of every parameter that the policy cuts, and a message for each that cannot be cut so.
+    """The layout on `axis` of every parameter that the policy splits, and a message for each that cannot be split so.
 
     Returns (parameter name -> layout, parameter name -> violation).
     """
@@ -80,31 +81,30 @@ def dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Iterat
             if len(through) == len(rule.results[0]):
                 yield from dimensions(user, word, through)
             continue
-        beside = ((o, fs) for o, fs in zip(operands, rule.operands, strict=True) if o is not node and not _is_parameter(o))
+        beside = ((o, fs) for o, fs in zip(operands, rule.operands, strict=True) if o is not node and not is_parameter(o))
         others = {f for _, fs in beside for f in fs}
-        made = {f for fs in rule.results for f in fs}
+        result_factors = {f for fs in rule.results for f in fs}
         for i, factor in enumerate(names):
             if factor is None or dims[i] is None:
                 continue
-            # A vector has but one dimension: of a norm over features that are cut, it is cut as they are.
-            output, contracted = factor in made and (factor not in others or len(names) == 1), factor not in made
+            # A vector has one dimension: in a norm over sharded features, it is sharded as they are.
+            output, contracted = (
+                factor in result_factors and (factor not in others or len(names) == 1),
+                factor not in result_factors,
+            )
             headed = output and not rule.forms
             looked_up = contracted and factor in rule.forms
             if {"colwise": output, "rowwise": contracted, "vocab": looked_up or headed}[word]:
                 yield dims[i]  # type: ignore[misc]
 
 
-def _is_parameter(node: fx.Node) -> bool:
-    return node.op == "placeholder" and node.meta["role"] == PARAMETER
-
-
 def module_of(unit: Unit, node: fx.Node) -> str:
-    """The full module path of a node in a unit's body."""
-    return ".".join(part for part in (unit.path, node.meta["path"]) if part)
+    """The path in the model of the module that a node of a unit's body comes from."""
+    return ".".join(part for part in (unit.path, path_of(node)) if part)
 
 
 def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
-    """For every weight that makes keys or values, biases and norms over all of them too: (attention, weight, heads)."""
+    """Every weight that makes keys or values, with the biases and norms over all of them: (attention, weight, heads)."""
     for call in body.calls():
         rule = factoring(call)
         operands = tensor_arguments(call)
@@ -123,25 +123,25 @@ def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
 
 
 def _made_with(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The products with weights that a value is made of, and the parameters that are met on the way back to them."""
+    """The products with weights that a value is computed from, and the parameters on the way back to them."""
     seen, pending = {node}, [node]
     products, parameters = [], []
     while pending:
-        each = pending.pop()
-        if _is_parameter(each):
-            parameters.append(each)
-        elif each.target is torch.ops.aten.linear.default:
-            products.append(each)
+        reached = pending.pop()
+        if is_parameter(reached):
+            parameters.append(reached)
+        elif reached.target is torch.ops.aten.linear.default:
+            products.append(reached)
         else:
-            new = [operand for operand in _operands(each) if operand not in seen]
+            new = [operand for operand in _operands(reached) if operand not in seen]
             seen.update(new)
             pending += new
     return products, parameters
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """What a value is made of: where it is one of several results, the operand that this one alone is made of."""
-    call = node.args[0] if node.target is operator.getitem else None
+    """What a value is computed from: for one of several results, the operand that it alone comes from."""
+    call = node.args[0] if is_item(node) else None
     rule = factoring(call) if isinstance(call, fx.Node) else None
     if rule is None or not isinstance(call, fx.Node) or node.args[1] not in rule.alike:
         return tensor_arguments(node)

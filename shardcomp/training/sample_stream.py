@@ -1,4 +1,4 @@
-"""Which samples belong to which step: a stream whose order no topology changes, and which goes on where a checkpoint was."""
+"""Which samples belong to which step: a stream whose order no topology changes, and which resumes where a checkpoint was."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ from shardcomp.errors import CheckpointError
 
 @lru_cache(maxsize=2)
 def permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """The order in which `count` samples are met in an epoch: `int64[count]`."""
+    """The order of `count` samples in an epoch: `int64[count]`."""
     return torch.randperm(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
 class SampleStream:
     """Samples in a random order, a new one in every epoch, without an end.
 
-    samples: tokens, `[n, length]` of any integer dtype; rank, ranks: this one's place among the data-parallel ranks,
-    `sharded.mesh["dp"]`; fingerprint: of the text, so that a run does not go on with another one.
+    The n-th sample of the stream is the same on every topology. In each step the data-parallel ranks take consecutive samples:
+    any number of ranks reads the same batch. `position` counts the samples that all ranks together have had.
 
-    `position` counts the samples that all ranks together have had. The place of a sample in the stream is all that decides what
-    it is: ranks take consecutive pieces, and any number of them reads the same samples in the same step.
+    Args:
+        samples: tokens, `[n, length]` of any integer dtype.
+        seed: of the order.
+        rank: this rank's number among the data-parallel ranks, `sharded.mesh.get_local_rank("dp")`.
+        ranks: how many data-parallel ranks there are, `sharded.mesh["dp"].size()`.
+        fingerprint: of the text, so that a run does not resume with another text.
+
+    Example:
+        >>> samples = torch.arange(6).unsqueeze(1)
+        >>> one_rank = SampleStream(samples, seed=0)
+        >>> two_ranks = [SampleStream(samples, 0, rank, 2) for rank in range(2)]
+        >>> batch, _ = one_rank.next(4)
+        >>> torch.equal(batch, torch.cat([stream.next(2)[0] for stream in two_ranks]))
+        True
     """
 
     def __init__(self, samples: Tensor, seed: int, rank: int = 0, ranks: int = 1, fingerprint: str = "") -> None:
@@ -36,9 +48,15 @@ class SampleStream:
         self.position = 0
 
     def next(self, count: int) -> tuple[Tensor, int]:
-        """This rank's `count` samples of the next batch of `count · ranks`: `int64[count, length]`, and their digest. The
-        digests of all data-parallel ranks, added as 64-bit integers, are that of the batch: equal only for the same samples in
-        the same order."""
+        """This rank's samples of the next batch.
+
+        Args:
+            count: samples of each rank; the batch has `count * ranks`.
+
+        Returns:
+            The tokens, `int64[count, length]`, and their digest. The digests of all data-parallel ranks, added as 64-bit
+            integers, are the digest of the batch, which is equal only for the same samples in the same order.
+        """
         first = self.position + self.rank * count
         places = range(first, first + count)
         size = len(self.samples)
@@ -48,7 +66,7 @@ class SampleStream:
         return tokens, digest(tokens, places)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the same on every rank, and good for any number of them."""
+        """For a checkpoint. It is the same on every rank, and fits any number of ranks."""
         return {
             "position": self.position,
             "seed": self.seed,
@@ -57,16 +75,16 @@ class SampleStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises CheckpointError where the stream is of other samples."""
-        mine = self.state_dict()
-        other = [
-            f"{name} is {mine[name]} and was {state.get(name)}"
+        """Resume where `state_dict` was called. Raises CheckpointError if the stream has other samples."""
+        own = self.state_dict()
+        differences = [
+            f"{name} is {own[name]} and was {state.get(name)}"
             for name in ("samples", "fingerprint", "seed")
-            if state.get(name) != mine[name]
+            if state.get(name) != own[name]
         ]
-        if other:
+        if differences:
             raise CheckpointError(
-                f"the run had other samples: {'; '.join(other)}. Give the same text, length and seed, or begin a new run"
+                f"the run had other samples: {'; '.join(differences)}. Give the same text, length and seed, or begin a new run"
             )
         self.position = int(state["position"])
 
@@ -75,8 +93,8 @@ def digest(tokens: Tensor, places: range) -> int:
     """A signed 64-bit number that depends on every token and on each sample's place in the stream."""
     total = 0
     for place, row in zip(places, tokens, strict=True):
-        found = hashlib.sha256(place.to_bytes(8, "little") + row.contiguous().numpy().tobytes()).digest()
-        total += int.from_bytes(found[:8], "little")
+        sha = hashlib.sha256(place.to_bytes(8, "little") + row.contiguous().numpy().tobytes()).digest()
+        total += int.from_bytes(sha[:8], "little")
     return (total + 2**63) % 2**64 - 2**63
 
 

@@ -1,6 +1,6 @@
 """Where a process is, read from its Python stacks: the collective that it waits in, the axis, the unit and the source lines.
 
-Nothing is recorded while a program runs. A stack is read only when somebody asks, by another thread or from an exception.
+Nothing is recorded while a program runs. A stack is read only on demand: another thread reads it, or an exception has it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NAMES = """all_reduce all_reduce_coalesced all_gather all_gather_coalesced all_
     broadcast_object_list gather gather_object init_process_group monitored_barrier new_group recv recv_object_list reduce
     reduce_scatter scatter scatter_object_list send send_object_list split_group wait_tensor"""
 _COLLECTIVES = {name: name for name in _NAMES.split()} | _ALIASES
-"""Functions of torch.distributed that wait for other ranks -> what they are called here."""
+"""Functions of torch.distributed that wait for other ranks -> their names in messages."""
 
 _OF_DEVICE = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|synchronize|_cuda_synchronize)\(|^(float|int|bool)\(")
 _FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|timed out", re.IGNORECASE)
@@ -55,9 +55,9 @@ _FAILED = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|s
 class Place:
     """Where a rank is.
 
-    kind: "collective" (it waits for other ranks), "device" (it waits for its GPU) or "code" (neither). what: the collective and
-    the axis or ranks that it is sent over, "all_reduce over tp", or the call that waits for the GPU. where: units and source
-    lines.
+    kind: "collective" (it waits for other ranks), "device" (it waits for its GPU) or "code" (neither).
+    what: the collective with its axis or ranks, such as "all_reduce over tp", or the call that waits for the GPU.
+    where: units and source lines.
     """
 
     kind: str
@@ -95,13 +95,13 @@ class _Call:
 
     @property
     def own(self) -> bool:
-        """Whether this is the caller's code: not shardcomp's, and no library's."""
+        """Whether this is the user's code, rather than shardcomp's or a library's."""
         library = self.file.startswith((_TORCH, _SHARDCOMP, *_LIBRARIES))
         return not (library or self.emitted)
 
     @property
     def text(self) -> str:
-        """The source of the call that this frame is in, as far as it is on one line."""
+        """The source of the call that this frame is in; only its first line if it has several."""
         positions = itertools.islice(self.frame.f_code.co_positions(), max(0, self.instruction // 2), None)
         first, last, begin, end = next(positions, (None,) * 4)
         if first is None or begin is None:
@@ -117,11 +117,14 @@ class _Call:
 def here(thread: int | None = None, ignore: Sequence[str] = ("shardcomp-",)) -> Place:
     """Where this process is now.
 
-    thread: the identifier of the thread that trains, by default the main one. Where that one is in no collective of its own but
-    waits in torch or for another thread, such as the one that autograd runs a backward in on a GPU, the others are looked at
-    too, but for those whose name starts with one of `ignore`.
+    The thread that trains may wait for another one: on a GPU, autograd runs the backward in a thread of its own. So if it is in
+    torch but not in a collective, the other threads are looked at as well.
+
+    Args:
+        thread: the identifier of the thread that trains; by default the main one.
+        ignore: threads whose name starts with one of these are not looked at.
     """
-    named = {each.ident: each.name for each in threading.enumerate()}
+    names = {running.ident: running.name for running in threading.enumerate()}
     frames = sys._current_frames()
     main = thread if thread in frames else threading.main_thread().ident
     first = list(_stack(frames[main])) if main in frames else []
@@ -129,7 +132,7 @@ def here(thread: int | None = None, ignore: Sequence[str] = ("shardcomp-",)) -> 
     if place.kind == "collective" or not first or first[0].own:
         return place
     for ident, frame in frames.items():
-        if ident not in (main, threading.get_ident()) and not named.get(ident, "").startswith(tuple(ignore)):
+        if ident not in (main, threading.get_ident()) and not names.get(ident, "").startswith(tuple(ignore)):
             stack = list(_stack(frame))
             if (other := place_of(stack, first)).kind == "collective":
                 return other
@@ -144,7 +147,7 @@ def of_error(error: BaseException) -> Place:
 
 
 def is_communication(error: BaseException) -> bool:
-    """Whether an exception says that a collective failed, and not that it was called wrongly."""
+    """Whether an exception says that a collective failed, rather than that it was called wrongly."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and bool(_FAILED.search(str(error)))
@@ -164,16 +167,20 @@ def _raised(at: TracebackType | None) -> Iterator[_Call]:
 
 
 def place_of(stack: Sequence[_Call], caller: Sequence[_Call] = ()) -> Place:
-    """Where a stack is, the innermost frame first. caller: the stack of the thread that has this one work for it."""
+    """Where a stack is.
+
+    Args:
+        stack: the innermost frame first.
+        caller: the stack of the thread that waits for this one.
+    """
     if not stack:
         return Place("code", "", "no Python code")
-    # What torch does for the innermost frame that is not torch's.
-    run = [*_leading(stack), None]
-    named = [call for call in run if call and call.name in _COLLECTIVES and _sends(call.file)]
+    # Only the frames of torch that the innermost other frame called: what is further out is no longer waited in.
+    named = [call for call in _leading(stack) if call.name in _COLLECTIVES and _sends(call.file)]
     innermost = stack[0]
     where = _where(stack, caller)
     if named:
-        # The outermost: a broadcast of objects is two of tensors.
+        # The outermost one: a broadcast of objects calls two broadcasts of tensors.
         call, op = named[-1], _COLLECTIVES[named[-1].name]
         if op in ("send", "recv") and (peer := call.local("dst" if op == "send" else "src")) is not None:
             return Place("collective", f"{op} {'to' if op == 'send' else 'from'} rank {peer}", where)
@@ -187,6 +194,7 @@ def place_of(stack: Sequence[_Call], caller: Sequence[_Call] = ()) -> Place:
 
 
 def _leading(stack: Sequence[_Call]) -> Iterator[_Call]:
+    """The frames of torch and the standard library that a stack begins with."""
     for call in stack:
         if not call.file.startswith((_TORCH, _STDLIB, "<frozen")):
             return
@@ -201,25 +209,25 @@ def _of_pipeline(call: _Call) -> bool:
     return "distributed/pipelining" in call.file or call.file.endswith("runtime/stage.py")
 
 
-def _of_fsdp(held: Any) -> bool:
+def _is_fsdp_group(instance: Any) -> bool:
     """Whether this is a group of parameters that FSDP gathers together."""
-    return hasattr(held, "mesh_info") and hasattr(held, "modules")
+    return hasattr(instance, "mesh_info") and hasattr(instance, "modules")
 
 
-def _selves(stack: Sequence[_Call], *files: str) -> Iterator[Any]:
-    """The objects whose methods are running, of classes in files that start so."""
+def _instances(stack: Sequence[_Call], *paths: str) -> Iterator[Any]:
+    """The objects whose methods are running, of emitted classes and of those in files below `paths`."""
     for call in stack:
-        if call.file.startswith(files) or call.emitted:
+        if call.file.startswith(paths) or call.emitted:
             yield call.local("self")
 
 
 def _over(stack: Sequence[_Call], group: Any) -> str:
-    """The axis of the mesh that a collective is sent over, else its ranks."""
-    for held in _selves(stack, _SHARDCOMP, f"{_TORCH}/distributed/fsdp"):
-        if isinstance(held, Axis):
-            return held.name
-        names = _of_fsdp(held) and held.mesh_info.mesh.mesh_dim_names
-        if names:  # of two, the second shares parameters out, the first holds copies of that
+    """The axis of the mesh that a collective is sent along, else its ranks."""
+    for instance in _instances(stack, _SHARDCOMP, f"{_TORCH}/distributed/fsdp"):
+        if isinstance(instance, Axis):
+            return instance.name
+        names = _is_fsdp_group(instance) and instance.mesh_info.mesh.mesh_dim_names
+        if names:  # of two, parameters are sharded along the second and replicated along the first
             return names[0] if any(call.name == "all_reduce" for call in stack[:8]) else names[-1]
     if any(_of_pipeline(call) for call in stack):
         return "pp"
@@ -235,7 +243,7 @@ def _over(stack: Sequence[_Call], group: Any) -> str:
 
 
 def _waited_for(stack: Sequence[_Call]) -> str:
-    """The collective that was begun before, and is waited for now."""
+    """The collective that was started before, and is waited for now."""
     names = [call.name for call in stack[:8]]
     if any(_of_pipeline(call) for call in stack[:4]):
         actions = [action for call in stack if call.file.startswith(_TORCH) and (action := call.local("action")) is not None]
@@ -246,7 +254,7 @@ def _waited_for(stack: Sequence[_Call]) -> str:
 
 
 def _action(action: Any) -> str:
-    """An action of torch's pipeline schedules in words."""
+    """An action of one of torch's pipeline schedules, in words."""
     if getattr(action, "computation_type", None) is None or action.microbatch_index is None:
         return f"({action})"
     what = action.computation_type.name.lower().replace("_", " ")
@@ -254,39 +262,39 @@ def _action(action: Any) -> str:
 
 
 def _where(stack: Sequence[_Call], caller: Sequence[_Call]) -> str:
-    """The unit, the line of its emitted source, the phase, and the innermost line of the caller's own code."""
+    """The phase and the unit, the line of its emitted source, and the innermost line of the user's own code."""
     backward = bool(caller) or any(call.name == "_engine_run_backward" for call in stack)
-    found = []
+    parts = []
     if unit := _unit(stack):
-        found.append(("backward of " if backward else "") + unit)
+        parts.append(("backward of " if backward else "") + unit)
     elif backward:
-        found.append("backward")
+        parts.append("backward")
     if any("distributed/fsdp" in call.file for call in stack):
-        found.append("FSDP")
-    # Of the stage's lines and those of its units, the unit's: the innermost.
-    found += [str(call) for call in stack if call.emitted][:1]
+        parts.append("FSDP")
+    # The emitted code of a stage calls its units'. The innermost line is the unit's.
+    parts += [str(call) for call in stack if call.emitted][:1]
     own = [call for call in (*stack, *caller) if call.own][:1]
-    found += [str(call) for call in own]
+    parts += [str(call) for call in own]
     if own and not stack[0].own and not any(call.emitted or call.file.startswith((_TORCH, _SHARDCOMP)) for call in stack):
-        found.append(f"from there {stack[0]}")
-    return ", ".join(found)
+        parts.append(f"from there {stack[0]}")
+    return ", ".join(parts)
 
 
 def _unit(stack: Sequence[_Call]) -> str:
     """The path of the unit that is computed, or whose parameters FSDP sends."""
-    for held in _selves(stack, _SHARDCOMP, f"{_TORCH}/distributed/fsdp"):
-        if isinstance(held, Axis) and held.unit:
-            return held.unit
-        if isinstance(held, Unit):
-            return held.unit_parameters.path
-        modules = held.modules if _of_fsdp(held) else (held,)
+    for instance in _instances(stack, _SHARDCOMP, f"{_TORCH}/distributed/fsdp"):
+        if isinstance(instance, Axis) and instance.unit:
+            return instance.unit
+        if isinstance(instance, Unit):
+            return instance.unit_parameters.path
+        modules = instance.modules if _is_fsdp_group(instance) else (instance,)
         if paths := [module.path for module in modules if isinstance(module, UnitParameters)]:
             return ", ".join(paths)
     return ""
 
 
 def _pending() -> str:
-    """What torch's flight recorder says is the oldest collective that has not ended on this GPU."""
+    """The oldest collective that has not ended on this GPU, as torch's flight recorder has it."""
     c10d: Any = torch._C._distributed_c10d  # type: ignore[attr-defined]
     dump = getattr(c10d, "_dump_nccl_trace_json", None)
     try:
@@ -296,8 +304,7 @@ def _pending() -> str:
 
 
 def oldest_pending(recorded: dict[str, Any]) -> str:
-    """Of what the flight recorder holds, the first collective that was begun and has not ended: ", after all_reduce of tp", or
-    nothing."""
+    """The first collective in a flight recorder's dump that has started and not ended: ", after all_reduce over tp", or ""."""
     for entry in recorded.get("entries", ()):
         if entry.get("state") != "completed" and not entry.get("retired"):
             described = str(entry["process_group"][1]).removeprefix("mesh_")
@@ -306,7 +313,12 @@ def oldest_pending(recorded: dict[str, Any]) -> str:
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """Numbers in words, runs of three or more as a range: "0, 1 and 4-7"."""
+    """Numbers in words, three or more consecutive ones as a range.
+
+    Example:
+        >>> listed([0, 1, 4, 5, 6, 7])
+        '0, 1 and 4-7'
+    """
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and runs[-1][-1] == number - 1:

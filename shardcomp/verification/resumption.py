@@ -1,6 +1,6 @@
-"""`resume_check()`: a run of a plan is killed and goes on, and must end as one that nobody disturbed.
+"""`resume_check()`: a run of a plan is killed and resumed, and must end with the same bits as an undisturbed run.
 
-The ranks are processes on this machine's CPU, over gloo; they train as a user's script would, with `shardcomp.checkpoint`.
+The ranks are processes on this machine's CPU, over gloo. They train as a user's script would, with `shardcomp.checkpoint`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy
 import torch
@@ -24,24 +24,29 @@ import torch.distributed as dist
 
 from shardcomp import presets
 from shardcomp.checkpoint import Saver, directory
-from shardcomp.checkpoint.run_state import Stored
+from shardcomp.checkpoint.stored import Stored
 from shardcomp.errors import VerifyError
 from shardcomp.materialize import shard
 from shardcomp.policy import Policy
 from shardcomp.policy.options import flags
 from shardcomp.runtime.optimizer import AdamW
 from shardcomp.training.sample_stream import SampleStream, digest_text
-from shardcomp.verification.verifier import FLOOR, TOLERANCE, small_config
+from shardcomp.verification.compare import FLOOR, TOLERANCE
+from shardcomp.verification.verifier import small_config
 
 SAMPLES, LENGTH = 64, 24
 MAX_PROCESSES = 8
 PATIENCE = 600.0
-"""Seconds after which ranks that say nothing are taken to hang."""
+"""Seconds after which ranks that write nothing are taken to hang."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every rank of a run does."""
+    """What every rank of a run does.
+
+    config: the directory of the model's configuration. batch: rows of the global batch. folder: where checkpoints and log go.
+    start: the checkpoint to start from, of another run.
+    """
 
     config: str
     policy: Policy
@@ -53,25 +58,42 @@ class _Job:
     start: str | None = None
 
 
+class OntoCheck(TypedDict, total=False):
+    """How a run that resumes on another topology compares with the undisturbed one. Empty where there is no other topology."""
+
+    plan: dict[str, Any]
+    """The options of the other topology."""
+    from_step: int
+    """The step of the checkpoint that it resumes from."""
+    batches_equal: bool
+    losses: float
+    """The largest relative deviation of a loss."""
+    tolerance: float
+    weights: float
+    """The largest relative deviation of a weight at the end. In float64 only."""
+    ok: bool
+
+
 @dataclass
 class ResumeCheck:
-    """The answer.
-
-    steps: how many a run has; killed_after: the last step before the kill; within_save: whether a save was under way;
-    resumed_from: the step of the checkpoint that it went on from. losses_equal, files_equal: every loss, norm and batch, and
-    every byte of the last checkpoint, are those of the undisturbed run. onto: for another topology its plan, the deviations of
-    losses and weights, the tolerance, and `ok`.
-    """
+    """The answer of `resume_check`, and what `shardcomp resume-check --json` prints."""
 
     ok: bool
     steps: int
+    """How many steps a run has."""
     killed_after: int
+    """The last step before the kill."""
     within_save: bool
+    """Whether a checkpoint was being written when the run was killed."""
     resumed_from: int
+    """The step of the checkpoint that the run resumed from."""
     losses_equal: bool
+    """Whether every loss, norm and batch is that of the undisturbed run, bit for bit."""
     files_equal: bool
+    """Whether every byte of the last checkpoint is that of the undisturbed run."""
     reproduce: str
-    onto: dict[str, Any] = field(default_factory=dict)
+    """The command line that runs this check again."""
+    onto: OntoCheck = field(default_factory=OntoCheck)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,19 +111,37 @@ def resume_check(
     seed: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ResumeCheck:
-    """Train `steps` steps of a small model of the same structure; train them again, with SIGKILL for every rank at a drawn
-    moment, and let that run go on; compare. `shrink` as in `verify`.
+    """Train a small model of the same structure twice, kill the second run and resume it, and compare the two.
 
-    onto: a second plan, of the same model, that goes on from a checkpoint in the middle of the undisturbed run: its losses,
-    and in float64 its weights, must agree within the tolerance of `verify`. seed: of the moment. Raises VerifyError where the
-    ranks fail, or where there are more than this machine should start.
+    Every rank of the second run gets SIGKILL at a moment that is drawn.
+
+    Args:
+        model_or_config: a preset, a HuggingFace configuration, or its directory.
+        policy: the plan.
+        world_size: how many ranks; by default as many as the policy's degrees make. Each is a process.
+        onto: a second plan that resumes from a checkpoint in the middle of the undisturbed run. Its losses, and in float64 its
+            weights, must agree within the tolerance of `verify`.
+        onto_world: how many ranks the second plan has.
+        steps: how many steps a run has.
+        shrink: as in `verify`.
+        seed: of the moment of the kill. None draws another one every time.
+        progress: called with a few words when a run begins.
+
+    Raises:
+        VerifyError: the ranks fail, or there are more than this machine should start.
+        ShardError: a plan is not legal.
+
+    Example:
+        >>> answer = resume_check("tiny", Policy.load("llama", tensor=2), steps=6)  # doctest: +SKIP
+        >>> answer.ok, answer.losses_equal, answer.files_equal  # doctest: +SKIP
+        (True, True, True)
     """
     plans = [(policy, policy.mesh(world_size or policy.options.ranks))]
     if onto is not None:
         if policy.options.precision not in TOLERANCE or onto.options.precision != policy.options.precision:
             raise VerifyError(
-                f"precision = {policy.options.precision}, and {onto.options.precision} for the other topology: whether two "
-                f"topologies agree can be told where both have the same of {' and '.join(TOLERANCE)}"
+                f"precision = {policy.options.precision}, and {onto.options.precision} for the other topology: two topologies "
+                f"can be compared if both have the same precision, of {' and '.join(TOLERANCE)}"
             )
         plans.append((onto, onto.mesh(onto_world or onto.options.ranks)))
     for _, mesh in plans:
@@ -119,29 +159,28 @@ def resume_check(
         tensor = math.lcm(*(mesh.tp for _, mesh in plans))
         length = -(-LENGTH // tensor) * tensor
 
-        def job(number: int, folder: str, start: Path | None = None) -> _Job:
-            plan, mesh = plans[number]
+        def job(index: int, name: str, start: Path | None = None) -> _Job:
+            plan, mesh = plans[index]
             if not (shrink or {}).get("none"):
                 plan = plan.replace(stage_layers=None)
             plan = plan.replace(micro_batch=plan.options.micro_batch or 1)
-            where = str(root / folder)
-            return _Job(str(root / "model"), plan, mesh.world_size, batch, length, steps, where, str(start) if start else None)
+            folder = str(root / name)
+            return _Job(str(root / "model"), plan, mesh.world_size, batch, length, steps, folder, str(start) if start else None)
 
         progress("undisturbed")
         undisturbed = _Ranks(job(0, "undisturbed"))
         undisturbed.finish()
         progress("killed and resumed")
         killed = _Ranks(job(0, "killed"))
-        after = draw.randrange(2, steps - 1)
-        within = killed.kill_after(after, draw.random())
-        last = max(killed.numbers(), default=0)
+        within_save = killed.kill_after(draw.randrange(2, steps - 1), draw.random())
+        last_step = max(killed.numbers(), default=0)
         killed.start()
         killed.finish()
-        found = ResumeCheck(
+        answer = ResumeCheck(
             ok=False,
             steps=steps,
-            killed_after=last,
-            within_save=within,
+            killed_after=last_step,
+            within_save=within_save,
             resumed_from=killed.resumed_from(),
             losses_equal=killed.numbers() == undisturbed.numbers(),
             files_equal=killed.last() == undisturbed.last(),
@@ -152,20 +191,20 @@ def resume_check(
             middle = undisturbed.checkpoints / directory.name_of(steps // 2)
             other = _Ranks(job(1, "onto", middle))
             other.finish()
-            found.onto = _compare(undisturbed, other, onto)
-        found.ok = found.losses_equal and found.files_equal and found.onto.get("ok", True)
-        return found
+            answer.onto = _compare(undisturbed, other, onto)
+        answer.ok = answer.losses_equal and answer.files_equal and answer.onto.get("ok", True)
+        return answer
 
 
 class Trace:
-    """What a run leaves in `folder`: its checkpoints, and a log with a JSON object a line."""
+    """What a run leaves in `folder`: its checkpoints, and a log of one JSON object a line."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints, self.log = folder / "checkpoints", folder / "log.jsonl"
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """The log's lines, but for one that a kill cut off or that is being written."""
+        """The lines of the log, without one that a kill cut off or that is being written."""
         for line in self.log.read_text().splitlines() if self.log.exists() else ():
             try:
                 yield json.loads(line)
@@ -173,15 +212,16 @@ class Trace:
                 continue
 
     def numbers(self) -> dict[int, tuple[float, float, str]]:
-        """Loss, norm and digest of each step, as it was done last."""
-        return {each["step"]: (each["loss"], each["norm"], each["digest"]) for each in self.entries() if "loss" in each}
+        """Step -> its loss, norm and digest of samples. A step that ran twice has those of the last time."""
+        steps = (entry for entry in self.entries() if "loss" in entry)
+        return {step["step"]: (step["loss"], step["norm"], step["digest"]) for step in steps}
 
     def partials(self) -> list[str]:
-        """Saves that are under way, or were cut off."""
+        """The directories of checkpoints that are being written, or whose writing was cut off."""
         return sorted(path.name for path in self.checkpoints.glob(".step-*.partial"))
 
     def last(self) -> str:
-        """The name and the sums of all files of the last checkpoint."""
+        """The name of the last checkpoint, and the checksums of its files."""
         newest = directory.latest(self.checkpoints)
         return f"{newest.name}\n{(newest / directory.SUMS).read_text()}" if newest else ""
 
@@ -207,17 +247,17 @@ class _Ranks(Trace):
             process.start()
 
     def finish(self) -> None:
-        """Wait for the end. Raises VerifyError with a failed rank's words."""
-        ends = time.monotonic() + PATIENCE
-        while any(process.exitcode is None for process in self.processes) and time.monotonic() < ends:
+        """Wait for the end. Raises VerifyError with the traceback of a rank that failed."""
+        deadline = time.monotonic() + PATIENCE
+        while any(process.exitcode is None for process in self.processes) and time.monotonic() < deadline:
             if any(process.exitcode for process in self.processes):
                 break
             time.sleep(0.02)
         codes = [process.exitcode for process in self.processes]
         if any(code != 0 for code in codes):
             self.kill()
-            words = [path.read_text() for path in sorted(self.folder.glob("failed-*.txt"))]
-            raise VerifyError("\n".join(words) or f"the ranks ended with {codes}, where None did not end")
+            tracebacks = [path.read_text() for path in sorted(self.folder.glob("failed-*.txt"))]
+            raise VerifyError("\n".join(tracebacks) or f"the ranks ended with {codes}, where None did not end")
 
     def kill(self) -> None:
         for process in self.processes:
@@ -226,10 +266,10 @@ class _Ranks(Trace):
             process.join()
 
     def kill_after(self, step: int, share: float) -> bool:
-        """SIGKILL for every rank at some moment after a step. Returns whether a save was under way."""
-        ends = time.monotonic() + PATIENCE
+        """Send SIGKILL to every rank at some moment after a step. Returns whether a checkpoint was being written."""
+        deadline = time.monotonic() + PATIENCE
         while max(self.numbers(), default=0) < step:
-            if not all(process.is_alive() for process in self.processes) or time.monotonic() > ends:
+            if not all(process.is_alive() for process in self.processes) or time.monotonic() > deadline:
                 self.finish()
                 raise VerifyError(f"the run ended before step {step}")
             time.sleep(0.001)
@@ -238,7 +278,8 @@ class _Ranks(Trace):
         return bool(self.partials())
 
     def resumed_from(self) -> int:
-        return [each["start"] for each in self.entries() if "start" in each][-1]
+        """The step that the last start began after."""
+        return [entry["start"] for entry in self.entries() if "start" in entry][-1]
 
 
 def _rank(job: _Job, rank: int, store: str) -> None:
@@ -266,75 +307,80 @@ def _train(job: _Job, rank: int) -> None:
     samples = torch.randint(0, vocabulary, (SAMPLES, job.length), generator=torch.Generator().manual_seed(1))
     stream = SampleStream(samples, job.policy.options.seed, axis.get_local_rank(), axis.size())
     saver = Saver(Path(job.folder) / "checkpoints")
-    found = saver.resume(sharded, optimizer, scheduler=scheduler, path=job.start)
-    if found is not None:
-        stream.load_state_dict(found.extra)
+    resumed = saver.resume(sharded, optimizer, scheduler=scheduler, path=job.start)
+    if resumed is not None:
+        stream.load_state_dict(resumed.extra)
 
-    def say(**entry: Any) -> None:
+    def write(**entry: Any) -> None:
         if rank == 0:
             with open(Path(job.folder) / "log.jsonl", "a") as log:
-                log.write("\n" + json.dumps(entry))
+                log.write("\n" + json.dumps(entry))  # first the newline: it ends a line that a kill cut off
 
-    start = found.step if found else 0
-    say(start=start)
+    start = resumed.step if resumed else 0
+    write(start=start)
     for step in range(start + 1, job.steps + 1):
-        tokens, mine = stream.next(job.batch // axis.size())
+        tokens, digest = stream.next(job.batch // axis.size())
         result = sharded.train_step(input_ids=tokens, labels=tokens)
         norm = float(sharded.clip_grad_norm_(1.0))
         if sharded.optimizer_step(optimizer):
             scheduler.step()
         optimizer.zero_grad()
-        total = torch.tensor([mine])
-        dist.all_reduce(total, group=axis.get_group())
-        say(step=step, loss=float(result.loss), norm=norm, digest=digest_text(int(total)))
+        batch_digest = torch.tensor([digest])
+        dist.all_reduce(batch_digest, group=axis.get_group())
+        write(step=step, loss=float(result.loss), norm=norm, digest=digest_text(int(batch_digest)))
         saver.save(sharded, optimizer, step=step, scheduler=scheduler, extra=stream.state_dict())
     saver.close()
 
 
-def _compare(undisturbed: _Ranks, other: _Ranks, onto: Policy) -> dict[str, Any]:
+def _compare(undisturbed: _Ranks, other: _Ranks, onto: Policy) -> OntoCheck:
     """How far the run on the other topology is from the undisturbed one."""
     tolerance = TOLERANCE[onto.options.precision]
-    mine, theirs = undisturbed.numbers(), other.numbers()
-    losses = max(abs(theirs[step][0] - mine[step][0]) / abs(mine[step][0]) for step in theirs)
-    batches = all(theirs[step][2] == mine[step][2] for step in theirs)
-    found: dict[str, Any] = {
+    exact, numbers = undisturbed.numbers(), other.numbers()
+    losses = max(abs(loss - exact[step][0]) / abs(exact[step][0]) for step, (loss, _, _) in numbers.items())
+    batches_equal = all(digest == exact[step][2] for step, (_, _, digest) in numbers.items())
+    check: OntoCheck = {
         "plan": onto.options.as_dict(),
         "from_step": other.resumed_from(),
-        "batches_equal": batches,
+        "batches_equal": batches_equal,
         "losses": losses,
         "tolerance": tolerance,
     }
-    ok = batches and losses <= tolerance
+    ok = batches_equal and losses <= tolerance
     if onto.options.precision == "fp64":
-        ends = [directory.latest(each.checkpoints) for each in (undisturbed, other)]
-        exact, held = (Stored(path, directory.read_manifest(path)) for path in ends if path)
-        # A gradient that is zero but for rounding becomes a step of full size in AdamW.
-        sizes = {name: float(_squares(exact, name)) for name in exact.packed}
-        floor = FLOOR**2 * sum(sizes.values())
-        deviations = {
-            name: float((held.original(name) - exact.original(name)).norm() / exact.original(name).norm())
-            for name, size in sizes.items()
-            if size > floor
-        }
-        found["weights"] = max(deviations.values())
-        ok = ok and found["weights"] <= tolerance
-    return {**found, "ok": ok}
+        check["weights"] = _weight_deviation(undisturbed, other)
+        ok = ok and check["weights"] <= tolerance
+    check["ok"] = ok
+    return check
 
 
-def _squares(stored: Any, name: str) -> torch.Tensor:
-    """The mean squares of a tensor's gradients, added up."""
-    keys = [f"optimizer/{each}/exp_avg_sq" for each in stored.packed[name]]
-    return sum((stored.whole(key).sum() for key in keys if key in stored), torch.zeros(()))
+def _weight_deviation(undisturbed: _Ranks, other: _Ranks) -> float:
+    """The largest relative deviation of a weight at the end."""
+    paths = [directory.latest(run.checkpoints) for run in (undisturbed, other)]
+    exact, stored = (Stored(path, directory.read_manifest(path)) for path in paths if path)
+    # A gradient that is zero but for rounding becomes a step of full size in AdamW. Its weight is not compared.
+    squares = {name: float(_mean_squares(exact, name)) for name in exact.packed}
+    floor = FLOOR**2 * sum(squares.values())
+    return max(
+        float((stored.original(name) - exact.original(name)).norm() / exact.original(name).norm())
+        for name, square in squares.items()
+        if square > floor
+    )
+
+
+def _mean_squares(stored: Any, name: str) -> torch.Tensor:
+    """AdamW's mean squares of a tensor's gradients, added up over its elements."""
+    keys = [f"optimizer/{slice_name}/exp_avg_sq" for slice_name in stored.packed[name]]
+    return sum((stored.full(key).sum() for key in keys if key in stored), torch.zeros(()))
 
 
 def _command(name: str, plans: list[Any], steps: int, shrink: dict[str, Any]) -> str:
     words = ["shardcomp", "resume-check", name, *_flags(*plans[0]), "--steps", str(steps)]
-    words += [word for key, held in shrink.items() for word in ("--shrink", "none" if key == "none" else f"{key}={held}")]
+    words += [word for key, value in shrink.items() for word in ("--shrink", "none" if key == "none" else f"{key}={value}")]
     if len(plans) > 1:
         words += ["--onto", " ".join(_flags(*plans[1]))]
     return shlex.join(words)
 
 
 def _flags(policy: Policy, mesh: Any) -> list[str]:
-    asked = {key: held for key, held in policy.options.as_dict().items() if held is not None and key != "data"}
+    asked = {key: value for key, value in policy.options.as_dict().items() if value is not None and key != "data"}
     return ["--world", str(mesh.world_size), "--policy", policy.name, *flags(asked)]

@@ -1,5 +1,7 @@
-"""Ranks as threads of one process, or one rank alone: what verification runs a plan on. The only user of torch's threaded
-process group."""
+"""Ranks as threads of one process, or one rank alone: what verification runs a plan on.
+
+Nothing else uses torch's threaded process group, which is private.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,32 @@ from shardcomp.errors import ShardError, VerifyError
 
 T = TypeVar("T")
 GRACE = 20.0
-"""Seconds that the other ranks have to end once one has failed; who waits for a new group does not learn of it."""
+"""Seconds that the other ranks have to end once one has failed. A rank that waits for a new group does not learn of it."""
 _lock = threading.Lock()
 
 
 def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 600.0) -> list[T]:
-    """Call `function(rank)` on every rank at once, each in a thread that has a process group of `world_size`.
+    """Call `function(rank)` on every rank at once, each in a thread with a process group of `world_size`.
 
-    Returns the results in order of rank. An exception of any rank ends the others and is raised here: a ShardError as it is,
-    any other as a VerifyError that holds the rank's traceback.
+    Args:
+        world_size: how many ranks.
+        function: what a rank does.
+        timeout: seconds after which ranks that have not ended are taken to hang.
+
+    Returns:
+        The results in order of rank.
+
+    Raises:
+        ShardError: one that a rank raised. The other ranks are ended.
+        VerifyError: another exception of a rank, with its traceback; or ranks that hang.
+
+    Example:
+        >>> def reduce(rank):
+        ...     tensor = torch.tensor([float(rank)])
+        ...     dist.all_reduce(tensor)
+        ...     return tensor.item()
+        >>> run_ranks(3, reduce)
+        [3.0, 3.0, 3.0]
     """
     from torch.testing._internal.distributed.multi_threaded_pg import (
         ProcessLocalGroup,
@@ -72,7 +91,8 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
                     if failures:
                         end = min(end, time.monotonic() + GRACE)
             if any(thread.is_alive() for thread in threads) and not failures:
-                raise VerifyError(f"ranks {[i for i, t in enumerate(threads) if t.is_alive()]} hang after {timeout:.0f} s")
+                alive = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+                raise VerifyError(f"ranks {alive} hang after {timeout:.0f} s")
         finally:
             isolated(False)
             _uninstall_threaded_pg()
@@ -85,8 +105,10 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
 
 
 def run_alone(world_size: int, function: Callable[[int], T]) -> list[T]:
-    """Call `function(0)` as the only rank, in this thread, under the process group that it starts, which is ended afterwards:
-    how a plan runs on a GPU. An exception is raised as `run_ranks` does."""
+    """Call `function(0)` in this thread, as the only rank. This is how a plan runs on a GPU.
+
+    `function` starts the process group itself, and it is ended afterwards. Exceptions are raised as by `run_ranks`.
+    """
     if dist.is_initialized():
         raise VerifyError("a rank alone needs a process without a process group of its own")
     try:
@@ -101,22 +123,22 @@ def run_alone(world_size: int, function: Callable[[int], T]) -> list[T]:
 
 
 def _first(failures: dict[int, tuple[BaseException, str]]) -> tuple[int, tuple[BaseException, str]]:
-    """The failure that caused the others, which only report that a peer is gone."""
+    """The failure that caused the others, and its rank. The others only report that a peer is gone."""
     causes = {rank: failure for rank, failure in failures.items() if not isinstance(failure[0], SystemExit)}
     return min((causes or failures).items())
 
 
 class _Box:
-    """Messages from one rank to another: the n-th that is sent is the n-th that is asked for, whatever is waited for first."""
+    """Messages from one rank to another. The n-th receive gets the n-th message, in whatever order receives are waited for."""
 
     def __init__(self) -> None:
         self.filled = threading.Condition()
-        self.held: dict[int, Tensor] = {}
+        self.messages: dict[int, Tensor] = {}
         self.sent = self.asked = 0
 
     def put(self, tensor: Tensor) -> None:
         with self.filled:
-            self.held[self.sent] = tensor
+            self.messages[self.sent] = tensor
             self.sent += 1
             self.filled.notify_all()
 
@@ -127,33 +149,33 @@ class _Box:
 
 
 class _Sent:
-    """A message that was put into its box: there is nothing to wait for."""
+    """The handle of a send. The message is in its box, so there is nothing to wait for."""
 
     def wait(self, timeout: Any = None) -> bool:
         return True
 
 
 class _Awaited:
-    """A message that will arrive in `into`."""
+    """The handle of a receive into the tensor `into`."""
 
     def __init__(self, box: _Box, into: Tensor, ended: threading.Event) -> None:
-        self.box, self.into, self.ended, self.place = box, into, ended, box.ask()
+        self.box, self.into, self.ended, self.number = box, into, ended, box.ask()
 
     def wait(self, timeout: Any = None) -> bool:
         with self.box.filled:
-            while self.place not in self.box.held:
+            while self.number not in self.box.messages:
                 self.box.filled.wait(0.05)
                 if self.ended.is_set():
                     sys.exit("another rank failed")
-            arrived = self.box.held.pop(self.place)
+            arrived = self.box.messages.pop(self.number)
         with torch.no_grad():
             self.into.copy_(arrived)
         return True
 
 
 def _add_mail(group_class: Any) -> None:
-    """Give torch's threaded process group messages from one rank to another, which it lacks, and what torch 2.14 asks before it
-    sends some: a backend, which has no way to send several as one."""
+    """Give torch's threaded process group what it lacks: send and receive. torch 2.14 also asks for its backend before sending:
+    one that cannot send several messages as one."""
     boxes: defaultdict[tuple[str, int, int, int], _Box] = defaultdict(_Box)
     lock = threading.Lock()
 

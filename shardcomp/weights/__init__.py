@@ -1,1 +1,1 @@
-"""Weights from elsewhere: HuggingFace directories, names of other releases, a model's own initialization."""
+"""Weights from elsewhere: HuggingFace directories, names of other releases, a model's own initialization rule."""

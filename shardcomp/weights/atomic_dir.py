@@ -1,4 +1,4 @@
-"""A directory that is written beside its place and takes it whole, or not at all. What the files mean is not known here."""
+"""A directory that appears complete or not at all: it is written beside its place and renamed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from shardcomp.errors import CheckpointError
 class Staging:
     """A new directory at `path`, to become `destination`.
 
-    own: patterns of the files that belong to what is written; an earlier version's are replaced, its other files are kept.
-    is_earlier: whether a directory that stands at the destination is an earlier version, which may be replaced.
+    own: patterns of the files that are written. Those of an earlier version are replaced, its other files stay.
+    is_earlier: whether a directory at the destination is an earlier version, which may be replaced.
     """
 
     def __init__(self, destination: Path, own: tuple[str, ...], is_earlier: Callable[[Path], bool]) -> None:
@@ -26,8 +26,11 @@ class Staging:
         self.previous = self._beside("previous")
 
     def begin(self) -> None:
-        """Make the directory. Raises CheckpointError where the destination holds anything but an earlier version, and OSError
-        where nothing can be written."""
+        """Make the directory.
+
+        Raises CheckpointError where the destination is anything but an earlier version, and OSError where nothing can be
+        written.
+        """
         self._recover()
         self._refuse_others()
         self.destination.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +55,20 @@ class Staging:
             raise CheckpointError(f"{self.destination} is a file: name a directory")
         if os.path.ismount(self.destination):
             raise CheckpointError(f"{self.destination} is a mount point, which cannot be replaced: name a directory in it")
-        held = sorted(path.name for path in self.destination.iterdir())
-        if held and not self.is_earlier(self.destination):
-            more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        files = sorted(path.name for path in self.destination.iterdir())
+        if files and not self.is_earlier(self.destination):
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
             raise CheckpointError(
-                f"{self.destination} is not an earlier save, so it is not overwritten (it holds {', '.join(held[:3])}{more}): "
+                f"{self.destination} is not an earlier save, so it is not overwritten (it holds {', '.join(files[:3])}{more}): "
                 "name a new or empty directory"
             )
 
     def commit(self) -> None:
-        """Take the destination's place. Killed between the two renames, it leaves the earlier version beside the destination,
-        from where the next save puts it back."""
+        """Rename the directory to its destination.
+
+        A process that is killed between the two renames leaves the earlier version beside the destination. The next save puts
+        it back.
+        """
         if not self.destination.exists():
             self.path.rename(self.destination)
             return

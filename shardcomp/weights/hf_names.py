@@ -1,5 +1,7 @@
-"""What the names in a HuggingFace directory mean. The hub's files may lack the base model's prefix, and earlier releases named
-modules otherwise and saved tensors that every release computes; transformers knows of both, and is asked.
+"""The model's names of tensors in a HuggingFace directory.
+
+The hub's files may lack the base model's prefix. Earlier releases of transformers had other names for modules. They also saved
+tensors that every release computes. transformers knows both.
 """
 
 from __future__ import annotations
@@ -15,28 +17,28 @@ COMPUTED = ("inv_freq", "masked_bias", "position_ids")
 
 
 def resolve(stored: Iterable[str], known: Container[str], model: Any = None) -> dict[str, str]:
-    """Each stored name -> the model's name for it, or itself where the model has none.
+    """Each stored name -> the model's name, or the stored one where the model has none.
 
-    known: the model's names. model: says the prefix of its base model and, where it is transformers' own, earlier names.
+    known: the model's names. model: has the prefix of its base model and, if it is one of transformers', earlier names.
     """
     renames = _renames(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def spellings(name: str) -> Iterable[str]:
-        now = name
+        renamed = name
         for rename in renames:
-            now = rename(now)
-        for each in (name, now):
-            yield from (each, each.removeprefix(prefix), prefix + each)
+            renamed = rename(renamed)
+        for spelling in (name, renamed):
+            yield from (spelling, spelling.removeprefix(prefix), prefix + spelling)
 
-    return {name: next((each for each in spellings(name) if each in known), name) for name in stored}
+    return {name: next((spelling for spelling in spellings(name) if spelling in known), name) for name in stored}
 
 
 def is_computed(name: str, shape: tuple[int, ...], model: Any = None) -> bool:
-    """Whether a stored tensor that is none of the model's weights is something that the model computes: one that its class says
-    to ignore, a buffer of its own, or a table of which token sees which."""
+    """Whether a stored tensor, which is no weight of the model, is one that the model computes: one that its class ignores, a
+    buffer, or a table of causal masks."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    buffers = {each for each, _ in model.named_buffers()} if hasattr(model, "named_buffers") else set()
+    buffers = {buffer for buffer, _ in model.named_buffers()} if hasattr(model, "named_buffers") else set()
     return (
         name in buffers
         or name.rpartition(".")[2] in COMPUTED
@@ -46,7 +48,8 @@ def is_computed(name: str, shape: tuple[int, ...], model: Any = None) -> bool:
 
 
 def _renames(model: Any) -> list[Rename]:
-    """What transformers renames as it loads, in order. It also merges and splits tensors of some models: not done here."""
+    """The renames of transformers as it loads, in order. It also merges and splits tensors of some models, which is not done
+    here."""
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -56,5 +59,5 @@ def _renames(model: Any) -> list[Rename]:
         return [lambda name, old=old, new=new: re.sub(old, new, name) for old, new in mapping.items()]  # type: ignore[misc]
     if not isinstance(model, PreTrainedModel):
         return []
-    found = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    return [lambda name, each=each: each.rename_source_key(name)[0] for each in found]  # type: ignore[misc]
+    renamings = [mapping for mapping in get_model_conversion_mapping(model) if isinstance(mapping, WeightRenaming)]
+    return [lambda name, renaming=renaming: renaming.rename_source_key(name)[0] for renaming in renamings]  # type: ignore[misc]

@@ -25,7 +25,7 @@ from shardcomp.weights.atomic_dir import Staging
 from shardcomp.weights.hf_names import is_computed, resolve
 
 Entry = tuple[str, tuple[int, ...], torch.dtype, Callable[[], Tensor]]
-"""A tensor to save: its name, global shape, dtype, and a call that returns it whole on the CPU."""
+"""A tensor to save: its name, full shape, dtype, and a collective call that returns it on the CPU."""
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (SINGLE, INDEX, "model-*-of-*.safetensors")
@@ -34,7 +34,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The dtypes of weights and their sizes in bytes."""
 SHOWN = 8
 BLOCK = 16 * 2**20
-"""Bytes of a file that may be mapped into memory at a time: its pages count as the process's own until it is closed."""
+"""Bytes of a file that may be mapped into memory at a time. The pages of an open file count as the process's memory."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class _Stored:
 class WeightFiles:
     """The tensors of a HuggingFace directory (`model.safetensors`, or its index and shards). Opening reads headers only.
 
-    `bytes_read` counts the bytes of the parts that were asked for. Raises CheckpointError where there is nothing to open; what
-    is wrong with the files is for `check` to say.
+    bytes_read: counts the bytes of the slices that were read. Raises CheckpointError where there is nothing to open; `check`
+    reports what is wrong with the files.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
         self.bytes_read = 0
-        self._found: dict[str, _Stored] = {}  # by the name in the file
+        self._tensors: dict[str, _Stored] = {}  # by the name in the file
         self._unreadable: dict[str, str] = {}  # file -> why
         self._problems: list[str] = []
         self._stored_as: dict[str, list[str]] = {}  # the model's name -> the names in the files
@@ -65,12 +65,12 @@ class WeightFiles:
         for file in self._files():
             self._open(file)
         for name, file in self._promised.items():
-            if name not in self._found and file not in self._unreadable:
+            if name not in self._tensors and file not in self._unreadable:
                 self._problems.append(f"{INDEX} says that {file} holds {name}, but it does not")
 
     def _files(self) -> list[str]:
         if not self.directory.is_dir():
-            kind = "is no directory" if self.directory.exists() else "does not exist"
+            kind = "is not a directory" if self.directory.exists() else "does not exist"
             raise CheckpointError(f"{self.directory} {kind}: give a directory that save_pretrained wrote or the hub gave")
         if (self.directory / SINGLE).exists():
             return [SINGLE]
@@ -87,8 +87,8 @@ class WeightFiles:
 
     def _indexed(self) -> list[str]:
         try:
-            found = json.loads((self.directory / INDEX).read_text())["weight_map"]
-            self._promised = {str(name): str(file) for name, file in found.items()}
+            files = json.loads((self.directory / INDEX).read_text())["weight_map"]
+            self._promised = {str(name): str(file) for name, file in files.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise CheckpointError(
                 f"{self.directory / INDEX} is damaged ({type(problem).__name__}: {problem}): get the directory again"
@@ -102,10 +102,10 @@ class WeightFiles:
         try:
             with safe_open(str(self.directory / file), framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
-                    held = opened.get_slice(name)
-                    if name in self._found:
-                        self._problems.append(f"{name} is in {self._found[name].file} and in {file}")
-                    self._found[name] = _Stored(file, tuple(held.get_shape()), str(held.get_dtype()))
+                    header = opened.get_slice(name)
+                    if name in self._tensors:
+                        self._problems.append(f"{name} is in {self._tensors[name].file} and in {file}")
+                    self._tensors[name] = _Stored(file, tuple(header.get_shape()), str(header.get_dtype()))
         except FileNotFoundError:
             self._unreadable[file] = f"{file} is missing, but {INDEX} names it: get the file"
         except (SafetensorError, OSError) as problem:
@@ -116,17 +116,17 @@ class WeightFiles:
     ) -> None:
         """Compare the headers with a model. Raises one CheckpointError with everything that does not fit.
 
-        expected: global shapes by name, a packed weight being one. aliases: the other names of tied weights -> the name in
-        `expected`; a tied weight may be stored under any of its names, or several. model: whose class says what else its
-        weights were called, and what its files may hold besides.
+        expected: full shapes by name, of packed weights as one. aliases: the other names of tied weights -> the name in
+        `expected`; a tied weight may be stored under any of its names, or several. model: its class knows earlier names of its
+        weights, and which further tensors its files may have.
         """
         names = {name: name for name in expected} | dict(aliases or {})
-        spelled = resolve(dict.fromkeys([*self._found, *self._promised]), names, model)
+        spelled = resolve(dict.fromkeys([*self._tensors, *self._promised]), names, model)
         self._stored_as = {name: [] for name in expected}
-        for stored in self._found:
+        for stored in self._tensors:
             if spelled[stored] in names:
                 self._stored_as[names[spelled[stored]]].append(stored)
-        # What a damaged file ought to hold is not missing as well; without an index it might have held anything.
+        # A tensor of a damaged file is not reported as missing too. Without an index that may be any tensor.
         excused = {names.get(spelled[n]) for n, file in self._promised.items() if file in self._unreadable}
         if self._unreadable and not self._promised:
             excused = set(expected)
@@ -141,28 +141,28 @@ class WeightFiles:
         missing = [name for name in expected if not self._stored_as[name] and name not in excused]
         if missing:
             yield f"{len(missing)} of the model's {len(expected)} tensors are missing: {_some(missing)}; {other}"
-        stored = [(name, each) for name, held in self._stored_as.items() for each in held]
-        known = {each for _, each in stored}
-        unexpected = [n for n, held in self._found.items() if n not in known and not is_computed(spelled[n], held.shape, model)]
+        stored = [(name, spelling) for name, spellings in self._stored_as.items() for spelling in spellings]
+        known = {spelling for _, spelling in stored}
+        unexpected = [n for n, t in self._tensors.items() if n not in known and not is_computed(spelled[n], t.shape, model)]
         if unexpected:
             yield f"{len(unexpected)} tensors are not the model's: {_some(unexpected)}; {other}"
         misshapen = [
-            f"{each} is {_shape(held.shape)} in {held.file} and {_shape(expected[name])} in the model"
-            for name, each in stored
-            if (held := self._found[each]).shape != tuple(expected[name])
+            f"{spelling} is {_shape(tensor.shape)} in {tensor.file} and {_shape(expected[name])} in the model"
+            for name, spelling in stored
+            if (tensor := self._tensors[spelling]).shape != tuple(expected[name])
         ]
         yield from misshapen[:SHOWN]
         if len(misshapen) > SHOWN:
             yield f"{len(misshapen) - SHOWN} more tensors have other shapes than the model's"
-        coded = [f"{each} ({self._found[each].dtype})" for _, each in stored if self._found[each].dtype not in SIZES]
+        coded = [f"{s} ({self._tensors[s].dtype})" for _, s in stored if self._tensors[s].dtype not in SIZES]
         if coded:
             yield f"{len(coded)} tensors are quantized, or no weights: {_some(coded)}; give the unquantized weights"
 
     def read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
-        """The part of a tensor that `index` says (a slice without step for each dimension), on the CPU in `dtype`.
+        """A slice of a tensor, on the CPU in `dtype`. index: a slice without step for each dim.
 
-        Of the file no more than this part's rows are read, a block at a time. Raises CheckpointError where the file has changed
-        since, or where one weight is stored under two names with two values.
+        Only the rows of the slice are read, a block at a time. Raises CheckpointError where the file has changed since it was
+        opened, or where one weight is stored under two names with two values.
         """
         stored = self._stored_as.get(name) or [name]
         part = self._read(stored[0], index, dtype)
@@ -175,26 +175,26 @@ class WeightFiles:
         return part
 
     def _read(self, name: str, index: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
-        if name not in self._found:
+        if name not in self._tensors:
             raise CheckpointError(f"{self.directory} holds no {name}")
-        held = self._found[name]
-        found = torch.empty([each.stop - each.start for each in index], dtype=dtype, device="cpu")
-        row = max(1, math.prod(held.shape[1:]) * SIZES.get(held.dtype, 8))
+        stored = self._tensors[name]
+        result = torch.empty([range_.stop - range_.start for range_ in index], dtype=dtype, device="cpu")
+        row = max(1, math.prod(stored.shape[1:]) * SIZES.get(stored.dtype, 8))
         try:
             if not index:
-                return found.copy_(self._mapping(held.file, row).get_tensor(name))
+                return result.copy_(self._mapping(stored.file, row).get_tensor(name))
             at = index[0].start
-            for part in found.split(max(1, BLOCK // row)):
-                read = self._mapping(held.file, len(part) * row).get_slice(name)[slice(at, at + len(part)), *index[1:]]
-                part.copy_(read)
+            for block in result.split(max(1, BLOCK // row)):
+                read = self._mapping(stored.file, len(block) * row).get_slice(name)[slice(at, at + len(block)), *index[1:]]
+                block.copy_(read)
                 self.bytes_read += read.nbytes
-                at += len(part)
+                at += len(block)
         except (SafetensorError, OSError) as problem:
-            raise CheckpointError(f"{self.directory / held.file} can no longer be read: {problem}") from problem
-        return found
+            raise CheckpointError(f"{self.directory / stored.file} can no longer be read: {problem}") from problem
+        return result
 
     def _mapping(self, file: str, nbytes: int) -> Any:
-        """An open file. It is opened anew, which lets go of its pages, before more than a block of it has been touched."""
+        """An open file. It is opened again, which frees its pages, before more than a block of it is in memory."""
         last, opened, touched = self._mapped
         if file != last or touched + nbytes > BLOCK:
             opened, touched = safe_open(str(self.directory / file), framework="pt"), 0
@@ -213,10 +213,10 @@ def save_pretrained(
     """Write a directory that transformers' `from_pretrained` loads: config.json, and safetensors of at most `max_shard_size`
     bytes (or one tensor) a file.
 
-    Every rank calls this with the same list; the calls in it are collective. Only the writer keeps what they return, one file
-    at a time, and only it touches the disk. The directory is written beside its place and moved there at the end, so that a
-    save that fails leaves what was there; an earlier save is replaced, with other files in it kept, and any other directory is
-    refused. The writer raises CheckpointError, after all collectives, so that no other rank waits for it in one.
+    Every rank calls this with the same list, since the calls in it are collective. Only the writer keeps what they return, one
+    file at a time, and writes it. The directory appears when it is complete, so that a save that fails leaves what was there.
+    It replaces an earlier save, whose other files stay. Any other directory is refused. The writer raises CheckpointError after
+    all collectives, so that no rank waits for it in one.
     """
     if config is None:
         raise CheckpointError("the model has no HuggingFace configuration: save its state with torch.distributed.checkpoint")
@@ -248,7 +248,7 @@ def save_pretrained(
 
 
 class _Save:
-    """The writer's part of a save. After the first failure, which is kept, nothing more is attempted."""
+    """The writer's part of a save. After the first failure, which it stores, it attempts nothing more."""
 
     def __init__(self, destination: Path) -> None:
         self.staging = Staging(destination, (CONFIG, *WEIGHTS), _is_save)
@@ -290,7 +290,7 @@ def _is_save(directory: Path) -> bool:
 
 
 def _shards(tensors: Iterable[Entry], limit: int) -> dict[str, list[Entry]]:
-    """Which tensors go into which file, in order, each file as full as `limit` bytes allow."""
+    """The tensors of each file, in order, with as many in a file as `limit` bytes allow."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in tensors:

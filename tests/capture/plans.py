@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import shardcomp
 from shardcomp.verification.dense_model import Batch, batches, dense
-from shardcomp.verification.verifier import _sharded
+from shardcomp.verification.sharded_model import run_plan
 
 Make = Callable[[], nn.Module]
 
@@ -34,7 +34,7 @@ def assert_as_dense(
     model = make()
     given = dict(zip(["causal", *(f"call {i}" for i in range(1, len(calls)))], calls, strict=True))
     lowered = shardcomp.lower(model, policy, world, seq=calls[0]["input_ids"].shape[1])
-    got = _sharded(lowered, given, [])
+    got = run_plan(lowered, given, [])
     for kind, each in given.items():
         expected = dense((dense_model or make)(), "fp64", {"causal": each}, [])
         torch.testing.assert_close(got.loss[kind], expected.loss["causal"], rtol=1e-12, atol=0)

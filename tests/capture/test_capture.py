@@ -23,7 +23,8 @@ from shardcomp.capture import capture, self_check
 from shardcomp.capture.masks import Mask, MaskToken, UnclearMask, classify
 from shardcomp.capture.vmap import broadcast
 from shardcomp.errors import CaptureError
-from shardcomp.ir.program import B, Program, S, Signature, Value, value
+from shardcomp.ir.nodes import value
+from shardcomp.ir.program import B, Program, S, Signature, Value
 from shardcomp.kernels.attention import _seen, attention
 from support.families import tiny_config
 from support.models import tiny

@@ -24,7 +24,7 @@ from shardcomp.errors import CaptureError
 from shardcomp.ir.precision import Widened
 from shardcomp.ir.program import Signature
 from shardcomp.verification.dense_model import in_dtype, without_dropout
-from shardcomp.verification.verifier import _sharded
+from shardcomp.verification.sharded_model import run_plan
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
 
@@ -169,7 +169,7 @@ def dense(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[str,
 def test_a_patched_model_trains_all_its_weights(patch: Callable[[Any], None]) -> None:
     given = batch()
     loss, gradients = dense(make(patch), given)
-    got = _sharded(shardcomp.lower(make(patch), shardcomp.Policy.load("auto", precision="fp64"), seq=8), {"causal": given}, [])
+    got = run_plan(shardcomp.lower(make(patch), shardcomp.Policy.load("auto", precision="fp64"), seq=8), {"causal": given}, [])
     torch.testing.assert_close(got.loss["causal"], loss, rtol=1e-12, atol=0)
     assert_alike(got.gradients["causal"], gradients)
 
@@ -180,7 +180,7 @@ def test_a_patched_model_trains_under_tensor_parallelism(patch: Callable[[Any], 
     given = batch()
     loss, gradients = dense(make(patch), given)
     plan = shardcomp.Policy.load(policy, precision="fp64", tensor=2)
-    got = _sharded(shardcomp.lower(make(patch), plan, seq=8), {"causal": given}, [])
+    got = run_plan(shardcomp.lower(make(patch), plan, seq=8), {"causal": given}, [])
     torch.testing.assert_close(got.loss["causal"], loss, rtol=1e-12, atol=0)
     assert_alike(got.gradients["causal"], gradients)
 
@@ -327,7 +327,7 @@ def test_a_parameter_that_would_be_a_constant_is_refused_by_name(patch: Callable
         capture(model, TRAINING, precision="fp32")
     for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight"):
         assert f"the parameter {name}, used in model.layers.0.mlp, model.layers.1.mlp, is reached past" in str(refused.value)
-    assert "2 problems" in str(refused.value) and "types.MethodType" in str(refused.value)
+    assert "2 violations" in str(refused.value) and "types.MethodType" in str(refused.value)
 
 
 @pytest.mark.grid

@@ -37,11 +37,11 @@ def test_hooks_on_the_backward_of_modules_are_refused_all_at_once() -> None:
     with pytest.raises(CaptureError) as refused:
         capture(model, TRAINING, precision="fp32")
     message = str(refused.value)
-    assert "LlamaForCausalLM: 3 problems" in message
+    assert "LlamaForCausalLM: 3 violations" in message
     assert "model.layers.1.mlp has a full backward hook; a sharded model would not call it" in message
     assert "model.norm has a full backward pre-hook" in message and "LlamaForCausalLM has a full backward hook" in message
     assert "use a hook on a parameter" in message
-    with pytest.raises(CaptureError, match="3 problems"):
+    with pytest.raises(CaptureError, match="3 violations"):
         shardcomp.lower(model, "auto")
 
 
@@ -107,7 +107,7 @@ def test_gradients_divided_by_the_frequency_in_a_part_are_refused_all_at_once() 
     with pytest.raises(PlanError) as refused:
         shardcomp.lower(counting(), shardcomp.Policy.load("llama", tensor=2, micro_batch=1), 4)
     message = str(refused.value)
-    assert "3 problems" in message and "model.embed_tokens.weight: scale_grad_by_freq = True" in message
+    assert "3 violations" in message and "model.embed_tokens.weight: scale_grad_by_freq = True" in message
     for part in ("its rows are split over tensor = 2", "each of data = 2 ranks", "leave micro_batch = 1 out"):
         assert part in message
     with pytest.raises(PlanError, match="each of data = 2 ranks counts its own samples: use data = 1"):

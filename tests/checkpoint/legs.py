@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 import shardcomp
 from shardcomp import checkpoint, presets
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel
@@ -85,7 +85,7 @@ def train(
         if save:
             checkpoint.save(save, sharded, chosen, step=steps, scheduler=scheduler, extra=stream.state_dict())
         around(sharded)
-        leg.weights = {name: full_tensor(held.parameters[0].detach()) for name, held in sharded.held_parameters().items()}
+        leg.weights = {name: full_tensor(held.parameters[0].detach()) for name, held in sharded.local_shards().items()}
         return leg
 
     legs = run_ranks(lowered.mesh.world_size, work)

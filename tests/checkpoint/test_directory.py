@@ -67,7 +67,7 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     directory.refuse_others(tmp_path / "empty")
     directory.refuse_others(tmp_path / "new")
-    for path, said in ((tmp_path, "holds something else"), (tmp_path / "thesis.tex", "is no directory")):
+    for path, said in ((tmp_path, "holds something else"), (tmp_path / "thesis.tex", "is not a directory")):
         with pytest.raises(CheckpointError, match=said):
             directory.refuse_others(path)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoint.legs import Leg, close, lowered_for, same, train
 
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from support.families import tiny_config
 from support.models import tiny
 
@@ -50,6 +50,7 @@ def uninterrupted(tied: bool, steps: int) -> Leg:
 
 
 @pytest.mark.parametrize("tied", [False, True] if LONG else [True])
+@pytest.mark.long  # the drawn pairs below go from one topology to another
 def test_a_run_goes_through_five_topologies(tied: bool, tmp_path: Path) -> None:
     whole = uninterrupted(tied, len(CHAIN) + 1)
     load, losses, digests = None, [], []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import shardcomp
 from shardcomp import presets
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.model import ShardedModel

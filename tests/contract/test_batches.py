@@ -119,6 +119,23 @@ def test_data_parallel_ranks_may_have_uneven_batches(zero: int, rows: tuple[int,
     assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 
+@pytest.mark.parametrize("rows", [(3, 2), (1, 4)])
+def test_without_waiting_uneven_batches_make_as_many_micro_batches(rows: tuple[int, int]) -> None:
+    """As on an accelerator, where hosts tell each other over a group of their own how many there are."""
+    batch = make_batch(sum(rows))
+    expected = gradients(model(), lambda m: m(**batch).loss)
+    low = lowered("one rank", model(), micro_batch=1, data=2, zero=2)
+
+    def work(sharded: ShardedModel) -> None:
+        sharded._agreement.at_once = False
+        sharded._agreement.host = {"dp": sharded._axes["dp"]}
+        rank = sharded.mesh.get_local_rank("dp")
+        sharded.train_step(**{name: tensor.split(list(rows))[rank] for name, tensor in batch.items()})
+        assert_gradients(sharded, expected)
+
+    run(low, work)
+
+
 class ByRow(LlamaForCausalLM):
     """A model that exports for one shape only: it has as many operators as rows."""
 

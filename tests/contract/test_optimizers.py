@@ -26,7 +26,7 @@ from torch.optim import lr_scheduler
 import shardcomp
 from shardcomp import presets
 from shardcomp.ir.precision import Widened
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.gathering import full_tensor
 from shardcomp.runtime.gradients import local

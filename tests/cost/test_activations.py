@@ -17,7 +17,7 @@ from shardcomp.cost.activations import repeated_messages, stage_activations, uni
 from shardcomp.cost.communication import _unit_messages
 from shardcomp.cost.flops import Share, of_node
 from shardcomp.ir.program import B, S
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.unit import Unit
@@ -61,7 +61,7 @@ def forward(lowered: Lowered, vocabulary: int) -> list[tuple[int, int]]:
         sharded.train_step(**batch)  # FSDP sets itself up, and gathers
         code = sharded._calls.of(batch, ("loss",), sharded.training)
         inputs = {**batch, "num_items_in_batch": torch.tensor(1)}
-        chunk = sharded._chunks[0]
+        chunk = sharded._stage_shards[0]
         chunk.root(code.stages[0].forward, **inputs)  # the copies to compute with are there
         with Made() as made:
             found = chunk.root(code.stages[0].forward, **inputs)

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGr
 import shardcomp
 from shardcomp import presets
 from shardcomp.cost.communication import messages
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy.options import Options
 from shardcomp.runtime.stage import ModelStage

@@ -36,7 +36,7 @@ def test_packing_keeps_every_byte_but_the_last_incomplete_row(given: list[bytes]
 def test_cutting_loses_nothing_and_ends_pieces_where_lines_end(text: bytes) -> None:
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(data, "PIECE", 16)
+        context.setattr(data, "DOCUMENT", 16)
         pieces = data.cut(text)
     assert b"".join(pieces) == text
     assert all(len(piece) >= 16 and piece.endswith(b"\n") for piece in pieces[:-1])

@@ -20,7 +20,7 @@ import correctness
 import parts
 import shardcomp
 from parts import Budget, Ended, Part
-from shardcomp.verification import verifier
+from shardcomp.verification import sharded_model
 from shardcomp.verification.thread_ranks import run_alone
 
 Capture = pytest.CaptureFixture[str]
@@ -242,7 +242,7 @@ def test_a_time_on_a_gpu_is_that_between_two_events(monkeypatch: pytest.MonkeyPa
 
 def test_verify_runs_one_rank_under_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but on the CPU."""
-    monkeypatch.setattr(verifier, "run_ranks", run_alone)
+    monkeypatch.setattr(sharded_model, "run_ranks", run_alone)
     found = shardcomp.verify("tiny", shardcomp.Policy.load("llama", precision="fp32"), 1, kinds=("causal",))
     assert found.ok and found.deviation["gradients"] < 1e-5
     assert not torch.distributed.is_initialized()

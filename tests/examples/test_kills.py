@@ -12,7 +12,7 @@ LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 
 
 def test_kills_change_no_bit(tmp_path: Path) -> None:
-    kills, inside = (30, 10) if LONG else (3, 2)
+    kills, inside = (30, 10) if LONG else (2, 1)
     found = measure(tmp_path, kills, inside, "--tensor 2", 2, random.randrange(2**31), print)
     assert sum(bool(kill.partial) for kill in found.kills) >= inside
     assert all(kill.resumed is not None and kill.resumed <= kill.step for kill in found.kills)

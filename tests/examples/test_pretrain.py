@@ -120,7 +120,7 @@ class TestBadInput:
         assert "thesis.tex" in refused(capsys, "-o", tmp_path)
 
     def test_a_save_directory_that_is_a_file(self, capsys: Capture, text: Path) -> None:
-        assert "no directory" in refused(capsys, "-o", text)
+        assert "not a directory" in refused(capsys, "-o", text)
 
     def test_a_save_directory_below_a_file(self, capsys: Capture, text: Path) -> None:
         assert "cannot be written" in refused(capsys, "-o", text / "below")
@@ -142,8 +142,8 @@ class TestBadInput:
 def test_a_saved_model_may_be_written_over(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (tmp_path / name).write_text("")
-    assert pretrain.problems_with_files(pretrain.parser().parse_args(["-o", str(tmp_path)])) == []
-    assert pretrain.problems_with_files(pretrain.parser().parse_args(["-o", str(tmp_path / "new" / "folder")])) == []
+    assert pretrain.file_violations(pretrain.parser().parse_args(["-o", str(tmp_path)])) == []
+    assert pretrain.file_violations(pretrain.parser().parse_args(["-o", str(tmp_path / "new" / "folder")])) == []
     assert not (tmp_path / "new").exists()
 
 

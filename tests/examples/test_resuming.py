@@ -44,7 +44,7 @@ def test_a_run_in_two_parts_is_one_run(capsys: Capture, command: list[str], tmp_
     run = ["--steps", 9, "--checkpoint-dir", tmp_path / "b", "--save-interval", 2, "--keep", 2, "--keep-every", 4]
     ran(capsys, command, *run, "--log-file", parts, "--time-limit", 1e-9)  # ends after one step
     said = ran(capsys, command, *run, "--log-file", parts)
-    assert "going on from step 1" in said
+    assert "resuming from step 1" in said
     assert steps(parts) == steps(whole)
     assert [step for step, _ in directory.checkpoints(tmp_path / "b")] == [4, 8, 9]
     sums = [directory.read_sums(tmp_path / run / directory.name_of(9)) for run in "ab"]
@@ -59,10 +59,10 @@ def test_a_checkpoint_that_is_named_is_gone_on_from_and_later_ones_are_set_aside
     run = ["--checkpoint-dir", folder, "--save-interval", 2, "--keep", 9]
     ran(capsys, command, "--steps", 6, *run)
     said = ran(capsys, command, "--steps", 8, *run, "--resume", folder / directory.name_of(2))
-    assert "going on from step 2" in said and "superseded-step-00000006" in said
+    assert "resuming from step 2" in said and "superseded-step-00000006" in said
     assert [step for step, _ in directory.checkpoints(folder)] == [2, 4, 6, 8]
     shutil.move(folder / directory.name_of(4), tmp_path / "elsewhere")
-    assert "going on from step 4" in ran(capsys, command, "--steps", 5, "--resume", tmp_path / "elsewhere")
+    assert "resuming from step 4" in ran(capsys, command, "--steps", 5, "--resume", tmp_path / "elsewhere")
 
 
 def test_a_damaged_checkpoint_is_passed_over(capsys: Capture, command: list[str], tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over(capsys: Capture, command: list[str]
     content[random.randrange(len(content))] ^= 1
     path.write_bytes(content)
     said = ran(capsys, command, "--steps", 5, *run)
-    assert f"{path} is damaged" in said and "going on from step 2" in said and "damaged-step-00000004" in said
+    assert f"{path} is damaged" in said and "resuming from step 2" in said and "damaged-step-00000004" in said
 
 
 def test_each_checkpoint_is_also_a_huggingface_directory(capsys: Capture, command: list[str], tmp_path: Path) -> None:

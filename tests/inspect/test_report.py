@@ -194,7 +194,7 @@ def test_model_mesh_and_policy_are_what_was_lowered() -> None:
     assert found["step"] == {"seq": LENGTH, "micro_batch": BATCH, "global_batch": 8}
     assert found["degraded"] == [{"what": "a thing", "why": "a reason"}]
     why = "no entry of [weights] splits it"
-    assert found["replicated"] == [{"what": "layers.*.norm.weight", "parameters": LAYERS * H, "why": why}]
+    assert found["replicated"] == [{"what": "layers.*.norm.weight", "weights": LAYERS, "parameters": LAYERS * H, "why": why}]
 
 
 def test_memory_counts_this_ranks_shards_and_no_gradient_of_frozen_weights() -> None:
@@ -219,6 +219,17 @@ def test_messages_are_counted_once_per_micro_batch_and_gradients_once_per_step()
 def test_an_axis_of_one_rank_sends_nothing() -> None:
     assert {axis for _, axis, _ in traffic(report(by_hand(data=1)))} == {"tp"}
     assert {axis for _, axis, _ in traffic(report(by_hand(tensor=1)))} == {"dp"}
+
+
+def test_norms_are_one_line_of_the_text_and_other_replicated_weights_one_each() -> None:
+    found = report(by_hand())
+    assert f"replicated: {LAYERS} norm weights, {LAYERS * H} elements\n" in render(found)
+    table = {"what": "model.wpe.weight", "weights": 1, "parameters": 12_000, "why": "no entry of [weights] splits it"}
+    ln = {"what": "h.*.ln_1.bias", "weights": 4, "parameters": 40, "why": "no entry of [weights] splits it"}
+    text = render({**found, "replicated": [*found["replicated"], table, ln]})
+    assert f"replicated: {LAYERS + 4} norm weights, {LAYERS * H + 40} elements\n" in text
+    assert "replicated: model.wpe.weight, 12,000 elements: no entry of [weights] splits it\n" in text
+    assert text.count("replicated:") == 2
 
 
 def test_a_report_is_plain_data() -> None:
@@ -293,7 +304,7 @@ def holds_what_the_report_says(model: Any, **options: Any) -> None:
         sharded.train_step(input_ids=ids, labels=ids)
         optimizer.step()
         optimizer.zero_grad()
-        [chunk] = sharded._chunks
+        [chunk] = sharded._stage_shards
         found: list[dict[str, int]] = []
         chunk.root.register_forward_pre_hook(lambda *_: found.append(held(chunk, optimizer)), prepend=True)
         sharded.train_step(input_ids=ids, labels=ids)

@@ -15,13 +15,14 @@ from hypothesis import given
 from safetensors.torch import load_file, save_file
 
 import shardcomp
-from shardcomp import materialize, presets
+from shardcomp import presets
 from shardcomp.errors import CheckpointError, InternalError
 from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
 from shardcomp.ir.program import Parameter
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.verification.thread_ranks import run_ranks
+from shardcomp.weights import source as weight_source
 from shardcomp.weights.huggingface import WeightFiles
 from shardcomp.weights.initialization import initialize, initialize_parameter
 from support.models import tiny
@@ -172,7 +173,7 @@ def test_only_the_rows_of_the_rank_are_read(tmp_path: Path, monkeypatch: Any) ->
             super().__init__(directory)
             opened.append(self)
 
-    monkeypatch.setattr(materialize, "WeightFiles", Counted)
+    monkeypatch.setattr(weight_source, "WeightFiles", Counted)
     save_file(
         {name: p.detach() for name, p in initialize(Packed("meta"), 3).named_parameters()}, tmp_path / "model.safetensors"
     )
@@ -184,7 +185,7 @@ def test_only_the_rows_of_the_rank_are_read(tmp_path: Path, monkeypatch: Any) ->
 def test_the_rule_of_a_packed_weight_runs_once_for_its_parts(monkeypatch: Any) -> None:
     drawn = []
     monkeypatch.setattr(
-        materialize, "initialize_parameter", lambda name, *rest: drawn.append(name) or initialize_parameter(name, *rest)
+        weight_source, "initialize_parameter", lambda name, *rest: drawn.append(name) or initialize_parameter(name, *rest)
     )
     weights = weights_of(lowered_of(Packed("meta")))
     for x in "qkv":
@@ -197,7 +198,7 @@ def test_files_are_compared_with_the_packed_names_and_shapes(tmp_path: Path) -> 
     with pytest.raises(CheckpointError) as caught:
         weights_of(lowered_of(Packed("meta")), tmp_path)
     message = str(caught.value)
-    assert "3 problems" in message and "1 of the model's 2 tensors are missing: block.bias" in message
+    assert "3 violations" in message and "1 of the model's 2 tensors are missing: block.bias" in message
     assert "not the model's: other.weight" in message and "block.weight is 11×5 in model.safetensors and 12×5" in message
     assert "weight.q" not in message
 

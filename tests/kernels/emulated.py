@@ -50,28 +50,28 @@ class Fault:
 def sanitizer() -> Path | None:
     """The library of AddressSanitizer that belongs to the compiler."""
     said = subprocess.run([recipe([]).compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    found = Path(said.stdout.strip())
-    return found if found.is_absolute() and found.exists() else None
+    path = Path(said.stdout.strip())
+    return path if path.is_absolute() and path.exists() else None
 
 
 def build(fault: Fault | None = None) -> Path:
     """The library of the emulated kernels, in a folder of this machine where it is found again."""
     home = Path(tempfile.gettempdir()) / f"shardcomp-emulated-{os.getuid()}"
     home.mkdir(exist_ok=True)
-    seen = hashlib.sha256(repr((_FLAGS, _HERE)).encode())
-    for path in sorted(each for each in SOURCES.rglob("*") if each.is_file()):
-        seen.update(path.name.encode() + path.read_bytes())
-    whole = seen.hexdigest()[:16]
-    with library._alone(home / f"{whole}.lock"), ThreadPoolExecutor(2) as pool:
+    digest = hashlib.sha256(repr((_FLAGS, _HERE)).encode())
+    for path in sorted(path for path in SOURCES.rglob("*") if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    key = digest.hexdigest()[:16]
+    with library._alone(home / f"{key}.lock"), ThreadPoolExecutor(2) as pool:
         sources = [
             *sorted((SOURCES / "cuda").glob("*.cu")),
             SOURCES / "emulation" / "device.cpp",
             SOURCES / "binding" / "cuda.cpp",
         ]
-        objects = dict(zip(sources, pool.map(lambda source: _compiled(home / whole, source), sources), strict=True))
+        objects = dict(zip(sources, pool.map(lambda source: _compiled(home / key, source), sources), strict=True))
     if fault is None:
-        return _linked(home / whole / "kernels.so", list(objects.values()))
-    place = home / f"{whole}-{hashlib.sha256(repr(fault).encode()).hexdigest()[:16]}"
+        return _linked(home / key / "kernels.so", list(objects.values()))
+    place = home / f"{key}-{hashlib.sha256(repr(fault).encode()).hexdigest()[:16]}"
     with library._alone(place.with_suffix(".lock")):
         if not place.exists():
             subprocess.run(["cp", "-rL", str(SOURCES), str(place)], check=True)
@@ -83,24 +83,24 @@ def build(fault: Fault | None = None) -> Path:
 
 
 def _compiled(place: Path, source: Path) -> Path:
-    made = place / f"{source.parent.name}_{source.stem}.o"
-    if not made.exists():
+    output = place / f"{source.parent.name}_{source.stem}.o"
+    if not output.exists():
         place.mkdir(exist_ok=True)
         headers = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(Path(torch.__file__).parent / "include"))
-        command = [recipe([]).compiler, *_FLAGS, *_HERE, *headers, "-x", "c++", "-c", str(source), "-o", f"{made}.new"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        os.replace(f"{made}.new", made)
-    return made
+        command = [recipe([]).compiler, *_FLAGS, *_HERE, *headers, "-x", "c++", "-c", str(source), "-o", f"{output}.new"]
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert completed.returncode == 0, completed.stderr
+        os.replace(f"{output}.new", output)
+    return output
 
 
-def _linked(made: Path, objects: list[Path]) -> Path:
-    if not made.exists():
+def _linked(output: Path, objects: list[Path]) -> Path:
+    if not output.exists():
         torch_libraries = Path(torch.__file__).parent / "lib"
-        command = [recipe([]).compiler, "-shared", "-fsanitize=address", "-o", f"{made}.{os.getpid()}", *map(str, objects)]
+        command = [recipe([]).compiler, "-shared", "-fsanitize=address", "-o", f"{output}.{os.getpid()}", *map(str, objects)]
         subprocess.run([*command, f"-L{torch_libraries}", "-ltorch_cpu"], check=True)
-        os.replace(f"{made}.{os.getpid()}", made)
-    return made
+        os.replace(f"{output}.{os.getpid()}", output)
+    return output
 
 
 def environment() -> dict[str, str]:
@@ -114,9 +114,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(made: Path, check: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
+def run(library_path: Path, check: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a check of a library in a process of its own."""
-    command = [sys.executable, "-m", "kernels.emulated", str(made), check, str(seed)]
+    command = [sys.executable, "-m", "kernels.emulated", str(library_path), check, str(seed)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=600)
 
 
@@ -234,10 +234,10 @@ def extremes(another: Callable[[], int]) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         tests.test_narrow_numbers_are_rounded_as_torch_rounds_them(dtype)
     gates = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
-    made = getattr(torch.ops, SPACE).gated(gates, torch.ones_like(gates), "silu", True)
-    different = (made != torch.nn.functional.silu(gates)) & ~gates.isnan() & (gates != -torch.inf)
+    actual = getattr(torch.ops, SPACE).gated(gates, torch.ones_like(gates), "silu", True)
+    different = (actual != torch.nn.functional.silu(gates)) & ~gates.isnan() & (gates != -torch.inf)
     assert int(different.sum()) <= 4, gates[different]
-    assert bool(made[gates.isnan() | (gates == -torch.inf)].isnan().all())
+    assert bool(actual[gates.isnan() | (gates == -torch.inf)].isnan().all())
     tests.test_logits_that_are_not_finite_give_what_the_reference_gives()
     tests.test_a_norm_that_float32_cannot_hold_is_infinite()
     another()
@@ -256,9 +256,9 @@ def exact(another: Callable[[], int]) -> None:
             for name, arguments in calls(dtype, h, rows).items():
                 if name.startswith("adamw_"):
                     continue
-                made = results(name, arguments)
+                actual = results(name, arguments)
                 wide = tuple(changed(lambda x: x.double() if x.is_floating_point() else x, each) for each in arguments)
-                for a, b in zip(made, results(name, wide, reference=True), strict=True):
+                for a, b in zip(actual, results(name, wide, reference=True), strict=True):
                     # What is normalised was rounded, if it is a sum.
                     eps = max(torch.finfo(each).eps for each in (a.dtype, dtype if name.startswith("add") else torch.float32))
                     largest = float(b.abs().amax()) if b.numel() else 0
@@ -287,10 +287,10 @@ def bits(another: Callable[[], int]) -> None:
                 # What is not stepwise has the bits of torch's own operator, another one on each device.
                 if not name.startswith(same) or "_bwd" in name or (name.startswith("layer_norm") and name.endswith("False")):
                     continue
-                made, expected = results(name, arguments)[0], results(name, arguments, reference=True)[0]
-                found.setdefault((dtype, name), []).append((made != expected).flatten())
+                actual, expected = results(name, arguments)[0], results(name, arguments, reference=True)[0]
+                found.setdefault((dtype, name), []).append((actual != expected).flatten())
                 # Where a bias cancels a value, the last bits of float32 are left.
-                torch.testing.assert_close(made, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+                torch.testing.assert_close(actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
                 assert not name.startswith("add") or torch.equal(results(name, arguments)[1], arguments[0] + arguments[1])
     for (dtype, name), each in found.items():
         unlike = float(torch.cat(each).float().mean())
@@ -314,14 +314,17 @@ def schedules(another: Callable[[], int]) -> None:
             for name, arguments in some.items():
                 if name not in first:
                     agree(name, arguments)
-                made = results(name, arguments)
-                assert all(torch.equal(a, b) for a, b in zip(made, first.setdefault(name, made), strict=True)), name
+                actual = results(name, arguments)
+                assert all(torch.equal(a, b) for a, b in zip(actual, first.setdefault(name, actual), strict=True)), name
 
 
 @_check
-def held(another: Callable[[], int]) -> None:
-    """Rows that threads hold, in the bits of any order of theirs: of one warp and of more, with and without a last vector that
-    only some threads have, and more of them than blocks, so that each goes through several, with the next ones on their way."""
+def in_registers(another: Callable[[], int]) -> None:
+    """Rows that threads keep in registers: the same bits in every schedule.
+
+    Rows of one warp and of more; with and without a last vector that only some threads have; and more rows than blocks, so that
+    each block has several, the next ones in flight.
+    """
     from kernels.test_library import agree, calls, results
 
     kinds = ("add_rms_norm weighted 0.0 True", "rms_norm weighted 1.0 False", "rms_norm_bwd False False")
@@ -348,8 +351,12 @@ def held(another: Callable[[], int]) -> None:
             for name, arguments in some.items():
                 if name not in first:
                     agree(name, arguments)
-                made = results(name, arguments)
-                assert all(torch.equal(a, b) for a, b in zip(made, first.setdefault(name, made), strict=True)), (name, dtype, h)
+                actual = results(name, arguments)
+                assert all(torch.equal(a, b) for a, b in zip(actual, first.setdefault(name, actual), strict=True)), (
+                    name,
+                    dtype,
+                    h,
+                )
 
 
 if __name__ == "__main__":

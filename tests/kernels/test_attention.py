@@ -21,7 +21,7 @@ def operands(dtype: torch.dtype = torch.float64, heads: int = 6, groups: int = 2
     return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+def by_definition(q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> Tensor:
     """One query at a time, in float64, from the docstring alone."""
     b, n, length, d = q.shape
     rows = []
@@ -30,26 +30,26 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
         scores, values = [], []
         for j in range(k.shape[2]):
             at, of = (
-                position if given.get(name) is None else int(given[name][batch, position])
+                position if inputs.get(name) is None else int(inputs[name][batch, position])
                 for name, position in (("q_position", i), ("k_position", j))
             )
-            seen = not given.get("causal", True) or of <= at
-            seen &= given.get("window") is None or at - of < given["window"]
-            if given.get("q_segment") is not None:
-                seen &= bool(given["q_segment"][batch, i] == given["k_segment"][batch, j])
-            if given.get("key_mask") is not None:
-                seen &= bool(given["key_mask"][batch, j])
+            seen = not inputs.get("causal", True) or of <= at
+            seen &= inputs.get("window") is None or at - of < inputs["window"]
+            if inputs.get("q_segment") is not None:
+                seen &= bool(inputs["q_segment"][batch, i] == inputs["k_segment"][batch, j])
+            if inputs.get("key_mask") is not None:
+                seen &= bool(inputs["key_mask"][batch, j])
             if not seen:
                 continue
-            score = (q[batch, head, i] @ k[batch, shared, j]) * given.get("scale", d**-0.5)
-            if given.get("softcap") is not None:
-                score = given["softcap"] * torch.tanh(score / given["softcap"])
-            if given.get("bias") is not None:
-                score = score + given["bias"].expand(b, n, length, k.shape[2])[batch, head, i, j]
+            score = (q[batch, head, i] @ k[batch, shared, j]) * inputs.get("scale", d**-0.5)
+            if inputs.get("softcap") is not None:
+                score = inputs["softcap"] * torch.tanh(score / inputs["softcap"])
+            if inputs.get("bias") is not None:
+                score = score + inputs["bias"].expand(b, n, length, k.shape[2])[batch, head, i, j]
             scores.append(score)
             values.append(v[batch, shared, j])
-        if given.get("sinks") is not None and scores:
-            scores.append(given["sinks"][head])
+        if inputs.get("sinks") is not None and scores:
+            scores.append(inputs["sinks"][head])
             values.append(torch.zeros_like(v[0, 0, 0]))
         weights = torch.softmax(torch.stack(scores), 0) if scores else None
         rows.append(torch.stack(values).T @ weights if weights is not None else torch.zeros_like(v[0, 0, 0]))
@@ -125,9 +125,9 @@ def test_a_window_without_causality_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["causal", "padded left", "all of them"])
 def test_the_recorded_operator_is_the_function(name: str) -> None:
-    given = [t.detach() for t in operands()]
-    torch.library.opcheck(RECORDED, given, MASKS[name], test_utils=("test_schema", "test_faketensor"))
-    assert torch.equal(RECORDED(*given, **MASKS[name]), attention(*given, **MASKS[name]))
+    inputs = [t.detach() for t in operands()]
+    torch.library.opcheck(RECORDED, inputs, MASKS[name], test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(RECORDED(*inputs, **MASKS[name]), attention(*inputs, **MASKS[name]))
 
 
 def test_a_head_may_be_cut_and_a_broadcast_bias_may_not() -> None:
@@ -153,8 +153,8 @@ def test_heads_computed_apart_and_joined_are_the_whole(name: str) -> None:
     q, k, v = operands()
     parts = []
     for rank in range(2):
-        given = {key: held for key, held in MASKS[name].items()}
-        if "sinks" in given:
-            given["sinks"] = given["sinks"].chunk(2)[rank]
-        parts.append(attention(q.chunk(2, 1)[rank], k.chunk(2, 1)[rank], v.chunk(2, 1)[rank], **given))
+        inputs = {key: held for key, held in MASKS[name].items()}
+        if "sinks" in inputs:
+            inputs["sinks"] = inputs["sinks"].chunk(2)[rank]
+        parts.append(attention(q.chunk(2, 1)[rank], k.chunk(2, 1)[rank], v.chunk(2, 1)[rank], **inputs))
     torch.testing.assert_close(torch.cat(parts, 1), attention(q, k, v, **MASKS[name]), rtol=0, atol=1e-13)

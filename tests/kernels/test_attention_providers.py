@@ -96,11 +96,11 @@ class Stand:
 
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
-    package, made = ModuleType("xformers"), Stand()
-    package.ops = made  # type: ignore[attr-defined]
+    package, actual = ModuleType("xformers"), Stand()
+    package.ops = actual  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", made)  # type: ignore[arg-type]
-    return made
+    monkeypatch.setitem(sys.modules, "xformers.ops", actual)  # type: ignore[arg-type]
+    return actual
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +119,7 @@ def test_what_xformers_is_handed_computes_the_definition(name: str, stand: Stand
 
 def test_a_segment_in_several_pieces_is_refused_by_xformers(stand: Stand) -> None:
     torn = torch.tensor([[0, 1, 0, 1, 1, 1, 2, 2, 2]]).expand(2, -1)
-    with pytest.raises(KernelError, match="a segment lies in several pieces"):
+    with pytest.raises(KernelError, match="a segment lies in several runs"):
         attention(*operands(), q_segment=torn, k_segment=torn, provider="xformers")
     assert not stand.masks
 

@@ -156,7 +156,7 @@ def test_an_unknown_word_is_refused() -> None:
 
 
 def test_importing_shardcomp_loads_nothing() -> None:
-    code = "import shardcomp.kernels.library as found; import shardcomp.kernels; assert found._held is None"
+    code = "from shardcomp.kernels import library; assert library._loaded is None"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SHARDCOMP_KERNELS": "none"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
@@ -164,8 +164,8 @@ def test_importing_shardcomp_loads_nothing() -> None:
 def test_the_first_operator_says_what_is_wrong_with_the_choice() -> None:
     code = "import torch, shardcomp.kernels as k; k.rms_norm(torch.ones(2, 3), eps=1e-5)"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SHARDCOMP_KERNELS": "none"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.endswith("it is one of auto, aot, jit, reference\n")
+    completed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert completed.returncode == 1 and completed.stderr.endswith("it is one of auto, aot, jit, reference\n")
 
 
 # The functions of torch 2.11's stable interface that the library calls. A further one must be looked up there.
@@ -178,9 +178,9 @@ TORCH = {*(f"aoti_torch_{name}" for name in _AOTI.split()), *(f"torch_{name}" fo
 CONSTANT = re.compile(r"(aoti_)?torch_(dtype|layout|device_type|memory_format)_\w+")
 
 
-def needed(made: Path | None) -> set[str]:
+def needed(artifact: Path | None) -> set[str]:
     """What a library needs of torch, but for constants."""
-    listed = subprocess.run(["nm", "-D", "--undefined-only", str(made)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(artifact)], capture_output=True, text=True, check=True).stdout
     names = set(re.findall(r"\b[Uw] (\S+)", listed))
     return {name for name in names if ("torch" in name or "c10" in name) and not CONSTANT.fullmatch(name)}
 
@@ -243,11 +243,11 @@ def wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @built
 def test_a_library_that_is_built_ahead_of_time_is_installed_and_runs(source: Path) -> None:
-    done = wheel(source, CPU_EXT="1", CXXFLAGS="-O0")  # in half the time
-    assert done.returncode == 0, done.stderr
-    (made,) = (source / "wheels").iterdir()
-    assert re.fullmatch(r"shardcomp-[^-]+-py3-none-linux_[a-z0-9_]+\.whl", made.name) and made.stat().st_size < 2 << 20
-    with zipfile.ZipFile(made) as held:
+    completed = wheel(source, CPU_EXT="1", CXXFLAGS="-O0")  # in half the time
+    assert completed.returncode == 0, completed.stderr
+    (artifact,) = (source / "wheels").iterdir()
+    assert re.fullmatch(r"shardcomp-[^-]+-py3-none-linux_[a-z0-9_]+\.whl", artifact.name) and artifact.stat().st_size < 2 << 20
+    with zipfile.ZipFile(artifact) as held:
         held.extractall(source / "installed")
         sources = {name for name in held.namelist() if "/csrc/" in name}
     assert len(sources) == sum(each.is_file() for each in build.SOURCES.rglob("*"))
@@ -265,12 +265,12 @@ def test_a_library_that_is_built_ahead_of_time_is_installed_and_runs(source: Pat
 
 
 def test_a_plain_wheel_is_pure_python_and_needs_no_compiler(source: Path) -> None:
-    done = wheel(source, CXX="there-is-none", CPU_EXT="", CUDA_EXT="")
-    assert done.returncode == 0, done.stderr
-    (made,) = (source / "wheels").iterdir()
-    with zipfile.ZipFile(made) as held:
+    completed = wheel(source, CXX="there-is-none", CPU_EXT="", CUDA_EXT="")
+    assert completed.returncode == 0, completed.stderr
+    (artifact,) = (source / "wheels").iterdir()
+    with zipfile.ZipFile(artifact) as held:
         names = held.namelist()
-    assert made.name.endswith("-py3-none-any.whl") and not any(name.endswith(".so") for name in names)
+    assert artifact.name.endswith("-py3-none-any.whl") and not any(name.endswith(".so") for name in names)
     assert "shardcomp/csrc/cpu/kernels.h" in names
 
 
@@ -279,8 +279,8 @@ def test_what_cannot_be_built_ahead_of_time_is_one_clear_error(source: Path) -> 
         ({"CPU_EXT": "1", "CXX": "there-is-none"}, "CPU_EXT=1: no C++ compiler was found (there-is-none)"),
         ({"CUDA_EXT": "1", "CUDA_HOME": str(source)}, "CUDA_EXT=1: nvcc was not found: install the CUDA toolkit"),
     ):
-        done = wheel(source, **environment)
-        assert done.returncode != 0 and says in done.stdout + done.stderr
+        completed = wheel(source, **environment)
+        assert completed.returncode != 0 and says in completed.stdout + completed.stderr
 
 
 @built
@@ -290,7 +290,7 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
         import hashlib, sys, torch
         from shardcomp.kernels import library
         torch.ops.load_library(sys.argv[1])
-        library._held = library.Library("jit", None, "")
+        library._loaded = library.Library("jit", None, "")
         from kernels.test_library import calls, results
         found = hashlib.sha256()
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -300,9 +300,9 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
         print(found.hexdigest())"""
     digests = set()
     for level in build.LEVELS:
-        made = tmp_path / f"{level.name}.so"
-        build.build(build.recipe([level]), made)
-        command = [sys.executable, "-c", code, str(made)]
+        artifact = tmp_path / f"{level.name}.so"
+        build.build(build.recipe([level]), artifact)
+        command = [sys.executable, "-c", code, str(artifact)]
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         if set(level.needs) <= set(build.own_level().needs):
             digests.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)

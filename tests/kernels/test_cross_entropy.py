@@ -95,11 +95,11 @@ def test_narrow_logits_give_wide_losses_and_the_gradient_that_widening_them_give
     logits, labels = case(67, 131, dtype)
     whole, ours = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     expected = functional.cross_entropy(whole.float(), labels, ignore_index=-100, reduction="none")
-    made = cross_entropy(ours, labels, -100)
-    assert made.dtype == torch.float32
-    torch.testing.assert_close(made, expected)
+    actual = cross_entropy(ours, labels, -100)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
     expected.backward(torch.ones(67))
-    made.backward(torch.ones(67))
+    actual.backward(torch.ones(67))
     assert whole.grad is not None and ours.grad is not None and ours.grad.dtype == dtype
     assert equal_bits(ours.grad, whole.grad) > 0.999 or dtype == torch.float32
     torch.testing.assert_close(ours.grad, whole.grad)
@@ -113,21 +113,21 @@ def test_its_operators_are_well_formed(tokens: int, dtype: torch.dtype) -> None:
     statistics = torch.ops.shardcomp.cross_entropy_statistics(logits, labels, counted, 2)
     normaliser = statistics[:2]
     opcheck(torch.ops.shardcomp.cross_entropy_statistics.default, (logits, labels, counted, 2))
-    given = (labels, counted, normaliser, torch.ones_like(normaliser[0]), 2)
-    opcheck(torch.ops.shardcomp.cross_entropy_gradient.default, (logits, *given))
-    opcheck(torch.ops.shardcomp.cross_entropy_gradient_.default, (logits.clone(), *given))
+    inputs = (labels, counted, normaliser, torch.ones_like(normaliser[0]), 2)
+    opcheck(torch.ops.shardcomp.cross_entropy_gradient.default, (logits, *inputs))
+    opcheck(torch.ops.shardcomp.cross_entropy_gradient_.default, (logits.clone(), *inputs))
     over = logits.clone()
-    torch.ops.shardcomp.cross_entropy_gradient_(over, *given)
-    assert torch.equal(over, torch.ops.shardcomp.cross_entropy_gradient(logits, *given))
+    torch.ops.shardcomp.cross_entropy_gradient_(over, *inputs)
+    assert torch.equal(over, torch.ops.shardcomp.cross_entropy_gradient(logits, *inputs))
 
 
 def test_it_compiles_and_exports_as_it_is() -> None:
     logits, labels = case(13, 31)
     logits.requires_grad_()
-    made = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")(logits, labels, -100)
-    assert torch.equal(made, cross_entropy(logits, labels, -100))
+    actual = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")(logits, labels, -100)
+    assert torch.equal(actual, cross_entropy(logits, labels, -100))
     seed = torch.linspace(0.5, 2, 13, dtype=torch.float64)
-    found = [torch.autograd.grad(each, logits, seed)[0] for each in (made, cross_entropy(logits, labels, -100))]
+    found = [torch.autograd.grad(each, logits, seed)[0] for each in (actual, cross_entropy(logits, labels, -100))]
     assert torch.equal(*found)
 
     class Module(torch.nn.Module):

@@ -42,16 +42,16 @@ KERNEL = re.compile(rf"\d({'|'.join(sorted(MOVES | dict.fromkeys(PLAIN), key=len
 SIXTEEN = r"(?:v4\.[a-z]32|v2\.[a-z]64)"
 
 
-def made(source: Path, folder: Path) -> tuple[dict[tuple[str, str], list[int]], dict[str, tuple[int, int]]]:
+def compile_kernels(source: Path, folder: Path) -> tuple[dict[tuple[str, str], list[int]], dict[str, tuple[int, int]]]:
     """(architecture, symbol) -> stack, spilled bytes, registers; symbol -> loads and stores of 16 bytes."""
     command = [str(NVCC), *build.CUDA_FLAGS, *build.targets(), "-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "-c", str(source), "-o", str(folder / "made.o")], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     used = {}
     report = r"function '(\w+)' for '(\w+)'.*?(\d+) bytes stack.*?(\d+) bytes spill.*?(\d+) bytes spill.*?Used (\d+) registers"
-    for name, arch, *numbers in re.findall(report, done.stderr, re.DOTALL):
+    for name, arch, *numbers in re.findall(report, completed.stderr, re.DOTALL):
         stack, stored, loaded, registers = map(int, numbers)
         used[arch, name] = [stack, stored + loaded, registers]
     moves = {}
@@ -65,14 +65,14 @@ def made(source: Path, folder: Path) -> tuple[dict[tuple[str, str], list[int]], 
 
 @pytest.mark.parametrize("source", sorted((build.SOURCES / "cuda").glob("*.cu")), ids=lambda source: source.stem)
 def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(source: Path, tmp_path: Path) -> None:
-    used, moves = made(source, tmp_path)
+    used, moves = compile_kernels(source, tmp_path)
     assert {arch for arch, _ in used} == {"sm_80", "sm_90"} and {name for _, name in used} == set(moves)
     for (arch, symbol), (stack, spilled, registers) in sorted(used.items()):
-        found = KERNEL.search(symbol)
-        assert found, symbol
+        match = KERNEL.search(symbol)
+        assert match, symbol
         loads, stores = moves[symbol]
-        kernel, narrow = found[1], re.search("bf16|fp16", symbol[found.end() :])
-        dtype = narrow[0] if narrow else {"f": "fp32", "d": "fp64"}.get(symbol[found.end()], "")
+        kernel, narrow = match[1], re.search("bf16|fp16", symbol[match.end() :])
+        dtype = narrow[0] if narrow else {"f": "fp32", "d": "fp64"}.get(symbol[match.end()], "")
         print(f"{arch} {kernel:15} {dtype:5} {registers:4} registers {loads:3} loads {stores:3} stores of 16 bytes")
         assert stack == 0 and spilled == 0, f"{kernel} on {arch} has {stack} bytes of stack and spills {spilled}"
         if kernel in MOVES:
@@ -87,12 +87,12 @@ def test_a_kernel_that_stores_its_elements_one_by_one_is_seen(tmp_path: Path) ->
     header = tmp_path / "cuda" / "device.h"
     text = header.read_text()
     apart = text.replace(
-        "  if (!whole || left < n) return keep(p, made, left, false);\n", "  return keep(p, made, left, false);\n"
+        "  if (!vectorized || left < n) return keep(p, values, left, false);\n", "  return keep(p, values, left, false);\n"
     )
     assert apart != text
     header.write_text(apart)
     (tmp_path / "kept").mkdir()
-    _, moves = made(tmp_path / "cuda" / "adamw.cu", tmp_path / "kept")
+    _, moves = compile_kernels(tmp_path / "cuda" / "adamw.cu", tmp_path / "kept")
     assert all(stores == 0 for _, stores in moves.values())
 
 
@@ -104,10 +104,10 @@ def test_a_library_with_them_loads_where_torch_has_no_cuda(tmp_path: Path) -> No
         import sys, torch
         from shardcomp.kernels import device_check, library, register
         torch.ops.load_library(sys.argv[1])
-        library._held = library.Library("aot", None, "")
+        library._loaded = library.Library("aot", None, "")
         assert all(device_check._waits(name, "cuda") and library.provides(name, "cpu") for name in register.REFERENCES)
         assert not any(library.provides(name, "cuda") for name in register.REFERENCES)"""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SHARDCOMP_KERNELS": "reference"}
     command = [sys.executable, "-c", code, str(library)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr

@@ -125,7 +125,7 @@ PROGRAM = """
     for name in register.REFERENCES:
         held.define(str(getattr(torch.ops.shardcomp, name).default._schema).removeprefix("shardcomp::"))
     torch.ops.load_library(path)
-    library._held = library.Library("jit", path, "")
+    library._loaded = library.Library("jit", path, "")
     compared = []
     before = small_cases.compare
     small_cases.compare = lambda name, *rest: (compared.append(name), before(name, *rest))

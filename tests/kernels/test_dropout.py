@@ -84,10 +84,10 @@ def test_scaled_attention_drops_as_torchs_does(name: str) -> None:
     q, k, v = operands(groups=2 if "grouped" in name else 6)
     kept = torch.rand((2, 6, 9, 9), generator=torch.Generator().manual_seed(0)) > 0.3
     got = dropped_attention(q, k, v, dropout_p=0.3, random=Given(kept), **HIDING[name])
-    given: dict[str, Any] = dict(HIDING[name])
+    inputs: dict[str, Any] = dict(HIDING[name])
     if name == "bool":  # what torch's steps take is the mask's floating form
-        given["attn_mask"] = torch.where(given["attn_mask"], 0.0, float("-inf")).to(q.dtype)
-    expected, _ = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, dropout_p=0.3, dropout_mask=kept, **given)
+        inputs["attn_mask"] = torch.where(inputs["attn_mask"], 0.0, float("-inf")).to(q.dtype)
+    expected, _ = torch.ops.aten._scaled_dot_product_attention_math(q, k, v, dropout_p=0.3, dropout_mask=kept, **inputs)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=got.dtype)
     for mine, torchs in zip(
@@ -110,11 +110,11 @@ def test_heads_that_drop_apart_and_are_joined_are_the_whole(name: str) -> None:
     kept = torch.rand((2, 6, 9, 9), generator=torch.Generator().manual_seed(0)) > 0.3
     parts = []
     for rank in range(2):
-        given: dict[str, Any] = dict(MASKS[name])
-        if "sinks" in given:
-            given["sinks"] = given["sinks"].chunk(2)[rank]
+        inputs: dict[str, Any] = dict(MASKS[name])
+        if "sinks" in inputs:
+            inputs["sinks"] = inputs["sinks"].chunk(2)[rank]
         own = [held.chunk(2, 1)[rank] for held in (q, k, v, kept)]
-        parts.append(attention(*own[:3], dropout=0.3, random=Given(own[3]), **given))
+        parts.append(attention(*own[:3], dropout=0.3, random=Given(own[3]), **inputs))
     whole = attention(q, k, v, dropout=0.3, random=Given(kept), **MASKS[name])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-13)
 
@@ -133,9 +133,9 @@ def call(target: Any, *shapes: tuple[int, ...]) -> fx.Node:
     nodes = [graph.placeholder(f"x{i}") for i in range(len(shapes))]
     for node, shape in zip(nodes, shapes, strict=True):
         node.meta["value"] = Value(shape, torch.float32)
-    made = graph.call_function(target, tuple(nodes), {"random": SHARED})
-    made.meta["value"] = Value(shapes[0], torch.float32)
-    return made
+    actual = graph.call_function(target, tuple(nodes), {"random": SHARED})
+    actual.meta["value"] = Value(shapes[0], torch.float32)
+    return actual
 
 
 def test_the_stream_is_shared_exactly_where_ranks_drop_from_the_same_numbers() -> None:

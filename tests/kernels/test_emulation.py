@@ -23,12 +23,12 @@ pytestmark = pytest.mark.skipif(not _possible(), reason="there is no compiler wi
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels_give_what_references_do(check: str) -> None:
-    done = emulated.run(emulated.build(), check)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
+    completed = emulated.run(emulated.build(), check)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    print(completed.stdout)
 
 
-_WAIT = "  __syncthreads();  // what was exchanged may be written over\n"
+_WAIT = "  __syncthreads();  // all have read: the next sum may overwrite the exchange\n"
 _FAULTS = {
     "a barrier is missing": (Fault("cuda/device.h", f"{_WAIT}}}", "}", "cuda/layer_norm.cu"), "schedules", "AssertionError"),
     "sums are read before they are made": (
@@ -36,39 +36,39 @@ _FAULTS = {
         "schedules",
         "AssertionError",
     ),
-    "a sum that is held is read before all of it is there": (
+    "a sum is read before every warp has added to it": (
         Fault(
             "cuda/norm.h",
-            "  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < count; ++k) x[k] = held[k];",
-            "#pragma unroll\n  for (int k = 0; k < count; ++k) x[k] = held[k];",
+            "  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < count; ++k) x[k] = slots[k];",
+            "#pragma unroll\n  for (int k = 0; k < count; ++k) x[k] = slots[k];",
             "cuda/layer_norm.cu",
         ),
-        "held",
+        "in_registers",
         "AssertionError",
     ),
     "sums of one row and the next have one place": (
         Fault("cuda/norm.h", "calls++ % 2", "calls++ % 1", "cuda/rms_norm.cu"),
-        "held",
+        "in_registers",
         "AssertionError",
     ),
     "a row is read before it has come": (
         Fault("cuda/norm.h", "return await_groups<2>();", "return await_groups<3>();", "cuda/layer_norm.cu"),
-        "held",
+        "in_registers",
         "AssertionError",
     ),
     "the next row is read before it has come": (
         Fault("cuda/norm.h", "return await_groups<1>();", "return await_groups<2>();", "cuda/rms_norm.cu"),
-        "held",
+        "in_registers",
         "AssertionError",
     ),
     "a row comes where one is that is still read": (
         Fault("cuda/norm.h", "slot + 1 == depth ? 0 : slot + 1", "slot + 2 < depth ? slot + 1 : 0", "cuda/rms_norm.cu"),
-        "held",
+        "in_registers",
         "AssertionError",
     ),
     "the numbers of a warp's rows are kept for those behind them": (
-        Fault("cuda/norm.h", "    if (lane == 0 && at != 0) hold(at);\n", "", "cuda/layer_norm.cu"),
-        "held",
+        Fault("cuda/norm.h", "    if (lane == 0 && at != 0) refill(at);\n", "", "cuda/layer_norm.cu"),
+        "in_registers",
         "AssertionError",
     ),
     "a barrier that some threads do not come to": (
@@ -77,12 +77,14 @@ _FAULTS = {
         "threads wait for others that have ended",
     ),
     "a row's end is not minded": (
-        Fault("cuda/device.h", "  P pack;\n  if (whole && left >= n) {", "  P pack;\n  if (whole) {", "cuda/adamw.cu"),
+        Fault(
+            "cuda/device.h", "  P pack;\n  if (vectorized && left >= n) {", "  P pack;\n  if (vectorized) {", "cuda/adamw.cu"
+        ),
         "layouts",
         "AddressSanitizer",
     ),
     "a vector begins before a row's end and goes on behind it": (
-        Fault("cuda/cross_entropy.cu", "(width - before) / n", "(width - before + n - 1) / n", "cuda/cross_entropy.cu"),
+        Fault("cuda/cross_entropy.cu", "(width - head) / n", "(width - head + n - 1) / n", "cuda/cross_entropy.cu"),
         "layouts",
         "AddressSanitizer",
     ),
@@ -92,7 +94,7 @@ _FAULTS = {
         "what is moved at once is not aligned",
     ),
     "a vector that only begins in a tensor": (
-        Fault("cuda/gated.cu", "to[k] = whole && some.left >= n", "to[k] = whole && some.left > 0", "cuda/gated.cu"),
+        Fault("cuda/gated.cu", "to[k] = vectorized && vec.left >= n", "to[k] = vectorized && vec.left > 0", "cuda/gated.cu"),
         "layouts",
         "AddressSanitizer",
     ),
@@ -102,12 +104,12 @@ _FAULTS = {
         "AddressSanitizer",
     ),
     "a backward takes the sines of a forward": (
-        Fault("cuda/rotary.cu", "a.back && !a.interleaved ? 1 - side : side", "side", "cuda/rotary.cu"),
+        Fault("cuda/rotary.cu", "a.backward && !a.interleaved ? 1 - side : side", "side", "cuda/rotary.cu"),
         "layouts",
         "AssertionError",
     ),
     "an exchange with the wrong lane": (
-        Fault("cuda/device.h", "x[k], apart)", "x[k], apart > 1 ? apart : 2)", "cuda/rms_norm.cu"),
+        Fault("cuda/device.h", "x[k], distance)", "x[k], distance > 1 ? distance : 2)", "cuda/rms_norm.cu"),
         "schedules",
         "AssertionError",
     ),
@@ -127,5 +129,5 @@ _FAULTS = {
 @pytest.mark.parametrize("fault", _FAULTS)
 def test_a_planted_fault_is_noticed(fault: str) -> None:
     planted, check, says = _FAULTS[fault]
-    done: subprocess.CompletedProcess[str] = emulated.run(emulated.build(planted), check)
-    assert done.returncode != 0 and says in done.stderr, done.stdout + done.stderr
+    completed: subprocess.CompletedProcess[str] = emulated.run(emulated.build(planted), check)
+    assert completed.returncode != 0 and says in completed.stderr, completed.stdout + completed.stderr

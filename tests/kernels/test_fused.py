@@ -23,7 +23,7 @@ from shardcomp.ir.program import Value
 from shardcomp.kernels import add_rms_norm, geglu, layer_norm, rms_norm, rotary, swiglu
 from shardcomp.kernels.counts import NAMES
 from shardcomp.policy.options import PLACED
-from shardcomp.policy.policy import COUNTED
+from shardcomp.policy.toml_reader import COUNTED
 from shardcomp.sharding.rules import factoring
 from support.implementations import references
 

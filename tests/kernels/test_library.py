@@ -32,8 +32,8 @@ def operator(name: str) -> Any:
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-    return made.to(dtype)
+    actual = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+    return actual.to(dtype)
 
 
 def calls(dtype: torch.dtype, h: int, rows: tuple[int, ...] = (3, 5), other: torch.dtype | None = None) -> Calls:
@@ -112,10 +112,10 @@ def results(name: str, arguments: tuple[Any, ...], reference: bool = False) -> l
     plain = name.partition(" ")[0]
     run = operator(plain)
     written = [each.alias_info is not None and each.alias_info.is_write for each in run.default._schema.arguments]
-    given = [changed(fresh, held) if over else held for held, over in zip(arguments, written, strict=True)]
-    made = (REFERENCES[plain] if reference else run)(*given)
-    found = list(made) if isinstance(made, tuple) else [] if made is None else [made]
-    return found + [each for held, over in zip(given, written, strict=True) if over for each in tensors(held)]
+    inputs = [changed(fresh, held) if over else held for held, over in zip(arguments, written, strict=True)]
+    actual = (REFERENCES[plain] if reference else run)(*inputs)
+    found = list(actual) if isinstance(actual, tuple) else [] if actual is None else [actual]
+    return found + [each for held, over in zip(inputs, written, strict=True) if over for each in tensors(held)]
 
 
 def tensors(argument: Any) -> list[Tensor]:
@@ -139,11 +139,11 @@ def fresh(x: Tensor) -> Tensor:
 
 def agree(name: str, arguments: tuple[Any, ...], ulps: float = 2) -> None:
     """The library's results are the reference's, but for the last bits."""
-    made, expected = (results(name, arguments, reference) for reference in (False, True))
+    actual, expected = (results(name, arguments, reference) for reference in (False, True))
     if name == "grad_norm":  # in float32 the reference itself has the errors of a long sum
         [exact] = results(name, (changed(Tensor.double, arguments[0]),), reference=True)
         expected = [exact.to(expected[0].dtype)]
-    for a, b in zip(made, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), name
         wide = torch.promote_types(tensors(arguments[0])[0].dtype, torch.float32)
         eps = max(torch.finfo(dtype).eps for dtype in (a.dtype, wide))
@@ -210,8 +210,8 @@ def test_queries_and_keys_are_turned_as_they_lie() -> None:
     for interleaved in (False, True):
         agree("rotary", (q, k, cos, sin, interleaved, True))
         agree("rotary_bwd", (q, k, cos, sin, interleaved))
-    made = operator("rotary")(q, k, cos, sin, False, True)
-    assert made[0].stride() == q.stride() and made[1].stride() == k.stride()
+    actual = operator("rotary")(q, k, cos, sin, False, True)
+    assert actual[0].stride() == q.stride() and actual[1].stride() == k.stride()
 
 
 @pytest.mark.parametrize("turned", [16, 32, 48, 20])
@@ -243,12 +243,12 @@ def test_gate_and_up_may_be_halves_of_one_tensor_or_lie_alone(dtype: torch.dtype
 def test_what_is_not_finite_is_so_where_it_is_in_the_reference(dtype: torch.dtype) -> None:
     for name, arguments in calls(dtype, 33).items():
         first = 2 if name.startswith("adamw_") else 0  # the gradients
-        given = changed(torch.clone, arguments[first])
-        every = tensors(given)[0].view(-1, 33)
+        inputs = changed(torch.clone, arguments[first])
+        every = tensors(inputs)[0].view(-1, 33)
         every[0, 3], every[6, 5], every[12, 7] = float("inf"), float("-inf"), float("nan")
-        arguments = (*arguments[:first], given, *arguments[first + 1 :])
-        made, expected = (results(name, arguments, reference) for reference in (False, True))
-        assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(made, expected, strict=True)), name
+        arguments = (*arguments[:first], inputs, *arguments[first + 1 :])
+        actual, expected = (results(name, arguments, reference) for reference in (False, True))
+        assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(actual, expected, strict=True)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -257,9 +257,9 @@ def test_narrow_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> 
     for scale in (1.0, 1e-4, 1e-8, 1e30):
         tables = [torch.full((1, 256), scale * each, dtype=torch.float32) for each in (1.2345, 0.0)]
         arguments = (every, every, *tables, True, False)
-        made, expected = (run(*arguments)[0] for run in (operator("rotary"), REFERENCES["rotary"]))
-        assert bool(((made == expected) | (made.isnan() & expected.isnan())).all())
-        assert torch.equal(made.isinf(), expected.isinf())
+        actual, expected = (run(*arguments)[0] for run in (operator("rotary"), REFERENCES["rotary"]))
+        assert bool(((actual == expected) | (actual.isnan() & expected.isnan())).all())
+        assert torch.equal(actual.isinf(), expected.isinf())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -286,11 +286,11 @@ def test_logits_that_are_not_finite_give_what_the_reference_gives() -> None:
     logits[8] = draw(columns).float()
     labels, counted = torch.tensor([1, 1, 1, 1, 1, 1, -1 + columns, 1, 2]), torch.ones(9, dtype=torch.bool)
     for dtype in DTYPES:
-        given = (logits.to(dtype), labels, counted)
-        made, expected = (results("cross_entropy_statistics", (*given, 0), reference)[0] for reference in (False, True))
-        torch.testing.assert_close(made, expected, equal_nan=True, rtol=1e-6, atol=0)
-        agree("cross_entropy_gradient", (*given, expected[:2], torch.ones(9), 0))
-        agree("cross_entropy_gradient", (*given, expected[:2], torch.full((9,), inf), 0))
+        inputs = (logits.to(dtype), labels, counted)
+        actual, expected = (results("cross_entropy_statistics", (*inputs, 0), reference)[0] for reference in (False, True))
+        torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=0)
+        agree("cross_entropy_gradient", (*inputs, expected[:2], torch.ones(9), 0))
+        agree("cross_entropy_gradient", (*inputs, expected[:2], torch.full((9,), inf), 0))
 
 
 def test_what_lies_between_rows_is_not_written() -> None:
@@ -309,8 +309,8 @@ def test_many_tensors_are_gone_through_as_one(dtype: torch.dtype) -> None:
 
 
 def test_a_norm_that_float32_cannot_hold_is_infinite() -> None:
-    for given in ([1e30], [1.5e19, 1.5e19], [1e19, float("-inf")]):
-        gradients = [torch.tensor([each]) for each in given]
+    for inputs in ([1e30], [1.5e19, 1.5e19], [1e19, float("-inf")]):
+        gradients = [torch.tensor([each]) for each in inputs]
         assert results("grad_norm", (gradients,)) == results("grad_norm", (gradients,), reference=True)
 
 
@@ -323,23 +323,23 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
     for name, arguments in calls(torch.bfloat16, 515, (7, 129)).items():
-        made = []
+        actual = []
         for count in (1, 2, 3):
             threads(count)
-            made.append(results(name, arguments))
-        assert all(torch.equal(a, b) for each in made[1:] for a, b in zip(made[0], each, strict=True)), name
+            actual.append(results(name, arguments))
+        assert all(torch.equal(a, b) for each in actual[1:] for a, b in zip(actual[0], each, strict=True)), name
 
 
 def test_threads_may_call_them_at_once() -> None:
     some = calls(torch.float32, 96, (20,))
 
     def run(_: int) -> list[list[Tensor]]:
-        return [results(name, given) for name, given in some.items()]
+        return [results(name, inputs) for name, inputs in some.items()]
 
     expected = run(0)
     with ThreadPoolExecutor(4) as pool:
-        for made in pool.map(run, range(8)):
-            assert all(torch.equal(a, b) for x, y in zip(made, expected, strict=True) for a, b in zip(x, y, strict=True))
+        for actual in pool.map(run, range(8)):
+            assert all(torch.equal(a, b) for x, y in zip(actual, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_rows_may_lie_more_than_two_to_the_31_elements_apart() -> None:

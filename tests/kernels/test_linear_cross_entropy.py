@@ -78,11 +78,11 @@ def gradients(loss: Tensor, operands: list[Tensor], seed: float = 1.0) -> list[T
 @pytest.mark.parametrize("chunks", [1, 3, 29, 40])
 @pytest.mark.parametrize("steps", STEPS)
 def test_loss_and_gradients_are_those_of_the_two_in_a_row(steps: str, chunks: int, early: bool) -> None:
-    given = case(steps=steps)
-    operands = given.operands(torch.float64)
-    expected, made = given.dense(*operands), given.fused(*operands, chunks=chunks, early=early)
-    torch.testing.assert_close(made, expected, rtol=1e-13, atol=1e-13)
-    for a, b in zip(gradients(made, operands, 0.3), gradients(expected, operands, 0.3), strict=True):
+    inputs = case(steps=steps)
+    operands = inputs.operands(torch.float64)
+    expected, actual = inputs.dense(*operands), inputs.fused(*operands, chunks=chunks, early=early)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+    for a, b in zip(gradients(actual, operands, 0.3), gradients(expected, operands, 0.3), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
@@ -95,14 +95,14 @@ def test_gradients_are_no_further_from_float64_than_those_of_the_model(
 ) -> None:
     errors: list[list[float]] = []
     for tokens in range(250, 260):  # one draw of few numbers tells little
-        given = case(tokens, width, 131, steps)
-        operands = given.operands(dtype)
+        inputs = case(tokens, width, 131, steps)
+        operands = inputs.operands(dtype)
         exact = [held.detach().double().requires_grad_() for held in operands]
-        made, theirs, truth = given.fused(*operands, chunks=3, early=early), given.dense(*operands), given.dense(*exact)
-        assert made.dtype == torch.float32
-        assert (made.double() - truth).abs() <= 1.05 * (theirs.double() - truth).abs() + 2e-7 * truth.abs()
+        actual, theirs, truth = inputs.fused(*operands, chunks=3, early=early), inputs.dense(*operands), inputs.dense(*exact)
+        assert actual.dtype == torch.float32
+        assert (actual.double() - truth).abs() <= 1.05 * (theirs.double() - truth).abs() + 2e-7 * truth.abs()
         errors.append([])
-        every = zip(gradients(made, operands), gradients(theirs, operands), gradients(truth, exact), strict=True)
+        every = zip(gradients(actual, operands), gradients(theirs, operands), gradients(truth, exact), strict=True)
         for ours, other, true in every:
             assert ours.dtype == dtype
             apart = [(each.double() - true).norm() for each in (ours, other)]
@@ -112,18 +112,20 @@ def test_gradients_are_no_further_from_float64_than_those_of_the_model(
 
 @pytest.mark.parametrize("early", [True, False])
 def test_only_the_gradients_that_are_asked_for_are_computed(early: bool) -> None:
-    given = case()
+    inputs = case()
     for wanted in range(1, 8):
-        operands = [held.detach().requires_grad_(bool(wanted >> i & 1)) for i, held in enumerate(given.operands(torch.float64))]
+        operands = [
+            held.detach().requires_grad_(bool(wanted >> i & 1)) for i, held in enumerate(inputs.operands(torch.float64))
+        ]
         graded = [held for held in operands if held.requires_grad]
-        found = gradients(given.fused(*operands, chunks=2, early=early), graded)
-        for a, b in zip(found, gradients(given.dense(*operands), graded), strict=True):
+        found = gradients(inputs.fused(*operands, chunks=2, early=early), graded)
+        for a, b in zip(found, gradients(inputs.dense(*operands), graded), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    x, weight, _ = given.operands(torch.float64)
+    x, weight, _ = inputs.operands(torch.float64)
     with torch.no_grad():
-        made = given.fused(x, weight, None, chunks=2, early=early)
-    assert not made.requires_grad
-    torch.testing.assert_close(made, given.dense(x, weight, None).detach())
+        actual = inputs.fused(x, weight, None, chunks=2, early=early)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, inputs.dense(x, weight, None).detach())
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -138,24 +140,24 @@ def test_no_token_and_no_token_that_counts(early: bool) -> None:
 @pytest.mark.parametrize("early", [True, False])
 def test_what_is_not_finite_makes_the_loss_so(early: bool) -> None:
     for bad in (float("nan"), float("inf")):
-        given = case()
-        given.x[3] = bad
-        assert not given.fused(*given.operands(torch.float64), chunks=4, early=early).isfinite()
-        given = case()
-        given.x[1] = bad  # a token that does not count
-        operands = given.operands(torch.float64)
-        loss = given.fused(*operands, chunks=4, early=early)
-        torch.testing.assert_close(loss, given.dense(*operands))
+        inputs = case()
+        inputs.x[3] = bad
+        assert not inputs.fused(*inputs.operands(torch.float64), chunks=4, early=early).isfinite()
+        inputs = case()
+        inputs.x[1] = bad  # a token that does not count
+        operands = inputs.operands(torch.float64)
+        loss = inputs.fused(*operands, chunks=4, early=early)
+        torch.testing.assert_close(loss, inputs.dense(*operands))
 
 
 def test_the_same_numbers_come_out_every_time_and_twice_from_one_forward() -> None:
-    given = case(67, 16, 97)
+    inputs = case(67, 16, 97)
     for early in (True, False):
-        operands = given.operands(torch.bfloat16)
-        loss = given.fused(*operands, chunks=4, early=early)
+        operands = inputs.operands(torch.bfloat16)
+        loss = inputs.fused(*operands, chunks=4, early=early)
         one = torch.autograd.grad(loss, operands, retain_graph=True)
         two = torch.autograd.grad(loss, operands)
-        three = gradients(given.fused(*operands, chunks=4, early=early), operands)
+        three = gradients(inputs.fused(*operands, chunks=4, early=early), operands)
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
 
 
@@ -166,36 +168,36 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, Tensor):
-                self.elements = max(self.elements, made.numel())
+        for actual in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(actual, Tensor):
+                self.elements = max(self.elements, actual.numel())
         return result
 
 
 @pytest.mark.parametrize("early", [True, False])
 def test_neither_are_logits_kept_nor_all_of_them_made(early: bool) -> None:
     tokens, width, columns = 512, 8, 128
-    given = case(tokens, width, columns)
-    x, weight, _ = given.operands(torch.float32)
+    inputs = case(tokens, width, columns)
+    x, weight, _ = inputs.operands(torch.float32)
     kept: list[Tensor] = []
     with Largest() as largest, saved_tensors_hooks(lambda held: kept.append(held) or held, lambda held: held):
-        gradients(given.fused(x, weight, None, chunks=8, early=early), [x, weight])
+        gradients(inputs.fused(x, weight, None, chunks=8, early=early), [x, weight])
     assert largest.elements == tokens * columns // 8
-    foreign = {held.untyped_storage().data_ptr() for held in (x, weight, given.labels)}
+    foreign = {held.untyped_storage().data_ptr() for held in (x, weight, inputs.labels)}
     size = sum(held.nbytes for held in kept if held.untyped_storage().data_ptr() not in foreign)
     assert size <= (4 * (x.numel() + weight.numel()) if early else 17 * tokens)
 
 
-def split(given: Case, ranks: int, **how: Any) -> tuple[list[Tensor], list[Tensor]]:
+def split(inputs: Case, ranks: int, **how: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The losses on every rank, and the gradients of x, weight and bias put together."""
 
     def work(rank: int) -> tuple[Tensor, list[Tensor]]:
         mesh, _ = world.start(Mesh(tp=ranks))
         x, weight, bias = (
-            held.clone().requires_grad_() for held in (given.x, *(w.chunk(ranks)[rank] for w in (given.weight, given.bias)))
+            held.clone().requires_grad_() for held in (inputs.x, *(w.chunk(ranks)[rank] for w in (inputs.weight, inputs.bias)))
         )
-        settings = (-100, how["chunks"], how["early"], given.steps, given.weight.shape[0], world.axes_of(mesh)["tp"])
-        loss = vocab_linear_cross_entropy(x, weight, given.labels, given.count, bias, *settings)
+        settings = (-100, how["chunks"], how["early"], inputs.steps, inputs.weight.shape[0], world.axes_of(mesh)["tp"])
+        loss = vocab_linear_cross_entropy(x, weight, inputs.labels, inputs.count, bias, *settings)
         return loss.detach(), gradients(loss, [x, weight, bias], 0.7)
 
     found = run_ranks(ranks, work)
@@ -206,10 +208,10 @@ def split(given: Case, ranks: int, **how: Any) -> tuple[list[Tensor], list[Tenso
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize(("ranks", "columns"), [(1, 31), (2, 31), (3, 12), (4, 97)])
 def test_a_divided_vocabulary_gives_the_loss_and_the_gradients_of_the_whole(ranks: int, columns: int, early: bool) -> None:
-    given = case(23, 5, columns, "capped")
-    operands = given.operands(torch.float64)
-    expected = given.dense(*operands)
-    losses, found = split(given, ranks, chunks=3, early=early)
+    inputs = case(23, 5, columns, "capped")
+    operands = inputs.operands(torch.float64)
+    expected = inputs.dense(*operands)
+    losses, found = split(inputs, ranks, chunks=3, early=early)
     for loss in losses:
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=1e-13)
     for a, b in zip(found, gradients(expected, operands, 0.7), strict=True):
@@ -218,15 +220,15 @@ def test_a_divided_vocabulary_gives_the_loss_and_the_gradients_of_the_whole(rank
 
 @pytest.mark.parametrize("early", [True, False])
 def test_it_compiles_and_exports_as_it_is(early: bool) -> None:
-    given = case()
-    operands = given.operands(torch.float64)
+    inputs = case()
+    operands = inputs.operands(torch.float64)
 
     def run(*held: Tensor) -> Tensor:
-        return given.fused(*held, chunks=3, early=early)
+        return inputs.fused(*held, chunks=3, early=early)
 
-    expected, made = run(*operands), torch.compile(run, fullgraph=True, backend="aot_eager")(*operands)
-    torch.testing.assert_close(made, expected)
-    for a, b in zip(gradients(made, operands), gradients(expected, operands), strict=True):
+    expected, actual = run(*operands), torch.compile(run, fullgraph=True, backend="aot_eager")(*operands)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(gradients(actual, operands), gradients(expected, operands), strict=True):
         torch.testing.assert_close(a, b)
 
     class Module(torch.nn.Module):

@@ -69,8 +69,8 @@ def unlike(folder: Path, sources: Path) -> tuple[int, int]:
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-DSHARDCOMP_EMULATED", "-w", f"-I{sources}"]
     files = [str(folder / "program.cpp"), str(sources / "emulation" / "device.cpp")]
     subprocess.run([str(_COMPILER), *flags, *files, "-o", str(folder / "program")], check=True)
-    done = subprocess.run([str(folder / "program")], capture_output=True, text=True, check=True)
-    seen, differ = map(int, done.stdout.split())
+    completed = subprocess.run([str(folder / "program")], capture_output=True, text=True, check=True)
+    seen, differ = map(int, completed.stdout.split())
     return seen, differ
 
 

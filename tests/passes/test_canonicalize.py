@@ -29,8 +29,9 @@ from shardcomp import Policy
 from shardcomp.capture import capture, self_check
 from shardcomp.ir.interpreter import evaluate
 from shardcomp.ir.mesh import Mesh
+from shardcomp.ir.nodes import value
 from shardcomp.ir.precision import Widened
-from shardcomp.ir.program import B, Context, Program, S, Signature, Value, value
+from shardcomp.ir.program import B, Context, Program, S, Signature, Value
 from shardcomp.ir.well_formed import check_program
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy

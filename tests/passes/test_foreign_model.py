@@ -87,6 +87,7 @@ def test_it_agrees_with_the_dense_model(tmp_path: Path, sequence_parallel: bool,
     assert found.ok, found
 
 
+@pytest.mark.long  # verification/test_verifier.py plants them in a LLaMA
 def test_every_planted_fault_is_noticed(tmp_path: Path) -> None:
     torch.manual_seed(0)
     found = verify(Toy().double(), policy(tmp_path, tensor=2), 4, kinds=("causal",), mutate=True)

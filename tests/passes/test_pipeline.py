@@ -36,7 +36,7 @@ from shardcomp.ir.program import (
     stage_program,
 )
 from shardcomp.ir.well_formed import check_program
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.passes import pipeline
 from shardcomp.policy.options import Options
 from shardcomp.runtime import world

@@ -11,8 +11,8 @@ import shardcomp
 from shardcomp import Policy
 from shardcomp.cost.activations import unit_activations
 from shardcomp.ir.mesh import Mesh
-from shardcomp.ir.program import KEEP, LAYER, MARK, ONCE, Context, Unit
-from shardcomp.lowering import Lowered
+from shardcomp.ir.program import DROP, KEEP, LAYER, MARK, Context, Unit
+from shardcomp.lowered import Lowered
 from shardcomp.passes import recompute
 from support.families import tiny_config
 from support.listings import before_and_after, lower_gated_model, pinned_torch
@@ -28,8 +28,8 @@ def layers(lowered: Lowered) -> list[Unit]:
 
 
 def marks(lowered: Lowered) -> dict[str, str]:
-    """name -> keep or once, as the listing has it."""
-    return dict(re.findall(r"^ +(\w+): .* = (keep|once)\(", lowered.listing(), re.MULTILINE))
+    """name -> keep or drop, as the listing has it."""
+    return dict(re.findall(r"^ +(\w+): .* = (keep|drop)\(", lowered.listing(), re.MULTILINE))
 
 
 @pytest.mark.parametrize(
@@ -66,23 +66,23 @@ def test_layers_that_no_gradient_flows_into_are_not() -> None:
 def test_products_attention_and_their_sums_are_not_run_again() -> None:
     kept = ["q_proj", "k_proj", "v_proj", "attention_1", "gate_proj", "up_proj"]
     one, two = lowered_for(tiny(), recompute="selective"), lowered_for(tiny(), recompute="selective", tensor=2)
-    assert marks(one) == {**dict.fromkeys([*kept, "o_proj"], KEEP), "down_proj": ONCE}
+    assert marks(one) == {**dict.fromkeys([*kept, "o_proj"], KEEP), "down_proj": DROP}
     thrown = ["o_proj", "down_proj", "down_proj_scattered"]
-    assert marks(two) == {**dict.fromkeys([*kept, "o_proj_scattered"], KEEP), **dict.fromkeys(thrown, ONCE)}
+    assert marks(two) == {**dict.fromkeys([*kept, "o_proj_scattered"], KEEP), **dict.fromkeys(thrown, DROP)}
 
 
 def test_products_that_are_summed_together_are_kept_as_their_sum() -> None:
     """Attention and MLP side by side: what both add to the layer's result is not needed again."""
     found = marks(lowered_for(tiny_config("gpt_neox", use_parallel_residual=True), "auto", recompute="selective", tensor=2))
-    assert {name for name, mark in found.items() if mark == ONCE} >= {"dense", "dense_4h_to_h"}
+    assert {name for name, mark in found.items() if mark == DROP} >= {"dense", "dense_4h_to_h"}
 
 
 def test_only_the_marked_lines_of_a_listing_differ() -> None:
     plain, selective = (lowered_for(tiny(), recompute=option, tensor=2) for option in ("none", "selective"))
     lines = zip(plain.record("emit").listing().splitlines(), selective.record("pipeline").listing().splitlines(), strict=True)
     assert all(a == b for a, b in lines)  # and the body that the pass before recorded is as it was
-    text = re.sub(r"(?:keep|once)\(([\w.]+), ", r"\1(", selective.listing())
-    assert text.replace("    keep,\n", "").replace("    once,\n", "") == plain.listing()
+    text = re.sub(r"(?:keep|drop)\(([\w.]+), ", r"\1(", selective.listing())
+    assert text.replace("    keep,\n", "").replace("    drop,\n", "") == plain.listing()
     full = lowered_for(tiny(), recompute="full", tensor=2)
     assert full.listing() == plain.listing()
 
@@ -103,7 +103,7 @@ def test_every_mark_saves_bytes_or_work(family: str, tensor: int) -> None:
     program, rank = lowered.program, lowered.mesh.coordinates(0)
     unit = layers(lowered)[0]
     least = unit_activations(program, unit, 2, 16, rank).own
-    for node in [node for node in unit.body.calls() if node.meta.get(MARK) == ONCE]:
+    for node in [node for node in unit.body.calls() if node.meta.get(MARK) == DROP]:
         body = unit.body.copy()
         copy = next(each for each in body.calls() if each.name == node.name)
         copy.meta[MARK] = KEEP
@@ -129,9 +129,9 @@ class Layer(Unit):  # layers.0 … 1, alike
         w = local(self)
         hidden_gathered: f32[b, s, 8] = allgather_reducescatter(hidden, dim=1, axis=self.tp)
         hidden_gathered = self.fan_out(hidden_gathered)
-        packed: f32[b, s, 12/tp] = linear(hidden_gathered, w.packed.weight.gate)
-        packed_2: f32[b, s, 12/tp] = linear(hidden_gathered, w.packed.weight.up)
-        swiglu_1: f32[b, s, 12/tp] = swiglu(packed, packed_2)
+        linear_2: f32[b, s, 12/tp] = linear(hidden_gathered, w.packed.weight.gate)
+        linear_3: f32[b, s, 12/tp] = linear(hidden_gathered, w.packed.weight.up)
+        swiglu_1: f32[b, s, 12/tp] = swiglu(linear_2, linear_3)
         down: f32[b, s, 8] @ partial("tp") = linear(swiglu_1, w.down.weight)
         down_scattered: f32[b, s/tp, 8] = reducescatter_allgather(down, dim=1, axis=self.tp)
         add_1: f32[b, s/tp, 8] = hidden + down_scattered
@@ -144,11 +144,11 @@ class Layer(Unit):  # layers.0 … 1, alike
         w = local(self)
         hidden_gathered: f32[b, s, 8] = allgather_reducescatter(hidden, dim=1, axis=self.tp)
         hidden_gathered = self.fan_out(hidden_gathered)
-        packed: f32[b, s, 12/tp] = keep(linear, hidden_gathered, w.packed.weight.gate)
-        packed_2: f32[b, s, 12/tp] = keep(linear, hidden_gathered, w.packed.weight.up)
-        swiglu_1: f32[b, s, 12/tp] = swiglu(packed, packed_2)
-        down: f32[b, s, 8] @ partial("tp") = once(linear, swiglu_1, w.down.weight)
-        down_scattered: f32[b, s/tp, 8] = once(reducescatter_allgather, down, dim=1, axis=self.tp)
+        linear_2: f32[b, s, 12/tp] = keep(linear, hidden_gathered, w.packed.weight.gate)
+        linear_3: f32[b, s, 12/tp] = keep(linear, hidden_gathered, w.packed.weight.up)
+        swiglu_1: f32[b, s, 12/tp] = swiglu(linear_2, linear_3)
+        down: f32[b, s, 8] @ partial("tp") = drop(linear, swiglu_1, w.down.weight)
+        down_scattered: f32[b, s/tp, 8] = drop(reducescatter_allgather, down, dim=1, axis=self.tp)
         add_1: f32[b, s/tp, 8] = hidden + down_scattered
         return add_1
 """

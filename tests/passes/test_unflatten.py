@@ -19,11 +19,12 @@ from measure.families import sent
 from shardcomp import Policy
 from shardcomp.ir.interpreter import call, evaluate
 from shardcomp.ir.mesh import Mesh
-from shardcomp.ir.program import INPUT, PARAMETER, B, Body, Context, Parameter, Program, S, Signature, Unit, Value, value
+from shardcomp.ir.nodes import value
+from shardcomp.ir.program import INPUT, PARAMETER, B, Body, Context, Parameter, Program, S, Signature, Unit, Value
 from shardcomp.ir.well_formed import check_program
 from shardcomp.kernels.cross_entropy import cross_entropy
 from shardcomp.kernels.dropout import SHARED, Stream, dropout
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.passes import canonicalize, unflatten
 from support.families import tiny_config
 from support.listings import before_and_after, lower_gated_model, pinned_torch

@@ -90,15 +90,15 @@ def test_a_star_is_one_segment_and_braces_are_alternatives(pattern: str, path: s
 
 def test_of_the_names_of_one_module_in_different_releases_one_must_match() -> None:
     pattern = patterns.parse("{lm_head|embed_out}")
-    assert pattern.faults(["embed_out"]) == pattern.faults(["lm_head"]) == []
-    assert pattern.faults(["zzz"]) == ["matches no module"]
-    assert patterns.parse("{mlp|ffn}.{up,down}").faults(["ffn.up"]) == ["alternative 'down' matches no module"]
+    assert pattern.violations(["embed_out"]) == pattern.violations(["lm_head"]) == []
+    assert pattern.violations(["zzz"]) == ["matches no module"]
+    assert patterns.parse("{mlp|ffn}.{up,down}").violations(["ffn.up"]) == ["alternative 'down' matches no module"]
     with pytest.raises(ValueError, match="neither a name"):
         patterns.parse("{a,b|c}")
 
 
 def test_a_combination_of_alternatives_may_be_missing_if_each_alternative_is_used() -> None:
-    assert patterns.parse("{attn,mlp}.{q,up}").faults(["attn.q", "mlp.up"]) == []
+    assert patterns.parse("{attn,mlp}.{q,up}").violations(["attn.q", "mlp.up"]) == []
 
 
 def test_keyword_arguments_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_flags_ask_for_what_a_policy_asks_for() -> None:
 
 def test_flags_that_are_not_legal_are_reported_together_by_the_policy() -> None:
     options = options_from(parser().parse_args(["--tensor", "two", "--precision", "bf8", "--sequence-parallel", "yes"]))
-    with pytest.raises(PolicyError, match="3 problems"):
+    with pytest.raises(PolicyError, match="3 violations"):
         Policy.load("llama", **options)
 
 

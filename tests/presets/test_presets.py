@@ -72,7 +72,7 @@ def test_a_configuration_comes_from_a_directory_or_its_file_or_is_one(tmp_path: 
 
 
 def test_what_is_no_model_is_refused_with_what_would_be_one(tmp_path: Any) -> None:
-    with pytest.raises(ShardError, match=r"nobody/nothing is no preset.*llama-7b"):
+    with pytest.raises(ShardError, match=r"nobody/nothing is not a preset.*llama-7b"):
         presets.config_of("nobody/nothing")
     with pytest.raises(ShardError, match="no config.json"):
         presets.config_of(tmp_path)
@@ -85,7 +85,7 @@ def test_what_is_no_model_is_refused_with_what_would_be_one(tmp_path: Any) -> No
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
     with pytest.raises(ShardError, match="no-such-family"):
         presets.config_of(tmp_path)
-    with pytest.raises(ShardError, match="is no model"):
+    with pytest.raises(ShardError, match="is not a model"):
         presets.config_of(3)
 
 

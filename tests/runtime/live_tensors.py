@@ -37,13 +37,13 @@ class Sample:
 def samples_of_a_step(sharded: ShardedModel, optimizer: Any, batch: dict[str, Tensor]) -> list[Sample]:
     """A step, and what was held behind each backward of a micro-batch."""
     found: list[Sample] = []
-    progress = {chunk.index: Progress() for chunk in sharded._chunks}
+    progress = {chunk.index: Progress() for chunk in sharded._stage_shards}
 
     def sample() -> None:
         now = {index: Progress(p.forwards, p.backwards, p.count) for index, p in progress.items()}
         found.append(Sample(sharded.held_bytes(optimizer), now))
 
-    whole = sharded._backward
+    whole = sharded._steps.backward
 
     def backward(code: Any, piece: Any, scale: float, last: bool) -> Tensor:
         loss = whole(code, piece, scale, last)
@@ -53,12 +53,12 @@ def samples_of_a_step(sharded: ShardedModel, optimizer: Any, batch: dict[str, Te
         sample()
         return loss
 
-    object.__setattr__(sharded, "_backward", backward)
+    sharded._steps.backward = backward  # type: ignore[method-assign]
     stages = [stage for code in sharded._calls.loaded.values() if code.pipeline for stage in code.pipeline.stages]
     for stage in stages:
         _watch(stage, progress[stage.stage_index], sample)
     sharded.train_step(**batch)
-    object.__delattr__(sharded, "_backward")
+    del sharded._steps.backward
     for stage in stages:
         for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
             stage.__dict__.pop(name)
@@ -71,7 +71,7 @@ def _watch(stage: Any, at: Progress, sample: Callable[[], None]) -> None:
 
         def call(index: int, *args: Any, **kwargs: Any) -> Any:
             result = original(index, *args, **kwargs)
-            at.count, at.backwards = stage.count, stage.done
+            at.count, at.backwards = stage.count, stage.backwards
             if index < stage.count:
                 after()
             return result
@@ -98,7 +98,7 @@ def gathered_at_units(sharded: ShardedModel, step: Callable[[], Any]) -> list[in
             if held.requires_grad:
                 held.register_hook(sample)
 
-    homes = [home for chunk in sharded._chunks for home in chunk.unit_parameters]
+    homes = [home for chunk in sharded._stage_shards for home in chunk.unit_parameters]
     handles = [home.register_forward_pre_hook(sample) for home in homes]
     # The innermost call of a unit: behind every hook that gathers.
     handles += [(home.shared or home).register_forward_hook(forward) for home in homes]
@@ -131,7 +131,7 @@ def expected(sharded: ShardedModel, progress: dict[int, Progress]) -> dict[str, 
     zero, shards = sharded._blueprint.zero, _shards(sharded)
     rank = sharded.mesh.get_local_rank("dp") if zero else 0
     found = dict.fromkeys(("parameters", "gathered", "unreduced", "gradients", "optimizer"), 0)
-    for chunk in sharded._chunks:
+    for chunk in sharded._stage_shards:
         at = progress[chunk.index]
         finished = at.backwards == at.count and at.count > 0
         reduced = at.backwards > 0 if zero >= 2 else finished

@@ -18,8 +18,8 @@ import shardcomp
 from shardcomp import presets
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime import unit
-from shardcomp.runtime.fsdp import MainGrad
 from shardcomp.runtime.linear import fan_out, linear
+from shardcomp.runtime.main_grad import MainGrad
 from shardcomp.verification.thread_ranks import run_ranks
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
@@ -31,8 +31,8 @@ def weight_of(wide: MainGrad | None) -> nn.Parameter:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(OUT, IN, dtype=torch.bfloat16))
     if wide is not None:
-        weight.wide_gradient = wide  # type: ignore[attr-defined]
-        wide._parameter.unsharded_param = weight
+        weight.main_grad = wide  # type: ignore[attr-defined]
+        wide._param.unsharded_param = weight
     return weight
 
 

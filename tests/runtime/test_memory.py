@@ -84,7 +84,7 @@ def test_the_table_holds_under_a_pipeline(zero: int, schedule: str) -> None:
     def work(rank: int) -> None:
         sharded, optimizer, mine = trained(lowered)
         samples = samples_of_a_step(sharded, optimizer, mine)
-        assert len(samples) >= ROWS * len(sharded._chunks)
+        assert len(samples) >= ROWS * len(sharded._stage_shards)
         check(sharded, samples)
 
     run_ranks(4, work)

@@ -18,7 +18,7 @@ import shardcomp
 from shardcomp import Policy, presets
 from shardcomp.ir.mesh import Mesh
 from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy.patterns import Entry, parse
 from shardcomp.runtime.blueprint import Blueprint

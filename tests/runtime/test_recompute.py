@@ -21,9 +21,9 @@ import shardcomp
 from shardcomp.errors import InternalError
 from shardcomp.ir.mesh import Mesh
 from shardcomp.kernels import dropout
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
-from shardcomp.runtime import keep, once
+from shardcomp.runtime import drop, keep
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import SavedCall, recompute, saved_calls, split_backward
 from shardcomp.verification.dense_model import batches
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.norm = nn.Parameter(torch.rand(WIDTH) + 0.5)
         self.up, self.down = nn.Parameter(torch.randn(8, WIDTH)), nn.Parameter(torch.randn(WIDTH, 8))
         self.done: Counter[str] = Counter()
-        self.call: tuple[Callable[..., Tensor], Callable[..., Tensor]] = (keep, once) if selective else (plain, plain)
+        self.call: tuple[Callable[..., Tensor], Callable[..., Tensor]] = (keep, drop) if selective else (plain, plain)
 
     def product(self, name: str) -> Callable[..., Tensor]:
         def run(x: Tensor, w: Tensor) -> Tensor:
@@ -324,8 +324,8 @@ def test_wrong_values_would_be_noticed(monkeypatch: pytest.MonkeyPatch, fault: s
 
         monkeypatch.setattr(SavedCall, "again", again)
     else:
-        kept = made[1].kept[0]
-        kept.aliases = {slot: (0, size, stride[::-1], at) for slot, (_, size, stride, at) in kept.aliases.items()}
+        marked = made[1].marked[0]
+        marked.aliases = {slot: (0, size, stride[::-1], at) for slot, (_, size, stride, at) in marked.aliases.items()}
     try:
         for result in results:
             result.square().sum().backward()
@@ -336,7 +336,7 @@ def test_wrong_values_would_be_noticed(monkeypatch: pytest.MonkeyPatch, fault: s
 
 def test_a_result_that_was_wrongly_thrown_away_poisons_the_gradients() -> None:
     chain, given = blocks(1, selective=True), inputs(0)
-    chain[0].call = once, once
+    chain[0].call = drop, drop
     through(chain, given).square().sum().backward()
     assert all(p.grad is not None and p.grad.isnan().any() for p in (chain[0].up, chain[0].down))
 
@@ -369,7 +369,7 @@ def test_the_second_run_draws_what_the_first_did() -> None:
 
 
 def trained(lowered: Lowered, rows: int) -> list[tuple[list[Tensor], list[int]]]:
-    """For each rank: losses and gradients of two steps, and how often each frame was run again."""
+    """For each rank: losses and gradients of two steps, and how often each call was recomputed."""
     weights, batch = weights_of(lowered), batches(97, rows, 8, 0)["causal"]
     data = lowered.mesh.dp
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import shardcomp
 from shardcomp import presets
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime.fsdp import finish_unreduced_grads
 from shardcomp.runtime.gathering import full_tensor
@@ -152,7 +152,7 @@ def plant(sharded: ShardedModel, value: float) -> Callable[[], None]:
     true = sharded._passes.end
 
     def planted() -> Tensor:
-        for chunk in sharded._chunks:
+        for chunk in sharded._stage_shards:
             finish_unreduced_grads(chunk)
         piece = next(local(p.grad) for p in sharded.parameters() if p.grad is not None and local(p.grad).numel())
         piece.view(-1)[0] = value
@@ -318,7 +318,7 @@ def test_a_step_behind_one_that_failed_is_as_on_a_fresh_model(where: str, option
                 output.register_hook(fail) if where == "backward" else fail(output)
 
         seen: list[Any] = []
-        handle = used._chunks[0].unit_parameters[1].register_forward_hook(hook)
+        handle = used._stage_shards[0].unit_parameters[1].register_forward_hook(hook)
         with pytest.raises(ValueError, match=f"in a {where}"):
             used.train_step(**mine)
         handle.remove()
@@ -347,7 +347,7 @@ def test_frozen_stages_and_evaluation_leave_nothing_behind() -> None:
         for step in (sharded.train_step, sharded.eval_step):
             for _ in range(2):
                 step(**part(batch, sharded))
-                [chunk] = sharded._chunks
+                [chunk] = sharded._stage_shards
                 assert not chunk.root._get_fsdp_state()._comm_ctx.post_forward_order
 
     run_ranks(4, work)

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import shardcomp
 from shardcomp.errors import PlanError
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.runtime import Blueprint, build
 from shardcomp.verification.thread_ranks import run_ranks
@@ -184,7 +184,7 @@ def test_another_call_that_needs_a_weight_cut_otherwise_is_refused() -> None:
 
     def work(rank: int) -> None:
         sharded = build(lowered.blueprint(), weights, lower=lower)
-        with pytest.raises(PlanError, match=f"needs {name} in model.layers.0 cut as"):
+        with pytest.raises(PlanError, match=f"needs {name} in model.layers.0 as"):
             sharded(input_ids=ids)
 
     run_ranks(2, work)

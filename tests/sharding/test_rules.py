@@ -11,10 +11,12 @@ from torch import Tensor, fx
 
 import shardcomp.kernels  # registers the kernels' rules
 from shardcomp.ir.collectives import Axis
-from shardcomp.ir.program import PARAMETER, Value, tensor_arguments, values
+from shardcomp.ir.nodes import tensor_arguments, values
+from shardcomp.ir.program import PARAMETER, Value
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.cross_entropy import cross_entropy
-from shardcomp.sharding.rules import Factoring, factoring, parse
+from shardcomp.sharding.notation import parse
+from shardcomp.sharding.rules import Factoring, factoring
 
 aten = torch.ops.aten
 N = 2

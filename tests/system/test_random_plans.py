@@ -9,7 +9,6 @@ import os
 import random
 from typing import Any
 
-import pytest
 from hypothesis import event, given, note, settings, target
 from hypothesis import strategies as st
 
@@ -25,7 +24,8 @@ Plan = tuple[dict[str, Any], dict[str, Any], int]
 DEGREES = list(itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 3)))  # pipeline, tensor, data
 MOST_RANKS = 8
 OFFLOAD = ["optimizer", "parameters", "all", "model.layers.*"]
-ENGINE_EXAMPLES = 300 if os.environ.get("SHARDCOMP_LONG") == "1" else 6
+LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+EXAMPLES, ENGINE_EXAMPLES = (800, 300) if LONG else (10, 4)
 
 
 @st.composite
@@ -141,10 +141,9 @@ def agrees_or_is_refused(plan: Plan, samples: int | None = None) -> Verification
     return found
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-@settings(max_examples=settings().max_examples // 5)
-@given(plan=plans())
-def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(sequence_parallel: bool, plan: Plan) -> None:
+@settings(max_examples=EXAMPLES)
+@given(plan=plans(), sequence_parallel=st.booleans())
+def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(plan: Plan, sequence_parallel: bool) -> None:
     model, options, data = plan
     found = agrees_or_is_refused((model, {**options, "sequence_parallel": sequence_parallel}, data))
     if found is not None:

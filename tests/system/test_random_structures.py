@@ -3,6 +3,7 @@ every fault planted in it is noticed; an illegal one is refused before anything 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +14,8 @@ import shardcomp
 from shardcomp import ShardError
 from shardcomp.errors import InternalError
 from support.structures import CHOICES, Sizes, Structure, build, policy
+
+LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 
 KINDS = [("causal",)] * 4 + [("padded",), ("packed",)]
 FAULTS = ("heads", "kv", "intermediate", "vocabulary")
@@ -124,7 +127,7 @@ def refused(plan: Plan) -> bool:
     return False
 
 
-@settings(max_examples=settings().max_examples * 3 // 20)
+@settings(max_examples=300 if LONG else 5)
 @given(plan=plans(), kinds=st.sampled_from(KINDS))
 def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(plan: Plan, kinds: tuple[str, ...]) -> None:
     event(f"illegal: {plan.fault}" if plan.fault else "legal, with faults planted" if plan.mutate else "legal")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shardcomp.training.stack_location import Place, is_communication, listed, oldest_pending
-from shardcomp.training.watchdog import Answer, Gone, verdict
+from shardcomp.training.verdict import Answer, MissingRank, verdict
 
 RANKS = Path(__file__).with_name("watched_ranks.py")
 LIMIT = 30.0  # seconds: the time-out, its grace, and a slow machine
@@ -160,7 +160,7 @@ def waits(op: str, kind: str = "collective", beat: str = "step 3", failure: str 
 
 def test_ranks_of_whom_the_same_is_known_are_told_together() -> None:
     answers = {rank: waits("all_reduce over tp") for rank in range(8)}
-    gone = {rank: Gone("node-2", "step 2", 4.0 if rank == 8 else None) for rank in range(8, 16)}
+    gone = {rank: MissingRank("node-2", "step 2", 4.0 if rank == 8 else None) for rank in range(8, 16)}
     first, others = verdict("no progress for 5 s", answers, gone).splitlines()
     assert first == (
         "shardcomp: no progress for 5 s; no answer from ranks 8-15 on node-2: died or is stopped; last sign of life 4 s ago, "

@@ -93,7 +93,7 @@ def sharded(rank: int, size: int, what: str) -> None:
         if rank == 1 and what == "compared":
             slow()
         if rank == 1 and what in ("forward", "zero"):
-            model._chunks[0].root.register_forward_pre_hook(lambda *given: slow())
+            model._stage_shards[0].root.register_forward_pre_hook(lambda *given: slow())
         loss = model(input_ids=ids, labels=ids, num_items_in_batch=32).loss  # here: forward
         if rank == 1:
             slow()

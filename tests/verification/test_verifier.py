@@ -1,4 +1,4 @@
-"""Every topology against the dense model, gradients and all; and every planted fault noticed."""
+"""Every topology against the dense model, gradients included; and every mutant noticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 import shardcomp
 from shardcomp import VerifyError, capture, presets
 from shardcomp.runtime import backward
-from shardcomp.verification.verifier import TOLERANCE, verify
+from shardcomp.verification.compare import TOLERANCE
+from shardcomp.verification.verifier import verify
 from support.families import tiny_config
 from support.models import tiny
 
@@ -71,7 +72,7 @@ def test_bf16_is_no_further_from_float64_than_the_dense_model_in_bf16(sequence_p
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_every_planted_fault_is_noticed_by_its_numbers(sequence_parallel: bool) -> None:
+def test_every_mutant_is_noticed_by_its_numbers(sequence_parallel: bool) -> None:
     policy = shardcomp.Policy.load("llama", tensor=2, sequence_parallel=sequence_parallel, precision="fp64")
     found = verify(tiny(attention_bias=True), policy, 4, shrink=WHOLE, mutate=True, kinds=("causal",))
     assert found.mutants["survivors"] == []
@@ -234,8 +235,8 @@ def test_a_model_with_static_shapes_only_is_lowered_for_each_shape_and_says_so(
 
 def test_it_compares_the_gradients_of_a_loss_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward that starts from outputs, and is not known as one of the model, leaves gradients that are not reduced."""
-    from shardcomp.runtime import model
+    from shardcomp.runtime import direct_call
 
-    monkeypatch.setattr(model, "around_backward", lambda outputs, begin, end: outputs)
+    monkeypatch.setattr(direct_call, "around_backward", lambda outputs, begin, end: outputs)
     found = shardcomp.verify(presets.build(tiny()), shardcomp.Policy.load("llama", tensor=2, precision="fp64"), 4)
     assert not found.ok and found.worst["quantity"] == "gradients" and found.deviation["norm"] < 1e-9

@@ -1,6 +1,6 @@
 """The policy `auto`: units and the split of every weight, found from a model's graph, or its `tp_plan` where that is better.
 
-`layers` finds the units, `pairs` the weights that are cut together. No name of a module means anything here.
+`layers` finds the units, `pairs` the weights that are split together. No name of a module means anything here.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ def derive(program: Program, policy: Policy, mesh: Mesh, tp_plan: Mapping[str, s
     flat = split_packed_weights.take_apart(
         unflatten.run(canonicalize.run(program, context), context), lambda name: True, mesh.tp
     )
-    found = unit_paths(flat)
-    entries = tuple(Entry(parse(pattern), kind) for pattern, kind in found.items())
-    cut = partition_units.run(flat, Context(mesh, replace(policy, units=entries)))
-    pattern = next((text for text, kind in found.items() if kind == "layer" and text.endswith("*")), None)
-    own = words(cut)
-    derived = replace(policy, automatic=False, units=entries, weights=_entries(own, cut, pattern))
-    planned = replace(derived, weights=_entries(_with_plan(own, tp_plan or {}, cut), cut, pattern))
+    unit_kinds = unit_paths(flat)
+    entries = tuple(Entry(parse(pattern), kind) for pattern, kind in unit_kinds.items())
+    partitioned = partition_units.run(flat, Context(mesh, replace(policy, units=entries)))
+    pattern = next((text for text, kind in unit_kinds.items() if kind == "layer" and text.endswith("*")), None)
+    own = words(partitioned)
+    derived = replace(policy, automatic=False, units=entries, weights=_entries(own, partitioned, pattern))
+    planned = replace(derived, weights=_entries(_with_plan(own, tp_plan or {}, partitioned), partitioned, pattern))
     if mesh.tp == 1 or planned.weights == derived.weights:
         return derived
     return _better(derived, planned, program, mesh)
 
 
-def _entries(found: Mapping[str, str], program: Program, pattern: str | None) -> tuple[Entry, ...]:
+def _entries(words_of: Mapping[str, str], program: Program, pattern: str | None) -> tuple[Entry, ...]:
     """Entries for module path -> word: those of all layers under the layers' pattern, neighbours with the same word in one pair
     of braces."""
     layers = [unit.path for unit in program.units if unit.kind == "layer"]
     inside: dict[tuple[str, str], list[str]] = {}
     patterns: dict[str, str] = {}
-    for module, word in found.items():
+    for module, word in words_of.items():
         layer = next((path for path in layers if module.startswith(path + ".")), None)
         if layer is None:
             patterns[module] = word
@@ -81,12 +81,12 @@ def _braced(patterns: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 def _with_plan(own: Mapping[str, str], tp_plan: Mapping[str, str], program: Program) -> dict[str, str]:
     """Module path -> word, where transformers' plan has one in the place of `own`; embedding and head stay as they are."""
     modules = dict.fromkeys(p.module for p in program.parameters.values())
-    found = dict(own)
+    planned = dict(own)
     for key, style in tp_plan.items():
         word = next((word for word in ("colwise", "rowwise") if str(style).removeprefix("packed_").startswith(word)), "whole")
         pattern = re.compile(r"\.".join(r"[^.]+" if part == "*" else re.escape(part) for part in str(key).split(".")))
-        found.update({module: word for module in modules if pattern.fullmatch(module) and own.get(module) != "vocab"})
-    return {module: word for module, word in found.items() if word != "whole"}
+        planned.update({module: word for module in modules if pattern.fullmatch(module) and own.get(module) != "vocab"})
+    return {module: word for module, word in planned.items() if word != "whole"}
 
 
 def _better(derived: Policy, planned: Policy, program: Program, mesh: Mesh) -> Policy:
@@ -95,17 +95,17 @@ def _better(derived: Policy, planned: Policy, program: Program, mesh: Mesh) -> P
     for policy in (derived, planned):
         lowered = program
         try:
-            for each in (canonicalize, unflatten, split_packed_weights, partition_units, tensor_parallel):
-                lowered = each.run(lowered, Context(mesh, policy))
+            for compiler_pass in (canonicalize, unflatten, split_packed_weights, partition_units, tensor_parallel):
+                lowered = compiler_pass.run(lowered, Context(mesh, policy))
         except PolicyError:
             costs.append((sys.maxsize, 0.0))
         else:
-            costs.append((_whole(lowered), _sent(lowered, policy)))
-    (whole, sent), (whole_planned, sent_planned) = costs
-    return planned if whole_planned <= whole and sent_planned < sent else derived
+            costs.append((_replicated(lowered), _sent(lowered, policy)))
+    (replicated, sent), (replicated_planned, sent_planned) = costs
+    return planned if replicated_planned <= replicated and sent_planned < sent else derived
 
 
-def _whole(program: Program) -> int:
+def _replicated(program: Program) -> int:
     """The elements of all parameters that are not split."""
     return sum(math.prod(p.shape) for p in program.parameters.values() if p.layout.on("tp").dim is None)
 

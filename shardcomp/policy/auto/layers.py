@@ -9,21 +9,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from shardcomp.ir.program import PARAMETER, Program, tensor_arguments
-from shardcomp.kernels.attention import attention
+from shardcomp.ir.nodes import is_parameter, path_of, tensor_arguments
+from shardcomp.ir.operators import facts_of, operator_of
+from shardcomp.ir.program import Program
 from shardcomp.kernels.cross_entropy import cross_entropy
 
 aten = torch.ops.aten
-_MIXES = {aten.softmax, aten._safe_softmax, aten.scaled_dot_product_attention}
-_MOVES = {aten.reshape, aten.to, aten.unsqueeze, aten.expand, aten.slice}
 _MOST = 0.75
 """The share of a module's weights that its only layer has; the others are tables of positions and the like."""
-PRODUCTS = {aten.linear, aten.mm, aten.addmm, aten.matmul, aten.bmm}
 
 
 @dataclass
 class _Module:
-    """What lies under a module path: matrices with their sizes, and whether attention is computed there."""
+    """What is under a module path: matrices with their sizes, and whether attention is computed there."""
 
     path: str
     children: dict[str, _Module] = field(default_factory=dict)
@@ -38,33 +36,33 @@ class _Module:
 
 def unit_paths(program: Program) -> dict[str, str]:
     """Pattern of module paths -> kind of unit, for a canonical Program of one unit."""
-    [whole] = program.units
-    calls = list(whole.body.calls())
+    [unit] = program.units
+    calls = list(unit.body.calls())
     tables = {_module(node) for node in lookups(calls)}
-    heads = {path for node in head(calls) if (path := node.meta["path"])}
+    heads = {path for node in head(calls) if (path := path_of(node))}
     root = _tree(program, calls, tables | heads)
     layers = _layers(root)
     if not _in_turn(layers, calls):
         layers = _holding(layers)
-    outside = [each for each in (*tables, *heads) if not any(_under(each, layer) or _under(layer, each) for layer in layers)]
-    found = {path: "first" for path in outside if path in tables}
-    modules = [*(each.module for each in program.parameters.values()), *(node.meta["path"] for node in calls)]
-    found |= {pattern: "layer" for pattern in _patterns(layers, modules)}
-    found |= {path: "last" for path in outside if path in heads and path not in tables}
-    return found
+    outside = [path for path in (*tables, *heads) if not any(_under(path, layer) or _under(layer, path) for layer in layers)]
+    kinds = {path: "first" for path in outside if path in tables}
+    modules = [*(path.module for path in program.parameters.values()), *(path_of(node) for node in calls)]
+    kinds |= {pattern: "layer" for pattern in _patterns(layers, modules)}
+    kinds |= {path: "last" for path in outside if path in heads and path not in tables}
+    return kinds
 
 
 def lookups(calls: Iterable[fx.Node]) -> Iterator[fx.Node]:
     """The tables that are looked up with the tokens themselves."""
     for node in calls:
-        if getattr(node.target, "overloadpacket", None) is not aten.embedding:
+        if operator_of(node) is not aten.embedding:
             continue
         index = node.args[1]
-        while isinstance(index, fx.Node) and getattr(index.target, "overloadpacket", None) in _MOVES:
+        while isinstance(index, fx.Node) and "token_index" in facts_of(index).facts:
             index = index.args[0]
         table = node.args[0]
-        is_input = isinstance(index, fx.Node) and index.meta.get("path") == "input_ids"
-        if is_input and isinstance(table, fx.Node) and table.op == "placeholder" and table.meta["role"] == PARAMETER:
+        is_input = isinstance(index, fx.Node) and path_of(index) == "input_ids"
+        if is_input and isinstance(table, fx.Node) and is_parameter(table):
             yield table
 
 
@@ -73,18 +71,18 @@ def head(calls: Iterable[fx.Node]) -> Iterator[fx.Node]:
     for node in calls:
         if node.target is not cross_entropy:
             continue
-        made = node.args[0]
-        while isinstance(made, fx.Node) and getattr(made.target, "overloadpacket", None) not in PRODUCTS:
-            operands = tensor_arguments(made)
-            made = operands[0] if operands else None
-        if isinstance(made, fx.Node):
-            yield made
+        operand = node.args[0]
+        while isinstance(operand, fx.Node) and not _is_product(operand):
+            operands = tensor_arguments(operand)
+            operand = operands[0] if operands else None
+        if isinstance(operand, fx.Node):
+            yield operand
 
 
 def _in_turn(layers: list[str], calls: Iterable[fx.Node]) -> bool:
     """Whether each layer has run when the next one begins, and does not run again."""
-    products = (node for node in calls if getattr(node.target, "overloadpacket", None) in PRODUCTS)
-    visits = [layer for node in products for layer in layers if _under(node.meta["path"], layer)]
+    products = (node for node in calls if _is_product(node))
+    visits = [layer for node in products for layer in layers if _under(path_of(node), layer)]
     return len(list(itertools.groupby(visits))) == len(set(visits))
 
 
@@ -95,8 +93,14 @@ def _holding(paths: list[str]) -> list[str]:
     return [".".join(shared)] if shared else []
 
 
+def _is_product(node: fx.Node) -> bool:
+    """Whether a call is a product that has a sharding rule."""
+    row = facts_of(node)
+    return row.family == "matmul" and bool(row.rule)
+
+
 def _module(parameter: fx.Node) -> str:
-    return str(parameter.meta["path"]).rpartition(".")[0]
+    return path_of(parameter).rpartition(".")[0]
 
 
 def _under(path: str, other: str) -> bool:
@@ -117,13 +121,13 @@ def _tree(program: Program, calls: list[fx.Node], left_out: set[str]) -> _Module
 
     for parameter in program.parameters.values():
         if len(parameter.shape) > 1 and parameter.module not in left_out:
-            for each in at(parameter.module):
-                each.matrices += 1
-                each.elements += int(torch.Size(parameter.shape).numel())
+            for module in at(parameter.module):
+                module.matrices += 1
+                module.elements += int(torch.Size(parameter.shape).numel())
     for call in calls:
-        if call.target is attention or getattr(call.target, "overloadpacket", None) in _MIXES:
-            for each in at(call.meta["path"]):
-                each.mixes = True
+        if "mixes_tokens" in facts_of(call).facts:
+            for module in at(path_of(call)):
+                module.mixes = True
     return root
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import shardcomp
 from shardcomp import Policy, PolicyError, presets
-from shardcomp.lowering import Lowered
+from shardcomp.lowered import Lowered
 from support.families import tiny_config
 from support.models import tiny
 
@@ -219,7 +219,7 @@ def test_modules_that_run_in_turns_are_one_unit(within: bool, units: dict[str, s
 def test_a_unit_that_would_run_twice_is_refused(tmp_path: Path) -> None:
     units = "".join(f'"body.{name}" = "{kind}"\n' for name, kind in (("table", "first"), ("fast", "layer"), ("slow", "layer")))
     (tmp_path / "turns.toml").write_text(f'family = "turns"\n[units]\n{units}')
-    with pytest.raises(PolicyError, match="body.fast reads what body.slow gives, which runs behind it"):
+    with pytest.raises(PolicyError, match="body.fast reads what body.slow gives, which runs after it"):
         shardcomp.lower(InTurns(), Policy.load(tmp_path / "turns.toml"), seq=16)
 
 

@@ -50,7 +50,7 @@ def test_a_world_that_the_degrees_do_not_divide_is_refused() -> None:
 
 
 def test_a_length_that_does_not_divide_names_the_next_legal_one() -> None:
-    with pytest.raises(PlanError, match="seq = 15 does not split over tensor = 2: use 16"):
+    with pytest.raises(PlanError, match="seq = 15 does not split over tensor = 2: use 14 or 16"):
         lower(tensor=2, seq=15)
     lower(tensor=2, seq=15, sequence_parallel=False)
 

@@ -79,13 +79,13 @@ def test_a_fault_of_a_file_is_named_with_its_line_and_what_would_do(tmp_path: Pa
 
 def test_all_faults_of_a_file_and_of_the_keywords_come_in_one_message(tmp_path: Path) -> None:
     said = refusal(tmp_path, '[weights]\n"a.." = "vocb"\n[options]\nseed = "x"\n', tensor=0, colour="red")
-    assert said.startswith("6 problems")
+    assert said.startswith("6 violations")
     for part in ("no family", "segment ''", '"vocb"', 'seed = "x"', "tensor = 0", "'colour'"):
         assert part in said
 
 
 def test_options_by_themselves_are_checked_together() -> None:
-    with pytest.raises(PolicyError, match="3 problems"):
+    with pytest.raises(PolicyError, match="3 violations"):
         Options(tensor=0, precision="fp8", seed=1.5)  # type: ignore[arg-type]
 
 
@@ -173,7 +173,7 @@ def test_a_policy_of_another_family_names_the_right_file(tmp_path: Path) -> None
 
 def test_misspelt_weights_and_units_come_in_one_message(tmp_path: Path) -> None:
     policy = own(tmp_path, '[weights]\n"a.c" = "vocab"\n[units]\n"a.d" = "layer"\n')
-    with pytest.raises(PolicyError, match="2 problems"):
+    with pytest.raises(PolicyError, match="2 violations"):
         policy.check(["a.b.weight"], ["a", "a.b"])
 
 
@@ -203,7 +203,7 @@ def test_degrees_that_do_not_make_the_world_are_refused(options: dict[str, int],
             "names 3 stages, but pipeline × virtual stages = 2 × 1 makes 2",
         ),
         ({"pipeline": 2, "stage_layers": (1, 0)}, "stage_layers = .*: use the number of layers of each stage"),
-        ({"replicate": 2}, "replicate = 2 makes copies of what zero shares, but zero = 0"),
+        ({"replicate": 2}, "replicate = 2 makes copies of what zero shards, but zero = 0"),
         ({"replicate": 2, "zero": 1, "data": 3}, "replicate = 2 does not divide data = 3: use 1, 3"),
         ({"offload": "all"}, "offload = all .* but zero = 0: use zero = 3"),
         ({"offload": ("model..layers",), "zero": 3}, "offload = .*: use none, optimizer, parameters, all or patterns of units"),

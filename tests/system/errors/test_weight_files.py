@@ -49,7 +49,7 @@ def test_what_fits_is_not_refused(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     assert "does not exist" in _message(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    assert "is no directory" in _message(tmp_path / "file")
+    assert "is not a directory" in _message(tmp_path / "file")
 
 
 def test_a_directory_without_weights(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_everything_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
         {"a.weight": torch.zeros(4, 2), "d.weight": torch.zeros(1), "c.weight": torch.zeros(5)}, tmp_path / "model.safetensors"
     )
     message = _message(tmp_path)
-    assert "3 problems" in message
+    assert "3 violations" in message
     assert "1 of the model's 3 tensors are missing: b.weight" in message
     assert "1 tensors are not the model's: d.weight" in message
     assert "a.weight is 4×2 in model.safetensors and 4×3 in the model" in message
@@ -112,14 +112,14 @@ def test_damage_in_one_shard_does_not_hide_what_is_wrong_with_another(tmp_path: 
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     save_file({"c.weight": torch.zeros(6)}, tmp_path / "model-00002-of-00002.safetensors")
     message = _message(tmp_path)
-    assert "2 problems" in message and "00001-of-00002.safetensors is truncated" in message and "c.weight is 6" in message
+    assert "2 violations" in message and "00001-of-00002.safetensors is truncated" in message and "c.weight is 6" in message
 
 
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
     _shard(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     message = _message(tmp_path)
-    assert "model-00002-of-00002.safetensors is missing" in message and "problems" not in message
+    assert "model-00002-of-00002.safetensors is missing" in message and "violations" not in message
 
 
 def test_an_index_that_does_not_say_the_truth(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import transformers
 import shardcomp
 from shardcomp.errors import PolicyError
 from shardcomp.ir.program import Program
-from shardcomp.lowering import Lowered, lower
+from shardcomp.lowered import Lowered
+from shardcomp.lowering import lower
 from shardcomp.policy import Policy
 from support.families import families, tiny_config
 
