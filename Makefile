@@ -6,6 +6,8 @@
 #                 or MODELS="llama gpt2" only these, with TORCH="2.11.0" under that as well, with JSON=file written there too
 # make gpu        on a machine with a GPU: is everything right there, and how fast are the kernels? Ends within 8 minutes
 # make gpu-train  training steps of LLaMA shapes on one GPU beside HuggingFace, torch.compile and FSDP2. Ends within 9 minutes
+# make compare    training steps beside HuggingFace, DDP, FSDP2, tensor parallel and pipelining of torch, Accelerate and DeepSpeed
+#                 where they are installed, in turns on CPU ranks: make compare COMPARE="--quick" takes under 5 minutes
 # make docs       build these pages as a site in build/site; make docs-serve shows them and follows what is edited
 # make format     rewrite the sources as `make test` wants them
 #
@@ -19,7 +21,6 @@ TRAIN ?= --config tiny --max-length 256 --batch-size 8 --steps 300 --warmup 20 -
 
 BIN := .venv/bin
 READY := .venv/installed
-DOCS := .venv/docs-installed
 
 # Where a run keeps its checkpoints, its model, its log and its chart.
 NOTHING :=
@@ -37,7 +38,7 @@ MATRIX = $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(MODELS),--models $(MODE
 NAMED := $(filter command environment,$(word 1,$(origin PYTHON)))
 GPU_PYTHON = $(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 
-.PHONY: pretrain test long matrix gpu gpu-train docs docs-serve format clean
+.PHONY: pretrain test long matrix gpu gpu-train compare docs docs-serve format clean
 
 pretrain: $(READY)
 	$(if $(FRESH),rm -rf $(RUN))
@@ -56,7 +57,7 @@ long: $(READY)
 	SHARDCOMP_LONG=1 SHARDCOMP_SLICE="$(SLICE)" $(BIN)/pytest -q -n 2 --dist worksteal --durations=20
 
 matrix: $(READY)
-	PYTHONPATH=tests $(BIN)/python -m matrix.run $(MATRIX)
+	PYTHONPATH=tests $(BIN)/python -m system.matrix.run $(MATRIX)
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu/check.py $(GPU)
@@ -64,10 +65,13 @@ gpu:
 gpu-train:
 	$(GPU_PYTHON) benchmarks/gpu/train_benchmark.py $(GPU)
 
-docs: $(DOCS)
+compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(COMPARE)
+
+docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
 
-docs-serve: $(DOCS)
+docs-serve: $(READY)
 	$(BIN)/mkdocs serve
 
 format: $(READY)
@@ -82,10 +86,5 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("shardcomp needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
-
-# What builds the pages takes 20 s to install, and nothing else needs it.
-$(DOCS): $(READY)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@

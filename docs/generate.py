@@ -53,7 +53,7 @@ def mark(source: str) -> str:
 
 
 def copied(source: str, target: str) -> str:
-    """A file of the repository, with its links as the site needs them. A link to what is no page becomes plain text."""
+    """A file of the repository, with its links as the site needs them. A link to anything but a page becomes plain text."""
 
     def relink(found: re.Match[str]) -> str:
         text, address = found[1], found[2]

@@ -1,4 +1,4 @@
-"""Has the site print `Example:` in a docstring as code. The docstring parser knows that section as `Examples:` alone."""
+"""Has the site print `Example:` in a docstring as code. The docstring parser knows that section only as `Examples:`."""
 
 from __future__ import annotations
 

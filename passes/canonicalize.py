@@ -65,7 +65,7 @@ _SDPA = aten.scaled_dot_product_attention.default
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 _TO_THE_END = 2**63 - 1
 _TRIED = ((2, 17), (1, 2**20))
-"""The (b, s) at which a mask that depends on sizes alone is evaluated, the longest longer than any model's chunks."""
+"""The (b, s) at which a mask that depends only on sizes is evaluated, the longest longer than any model's chunks."""
 
 
 def run(program: Program, context: Context) -> Program:
@@ -266,7 +266,7 @@ def _name_provider(body: Body, program: Program, provider: str) -> None:
 
 
 def _is_idle(mask: fx.Node, program: Program) -> bool:
-    """Whether a [b, s] mask is computed from sizes alone and is constant along s; a bool one must be true as well."""
+    """Whether a [b, s] mask is computed only from sizes and is constant along s; a bool one must be true as well."""
     roles = {role_of(node) for node in ancestors([mask]) if node.op == "placeholder"}
     if roles & {INPUT, PARAMETER}:
         return False

@@ -13,7 +13,7 @@ reads any of its values but its outputs, and never across the boundary of a unit
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 
 import torch
@@ -22,12 +22,11 @@ from torch import fx
 from shardcomp.errors import PolicyError, raise_all
 from shardcomp.fusion import loss_head, matchers
 from shardcomp.fusion.equivalence import MatchResult, Replacement, Subgraph, check_equivalent
-from shardcomp.fusion.matchers import Match, MatchSite
+from shardcomp.fusion.matchers import MATCHERS, Match, Matcher, MatchSite, Proven
 from shardcomp.ir.nodes import path_of, stored, structural_arguments, tensor_arguments, value
-from shardcomp.ir.operators import kernels_of, operator_of
+from shardcomp.ir.operators import operator_of
 from shardcomp.ir.program import Body, Context, Contract, Missed, Program, Unit
 from shardcomp.kernels.counts import kernel_counts, place_of
-from shardcomp.kernels.rotary import rotary
 
 CONTRACT = Contract(requires=frozenset({"canonical", "units"}), provides=frozenset({"kernels"}))
 
@@ -76,10 +75,10 @@ class _Rewriting:
         words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.words = {path: words.get(program.resolve(name)) for path, name in names.items()}
         _share_tables(self.body)
-        if self.places("rotary"):
-            self._rotate()
-        self._place_kernels(matchers.match_gated_mlp(self.body), kernels_of("gated"), self._put)
-        self._place_kernels(matchers.match_norms(self.body), kernels_of("norm"), self._norm)
+        self.alive = set(self.body.graph.nodes)
+        for matcher in MATCHERS:
+            if any(self.places(name) for name in matcher.kernels):
+                self._place_kernels(matcher)
         if self.places("linear_cross_entropy"):
             # With all forwards before all backwards, the gradients of each would stand until then; and in float16 they would be
             # too small before the loss is scaled.
@@ -99,32 +98,42 @@ class _Rewriting:
                 self.missed.append((head.losses, result.reason))
             else:
                 rows = replacement.args[0]
-                _replace(self.body, subgraph, loss_head.rows_apart(replacement))
+                self._replace(subgraph, loss_head.rows_apart(replacement))
                 if rows is not None and not rows.users and rows.op == "call_function":
                     self.body.graph.erase_node(rows)
 
-    def _place_kernels(
-        self, sites: Iterable[MatchSite], names: tuple[str, ...], put: Callable[[Subgraph, Replacement], str | None]
-    ) -> None:
-        """Put a kernel at each site where one passes the check; where none does, note what comes nearest."""
-        if not any(self.places(name) for name in names):
-            return
+    def _place_kernels(self, matcher: Matcher) -> None:
+        """Put a kernel around each call where one passes the check; where none does, note what comes nearest."""
         misses: list[tuple[fx.Node, str]] = []
-        for site in list(sites):
-            if site.anchor not in self._alive():
+        waiting: dict[fx.Node, str] = {}
+        for anchor in list(self.body.calls()):
+            # Matched now and not all at the start: a replacement gives the calls that read its results other operands.
+            site = matcher.match(anchor) if anchor in self.alive else None
+            if site is None:
                 continue
-            subgraph, replacement, why = self._best(site)
-            if replacement is not None and subgraph is not None:
-                why = put(subgraph, replacement) or ""
-            if why:
-                misses.append((site.anchor, why))
-        left = self._alive()
-        self.missed += [(anchor, why) for anchor, why in misses if anchor in left]
+            proven, why = self._best(site)
+            if proven is None:
+                misses.append((anchor, why))
+            elif matcher.join is None:
+                misses += [(anchor, why)] if (why := self._put(matcher, *proven)) else []
+            elif not self._join(matcher, proven, waiting):
+                waiting[anchor] = f"it is {proven[1].name}, but nothing else is turned by the same tables"
+        self.missed += [(anchor, why) for anchor, why in (*misses, *waiting.items()) if anchor in self.alive]
 
-    def _alive(self) -> set[fx.Node]:
-        return set(self.body.graph.nodes)
+    def _join(self, matcher: Matcher, proven: Proven, waiting: dict[fx.Node, str]) -> bool:
+        """Put one kernel in the place of two subgraphs that do the same: this one, and one that waits for another."""
+        assert matcher.join is not None
+        for anchor in waiting:
+            site = matcher.match(anchor) if anchor in self.alive else None
+            other = None if site is None else self._best(site)[0]
+            joined = None if other is None else matcher.join(other, proven)
+            if joined is not None:
+                del waiting[anchor]
+                self._replace(*joined)
+                return True
+        return False
 
-    def _best(self, site: MatchSite) -> tuple[Subgraph | None, Replacement | None, str]:
+    def _best(self, site: MatchSite) -> tuple[Proven | None, str]:
         """The first subgraph, and the first replacement for it, that pass the check; else why the nearest does not."""
         nearest = MatchResult(None, site.hint, -1)
         for match in site.matches:
@@ -132,12 +141,12 @@ class _Rewriting:
             if result.chosen is not None:
                 subgraph, replacement = match.subgraph, match.replacements[result.chosen]
                 if not (escaped := subgraph.escapes()):
-                    return subgraph, replacement, ""
+                    return (subgraph, replacement), ""
                 result = MatchResult(
                     None, f"it is {replacement.name}, but {matchers.shown(escaped[0])} inside it is used elsewhere", 5
                 )
             nearest = max(nearest, result, key=lambda result: result.progress)
-        return None, None, nearest.reason
+        return None, nearest.reason
 
     def _prove(self, match: Match) -> MatchResult:
         replacements = match.replacements
@@ -147,29 +156,28 @@ class _Rewriting:
             return result if result.chosen is None else replace(result, chosen=replacements.index(rounding_once[result.chosen]))
         return check_equivalent(match.subgraph, replacements)
 
-    def _put(self, subgraph: Subgraph, replacement: Replacement) -> str | None:
-        if self.places(replacement.name):
-            _replace(self.body, subgraph, replacement)
-        return None
-
-    def _norm(self, subgraph: Subgraph, replacement: Replacement) -> str | None:
-        """A norm, with the addition that makes its operand where there is one."""
+    def _put(self, matcher: Matcher, subgraph: Subgraph, replacement: Replacement) -> str:
+        """Put a kernel in the place of a subgraph, or of a larger one. Returns why it cannot be, empty where it can."""
         x = replacement.args[0]
         assert x is not None
-        if self.ranks > 1 and self._is_sharded(x):
+        if matcher.whole_features and self.ranks > 1 and self._is_sharded(x):
             return f"it is {replacement.name}, but tensor = {self.ranks} splits the features that it is taken over"
-        if replacement.name == "rms_norm" and self.places("add_rms_norm"):
-            joined = matchers.with_sum(replacement, subgraph)
-            if joined is not None and self._prove_sum(joined):
-                _replace(self.body, joined.subgraph, joined.replacements[0])
-                return None
-        return self._put(subgraph, replacement)
+        larger = matcher.extend(subgraph, replacement) if matcher.extend is not None else None
+        if larger is not None and self.places(larger.replacements[0].name) and self._is_proved(larger):
+            self._replace(larger.subgraph, larger.replacements[0])
+        elif self.places(replacement.name):
+            self._replace(subgraph, replacement)
+        return ""
 
-    def _prove_sum(self, joined: Match) -> bool:
+    def _is_proved(self, match: Match) -> bool:
+        """Whether the one replacement of a match passes the check."""
         return (
-            not joined.subgraph.escapes()
-            and check_equivalent(joined.subgraph, joined.replacements, self.bits).chosen is not None
+            not match.subgraph.escapes() and check_equivalent(match.subgraph, match.replacements, self.bits).chosen is not None
         )
+
+    def _replace(self, subgraph: Subgraph, replacement: Replacement) -> None:
+        _replace(self.body, subgraph, replacement)
+        self.alive = set(self.body.graph.nodes)
 
     def _is_sharded(self, x: fx.Node) -> bool:
         """Whether the policy shards the features of a value: it is the product of a weight that is split by its outputs."""
@@ -178,47 +186,6 @@ class _Rewriting:
             x = x.args[0]  # type: ignore[assignment]
         weight = stored(x.args[1]) if x.target is aten.linear.default else None
         return weight is not None and value(x).shape[-1] == width and self.words.get(path_of(weight)) == "colwise"
-
-    def _rotate(self) -> None:
-        """Rotations by the same tables, two by two: queries and keys."""
-        singles: dict[Hashable, list[tuple[fx.Node, Subgraph, Replacement]]] = {}
-        for site in list(matchers.match_rotary(self.body)):
-            subgraph, replacement, why = self._best(site)
-            if subgraph is None or replacement is None:
-                self.missed.append((site.anchor, why))
-                continue
-            alike = (replacement.args[2:], tuple(replacement.kwargs.items()))
-            waiting = singles.setdefault(alike, [])
-            if waiting and (joined := _together(waiting[0], (site.anchor, subgraph, replacement))) is not None:
-                waiting.pop(0)
-                _replace(self.body, *joined)
-            else:
-                waiting.append((site.anchor, subgraph, replacement))
-        for anchor, *_ in (single for waiting in singles.values() for single in waiting):
-            self.missed.append((anchor, "it is rotary, but nothing else is turned by the same tables"))
-
-
-_Single = tuple[fx.Node, Subgraph, Replacement]
-
-
-def _together(one: _Single, other: _Single) -> tuple[Subgraph, Replacement] | None:
-    """Two rotations as one; None where one is computed from the other, or their shapes do not go together."""
-    subgraphs = [one[1], other[1]]
-    x, y = one[2].args[0], other[2].args[0]
-    assert x is not None and y is not None
-    if matchers.reaches(subgraphs[0].outputs[0], y) or matchers.reaches(subgraphs[1].outputs[0], x):
-        return None
-    order = (0, 1)
-    if matchers.attended(subgraphs[1].outputs[0]) == 0 or not matchers.pairs(x, y):
-        order = (1, 0)
-    q, k = ((x, y)[i] for i in order)
-    if not matchers.pairs(q, k):
-        return None
-    nodes = tuple(node for node in x.graph.nodes if node in subgraphs[0].nodes or node in subgraphs[1].nodes)
-    cos, sin = one[2].args[2:]
-    outputs = tuple(subgraphs[i].outputs[0] for i in order)
-    subgraph = Subgraph(nodes, (q, k, cos, sin), outputs)  # type: ignore[arg-type]
-    return subgraph, Replacement(rotary, (q, k, cos, sin), one[2].kwargs, (0, 1))
 
 
 def _share_tables(body: Body) -> None:

@@ -32,9 +32,11 @@ def run(program: Program, context: Context) -> Program:
     [model] = program.units
     calls = list(model.body.calls())
     kinds = context.policy.unit_kinds(module_paths(program))
-    order, home = _assign(calls, kinds, model.body)
+    order, unit_index = _assign(calls, kinds, model.body)
     entries = context.policy.weight_entries(program.parameters, program.canonical_names())
-    every = [_UnitDraft(path, kinds.get(path, "first"), [n for n in calls if home[n] == i]) for i, path in enumerate(order)]
+    every = [
+        _UnitDraft(path, kinds.get(path, "first"), [n for n in calls if unit_index[n] == i]) for i, path in enumerate(order)
+    ]
     drafts = [draft for draft in every if draft.nodes]
     idle = _idle(program, model.body)
     _keep_idle(idle, drafts, kinds)
@@ -83,7 +85,7 @@ def _idle(program: Program, body: Body) -> list[fx.Node]:
 
 
 def _keep_idle(idle: list[fx.Node], drafts: list[_UnitDraft], kinds: dict[str, str]) -> None:
-    """Let the unit whose module has it hold a parameter that no call uses, and the first unit what is in no unit's module."""
+    """Give each unused parameter to the unit whose module owns it, else to the first unit."""
     by_path = {draft.path: draft for draft in drafts}
     for node in idle:
         by_path.get(_claim(path_of(node), kinds) or "", drafts[0]).idle.append(node)
@@ -134,10 +136,10 @@ class _UnitDraft:
             if role == PARAMETER:
                 parameter = program.parameters[program.resolve(path_of(node))]
                 tied = parameter.aliases and parameter.name
-                lines.append((relative(path_of(node), _home_path(self)), entries.get(parameter.name), tied))
+                lines.append((relative(path_of(node), _naming_root(self)), entries.get(parameter.name), tied))
             elif role == BUFFER:
                 buffer = program.buffers[path_of(node)].value
-                lines.append((relative(path_of(node), _home_path(self)), tuple(buffer.shape), buffer.dtype))
+                lines.append((relative(path_of(node), _naming_root(self)), tuple(buffer.shape), buffer.dtype))
         for node in self.nodes:
             number[node] = len(number)
             lines.append((node.target, structural_arguments(node, number), repr(node.meta["value"])))
@@ -149,7 +151,7 @@ def relative(name: str, path: str) -> str:
     return name[len(path) + 1 :] if path and name.startswith(path + ".") else name
 
 
-def _home_path(draft: _UnitDraft) -> str:
+def _naming_root(draft: _UnitDraft) -> str:
     """What the names in a unit's code are relative to: only layers have alike ones, whose code must not name one of them."""
     return draft.path if draft.kind == "layer" else ""
 
@@ -167,27 +169,27 @@ def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[li
         order.insert(0, "first")
         first = 0
     last = len(order) - 1
-    home = {node: order.index(path) for node, path in claimed.items()}
+    unit_index = {node: order.index(path) for node, path in claimed.items()}
     fed: dict[fx.Node, int] = {}
     for node in calls:
-        feeds = [home[a] if a in home else fed[a] for a in tensor_arguments(node) if a in home or a in fed]
+        feeds = [unit_index[a] if a in unit_index else fed[a] for a in tensor_arguments(node) if a in unit_index or a in fed]
         fed[node] = max(feeds, default=-1)
     # What no unit claims, backward: its readers have a unit already. It joins the first of them to run, unless nothing of a
     # layer feeds it and it would join a layer: then all layers share it, as rotary tables are shared.
     for node in reversed(calls):
-        if node in home:
+        if node in unit_index:
             continue
-        users = [home[user] for user in node.users if user in home]
+        users = [unit_index[user] for user in node.users if user in unit_index]
         target = min(users, default=last)
         if fed[node] <= first and _kind(order, kinds, target) == "layer":
             target = first
-        home[node] = target
+        unit_index[node] = target
     for node in calls:
         for read in tensor_arguments(node):
-            if home.get(read, -1) > home[node]:
-                violation = f"{order[home[node]]} reads what {order[home[read]]} gives, which runs after it"
+            if unit_index.get(read, -1) > unit_index[node]:
+                violation = f"{order[unit_index[node]]} reads what {order[unit_index[read]]} gives, which runs after it"
                 raise PolicyError(f"[units]: {violation}: a unit runs once; name a module that holds both")
-    return order, home
+    return order, unit_index
 
 
 def _kind(order: list[str], kinds: dict[str, str], index: int) -> str:
@@ -259,7 +261,7 @@ def _body(name: str, draft: _UnitDraft, inputs: list[fx.Node], outputs: list[fx.
     for node in inputs:
         role = _role(node)
         copy = graph.placeholder(node.name)
-        path = path_of(node) if role == INPUT else relative(path_of(node), _home_path(draft))
+        path = path_of(node) if role == INPUT else relative(path_of(node), _naming_root(draft))
         copy.meta = {"role": role, "path": path, "value": node.meta["value"]}
         copies[node] = copy
     for node in draft.nodes:

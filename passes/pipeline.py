@@ -1,6 +1,6 @@
 """Assign units to pipeline stages, and let each stage recompute what is too cheap to send.
 
-A stage begins before a unit of the kind "layer". What stands between two layers stays with the second, and what follows the
+A stage begins before a unit of the kind "layer". What is between two layers stays with the second, and what follows the
 last layer is in the last stage. Each stage has at least one layer. `stage_layers` says how many; otherwise the slowest stage is
 made as fast as it can be (see `INTENSITY`).
 
@@ -60,7 +60,7 @@ def run(program: Program, context: Context) -> Program:
 
 
 def _atoms(units: list[Unit]) -> list[list[Unit]]:
-    """The groups of units between which a stage may begin, in order: a layer with what stands before it; the last also has what
+    """The groups of units between which a stage may begin, in order: a layer with what is before it; the last also has what
     follows."""
     atoms: list[list[Unit]] = []
     waiting: list[Unit] = []
@@ -124,8 +124,8 @@ def _costs(program: Program, context: Context) -> dict[int, float]:
         totals[id(body), "none"] = once
         totals[id(body), "full"] = once + sum(amount for _, amount in forward)
         totals[id(body), "selective"] = once + sum(amount for node, amount in forward if not is_dear(node))
-    again = kinds(program, context.policy.options.recompute)
-    return {id(unit): totals[id(unit.body), again.get(id(unit), "none")] for unit in program.units}
+    recompute_kinds = kinds(program, context.policy.options.recompute)
+    return {id(unit): totals[id(unit.body), recompute_kinds.get(id(unit), "none")] for unit in program.units}
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:
@@ -146,11 +146,11 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
         for stage in range(1, stages + 1):
             for end in range(stage, count - (stages - stage) + 1):
                 for begin in range(stage - 1, end):
-                    run = sums[end] - sums[begin]
-                    if run > limit:
+                    segment = sums[end] - sums[begin]
+                    if segment > limit:
                         continue
                     before = table[stage - 1][begin]
-                    total = max(before, run) if power == 0 else before + run * run
+                    total = max(before, segment) if power == 0 else before + segment * segment
                     if total < table[stage][end]:
                         table[stage][end], begins[stage][end] = total, begin
         ends, at = [], count
@@ -174,30 +174,30 @@ class _Source:
 def _recompute(program: Program) -> Program:
     """Give every stage units of its own for the values of earlier stages that cost nothing to recompute."""
     sources = {name: _Source(unit, index) for unit in program.units for index, name in enumerate(unit.outputs)}
-    again = _Again(program, sources)
+    builder = _PreludeBuilder(program, sources)
     units: list[Unit] = []
     for stage in range(program.stages):
         units_here = program.in_stages((stage,))
         names: dict[str, str] = {}
-        preludes = again.preludes(stage, [name for unit in units_here for name in unit.inputs], names)
+        preludes = builder.preludes(stage, [name for unit in units_here for name in unit.inputs], names)
         rewired = [replace(unit, inputs=tuple(names.get(name, name) for name in unit.inputs)) for unit in units_here]
         units += [*preludes, *rewired]
-    return replace(program, units=units, values=again.values)
+    return replace(program, units=units, values=builder.values)
 
 
 @dataclass(frozen=True)
 class _Prelude:
-    """The code for some results of a unit: which of the unit's inputs and buffers it takes, and which inputs of the caller's,
-    for their sizes alone."""
+    """The code for some results of a unit: which of the unit's inputs and buffers it takes, and which inputs of the model, only
+    for their sizes."""
 
     body: Body
     inputs: tuple[int, ...]
-    callers: tuple[str, ...]
+    size_inputs: tuple[str, ...]
     buffers: tuple[int, ...]
 
 
-class _Again:
-    """Makes the units that compute values of an earlier stage again."""
+class _PreludeBuilder:
+    """Makes the units that recompute values of an earlier stage."""
 
     def __init__(self, program: Program, sources: dict[str, _Source]) -> None:
         self.program, self.sources = program, sources
@@ -217,43 +217,43 @@ class _Again:
             source = self.sources[name]
             results = source.unit.body.results
             nodes = ancestors([results[source.index]])
-            pending += [n for n, p in _given(source.unit.inputs, source.unit.body, INPUT) if p in nodes]
+            pending += [n for n, p in _named_placeholders(source.unit.inputs, source.unit.body, INPUT) if p in nodes]
         preludes = []
         for unit in self.program.units:
-            again = [name for name in unit.outputs if name in needed]
-            if again:
-                preludes.append(self._prelude(stage, unit, again, names))
+            names_here = [name for name in unit.outputs if name in needed]
+            if names_here:
+                preludes.append(self._prelude(stage, unit, names_here, names))
         return preludes
 
     def _from_before(self, name: str, stage: int) -> bool:
         return name in self.sources and self.sources[name].unit.plan.stage < stage
 
     def _is_free(self, name: str) -> bool:
-        """Whether a value needs no gradient and comes from the caller's inputs and buffers by calculation alone."""
+        """Whether a value needs no gradient and comes from the caller's inputs and buffers by calculation only."""
         if name not in self.sources:
             return name in self.program.inputs
         if name not in self.free:
             unit, result = self.sources[name].unit, self.sources[name].index
             nodes = ancestors([unit.body.results[result]])
-            read = [n for n, placeholder in _given(unit.inputs, unit.body, INPUT) if placeholder in nodes]
+            read = [n for n, placeholder in _named_placeholders(unit.inputs, unit.body, INPUT) if placeholder in nodes]
             self.free[name] = all(_is_calculation(node) for node in nodes) and all(self._is_free(n) for n in read)
         return self.free[name]
 
-    def _prelude(self, stage: int, unit: Unit, again: list[str], names: dict[str, str]) -> Unit:
-        """A copy of `unit` that makes the values `again` alone."""
-        key = (id(unit.body), tuple(unit.outputs.index(name) for name in again))
+    def _prelude(self, stage: int, unit: Unit, names_here: list[str], names: dict[str, str]) -> Unit:
+        """A copy of `unit` that makes only the values `names_here`."""
+        key = (id(unit.body), tuple(unit.outputs.index(name) for name in names_here))
         if key not in self.bodies:
             self.bodies[key] = self._body(unit, key[1])
         code = self.bodies[key]
-        for name in again:
+        for name in names_here:
             names[name] = self._new_name(name)
         read = tuple(names.get(unit.inputs[i], unit.inputs[i]) for i in code.inputs)
         return Unit(
             _module(unit, code.body),
             PRELUDE,
             code.body,
-            (*read, *code.callers),
-            tuple(names[name] for name in again),
+            (*read, *code.size_inputs),
+            tuple(names[name] for name in names_here),
             buffers=tuple(unit.buffers[i] for i in code.buffers),
             plan=Plan(stage=stage),
         )
@@ -268,13 +268,13 @@ class _Again:
         for node in inputs:
             copies[node] = _copy(graph, node, copies)
         known = {size for node in inputs for size in value(node).shape}
-        callers: list[str] = []
+        size_inputs: list[str] = []
         for symbol in sorted(_symbols(nodes) - known, key=str):
             name = next((n for n, input_value in self.program.inputs.items() if symbol in input_value.shape), None)
             if name is None:
                 raise InternalError(f"pipeline: no input of the model has {symbol} as a dimension")
-            if name not in callers:
-                callers.append(name)
+            if name not in size_inputs:
+                size_inputs.append(name)
                 node = graph.placeholder(name)
                 node.meta = {"role": INPUT, "path": name, "value": self.program.inputs[name]}
         for node in (*buffers, *(call for call in unit.body.calls() if call in nodes)):
@@ -282,7 +282,7 @@ class _Again:
         graph.output(tuple(copies[node] for node in results_kept))
         name = "Prelude" if not self.bodies else f"Prelude{len(self.bodies) + 1}"
         return _Prelude(
-            Body(name, graph), _indices(inputs, unit.body, INPUT), tuple(callers), _indices(buffers, unit.body, BUFFER)
+            Body(name, graph), _indices(inputs, unit.body, INPUT), tuple(size_inputs), _indices(buffers, unit.body, BUFFER)
         )
 
     def _new_name(self, name: str) -> str:
@@ -300,12 +300,12 @@ def _indices(some: list[fx.Node], body: Body, role: str) -> tuple[int, ...]:
     return tuple(every.index(node) for node in some)
 
 
-def _given(names: tuple[str, ...], body: Body, role: str) -> Iterator[tuple[str, fx.Node]]:
+def _named_placeholders(names: tuple[str, ...], body: Body, role: str) -> Iterator[tuple[str, fx.Node]]:
     return zip(names, body.placeholders(role), strict=True)
 
 
 def _is_calculation(node: fx.Node) -> bool:
-    """Whether a node has the same value wherever it is computed, and sends and learns nothing."""
+    """Whether a node has the same value wherever it is computed, requires no gradient and communicates nothing."""
     if requires_grad(node):
         return False
     if node.op == "placeholder":

@@ -2,11 +2,14 @@
 
 The pass writes the plans of units. For `selective` it also marks the calls in a body that are not run again.
 
-full: every layer runs again. every:N: the first of each N layers runs again. selective: every layer runs again without its
-products (operators that contract), the attention into which a gradient flows, and the reductions of partial results. Their
-results are kept where a recomputed call, or a backward, reads them. The rest leave nothing: a product whose sum over ranks is
-kept instead of it, or one whose result is only added to the layer's result. Only layers are recomputed. What comes before them
-is cheap, and the backward of what comes after them follows at once.
+- `full`: every layer runs again.
+- `every:N`: the first of each N layers runs again.
+- `selective`: every layer runs again, without its expensive calls. These are products (operators that contract), attention
+  into which a gradient flows, and reductions of partial results.
+
+The result of an expensive call is kept where a recomputed call, or a backward, reads it. Otherwise it is dropped. Two examples
+are a product whose sum over ranks is kept instead, and a product that is only added to the layer's result. Only layers are
+recomputed: what comes before them is cheap, and the backward of what comes after them follows their forward at once.
 
 Legality: a call that runs again has the same inputs and draws the same random numbers, so it gives the same values.
 

@@ -1,4 +1,4 @@
-"""Split packed weights: a weight that holds several, such as `[q; k; v]` or `[gate; up]`, becomes one parameter for each.
+"""Split packed weights: a weight that packs several, such as `[q; k; v]` or `[gate; up]`, becomes one parameter for each.
 
 A packed matrix cannot be sharded by its rows, because each rank needs its rows of every slice. Each slice becomes a parameter
 of its own, named for where it goes, and the product is made once for each slice. This happens where the slices are consecutive
@@ -39,11 +39,11 @@ _SIZES = {B: 2, S: 3}
 
 def run(program: Program, context: Context) -> Program:
     words = context.policy.weight_entries(program.parameters, program.canonical_names())
-    return take_apart(program, lambda name: words.get(name) == "colwise", context.mesh.tp)
+    return split_packed(program, lambda name: words.get(name) == "colwise", context.mesh.tp)
 
 
-def take_apart(program: Program, is_wanted: Callable[[str], bool], ranks: int) -> Program:
-    """The Program with every weight in parts that is `is_wanted` by its name and holds several."""
+def split_packed(program: Program, should_split: Callable[[str], bool], ranks: int) -> Program:
+    """The Program with each packed weight split into its slices where `should_split` says so of its name."""
     [unit] = program.units
     body = unit.body.copy()
     buffers = {node: program.buffers[path_of(node)].value for node in body.placeholders(BUFFER)}
@@ -52,7 +52,7 @@ def take_apart(program: Program, is_wanted: Callable[[str], bool], ranks: int) -
         if node.target is not aten.linear.default:
             continue
         weights = [_source(a) for a in node.args[1:]]
-        if any(w is None or not is_wanted(path_of(w)) or len(w.users) > 1 for w in weights):
+        if any(w is None or not should_split(path_of(w)) or len(w.users) > 1 for w in weights):
             continue
         slices = _slices(node, buffers, ranks)
         if slices:
@@ -83,8 +83,8 @@ def _slices(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> lis
     sliced = list(_sliced_values(product))
     if len(sliced) < 2 or any(node is None for node, _ in sliced):
         return []
-    followed = [_followed(node, product, buffers) for node, _ in sliced if node is not None]
-    rows = [features for features, _ in followed]
+    traced = [_trace_rows(node, product, buffers) for node, _ in sliced if node is not None]
+    rows = [features for features, _ in traced]
     width = int(value(product).shape[-1])
     if sorted(row for rows_of_one in rows for row in rows_of_one) != list(range(width)):
         return []
@@ -98,7 +98,7 @@ def _slices(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> lis
     names = _names([node for node, _ in sliced if node is not None])
     return [
         _Slice(node, name, *rows_of_one)
-        for (node, _), name, rows_of_one in zip(sliced, names, followed, strict=True)
+        for (node, _), name, rows_of_one in zip(sliced, names, traced, strict=True)
         if node is not None
     ]
 
@@ -118,7 +118,7 @@ def _sliced_values(node: fx.Node) -> Iterator[tuple[fx.Node | None, bool]]:
             yield None, False
 
 
-def _followed(node: fx.Node, product: fx.Node, buffers: dict[fx.Node, Tensor]) -> tuple[list[int], list[int]]:
+def _trace_rows(node: fx.Node, product: fx.Node, buffers: dict[fx.Node, Tensor]) -> tuple[list[int], list[int]]:
     """The features of `product` that `node` comes from, in its order; and the dimensions of `node` that count samples and
     tokens, in the order that these have in `product`."""
     chain = [node]
@@ -186,24 +186,24 @@ def _replace(
     body: Body, product: fx.Node, weights: list[fx.Node], slices: list[_Slice], parameters: dict[str, Parameter]
 ) -> None:
     """Replace each slice by a product of its own, and the weights by their slices."""
-    turned = product.args[1] is not weights[0]
+    transposed = product.args[1] is not weights[0]
     for sliced in slices:
         operands: list[fx.Node] = []
         for index, weight in enumerate(weights):
-            dim = 1 if turned and index == 0 else 0
+            dim = 1 if transposed and index == 0 else 0
             part = _part(body, weight, dim, sliced, parameters)
             if dim == 1:
                 with body.graph.inserting_before(product):
-                    over = body.graph.call_function(aten.t.default, (part,))
+                    transpose = body.graph.call_function(aten.t.default, (part,))
                 known = value(part)
-                over.meta = {**product.meta, "value": replace(known, shape=known.shape[::-1])}
-                part = over
+                transpose.meta = {**product.meta, "value": replace(known, shape=known.shape[::-1])}
+                part = transpose
             operands.append(part)
         with body.graph.inserting_before(product):
-            alone = body.graph.call_function(aten.linear.default, (product.args[0], *operands))
+            slice_product = body.graph.call_function(aten.linear.default, (product.args[0], *operands))
             known = value(product)
-            alone.meta = {**product.meta, "value": replace(known, shape=(*known.shape[:-1], len(sliced.rows)))}
-            result = _in_shape(body, alone, sliced)
+            slice_product.meta = {**product.meta, "value": replace(known, shape=(*known.shape[:-1], len(sliced.rows)))}
+            result = _in_shape(body, slice_product, sliced)
         sliced.node.replace_all_uses_with(result)
         _join_reshapes(result)
     for weight in weights:
@@ -227,20 +227,20 @@ def _part(body: Body, weight: fx.Node, dim: int, sliced: _Slice, parameters: dic
     return placeholder
 
 
-def _in_shape(body: Body, alone: fx.Node, sliced: _Slice) -> fx.Node:
+def _in_shape(body: Body, slice_product: fx.Node, sliced: _Slice) -> fx.Node:
     """[b, s, features] in the shape that the slice had."""
     like = sliced.node
     target = value(like).shape
     order = [*sliced.samples, *(i for i in range(len(target)) if i not in sliced.samples)]
-    result = alone
+    result = slice_product
     shape = tuple(target[i] for i in order)
-    if shape != value(alone).shape:
-        result = body.graph.call_function(aten.reshape.default, (alone, list(shape)))
+    if shape != value(slice_product).shape:
+        result = body.graph.call_function(aten.reshape.default, (slice_product, list(shape)))
         result.meta = {**like.meta, "value": replace(value(like), shape=shape)}
     if order != sorted(order):
-        turned = body.graph.call_function(aten.permute.default, (result, [order.index(i) for i in range(len(order))]))
-        turned.meta = dict(like.meta)
-        result = turned
+        permuted = body.graph.call_function(aten.permute.default, (result, [order.index(i) for i in range(len(order))]))
+        permuted.meta = dict(like.meta)
+        result = permuted
     return result
 
 

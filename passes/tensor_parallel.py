@@ -41,7 +41,7 @@ COPIES = "tp_rep"
 
 def run(program: Program, context: Context) -> Program:
     size = context.mesh.size(AXIS)
-    layouts, uncut = weight_layouts(program, context.policy, AXIS, size)
+    layouts, unsplit_weights = weight_layouts(program, context.policy, AXIS, size)
     raise_all(PlanError, f"{program.name} with {context.policy.source}", _partly_counted(program, context, layouts))
     shared = {name for unit in program.units for name in unit.parameters if _owners(program, name) > 1}
     rewrite = _Rewrite(program, context, layouts, shared)
@@ -57,11 +57,13 @@ def run(program: Program, context: Context) -> Program:
         units.append(replace(unit, body=body))
         rewrite.record_parameters(unit, body)
     violations = rewrite.violations()
-    heads = tuple(violations)
+    reported_modules = tuple(violations)
     if not violations and not rewrite.stuck:
-        uncut = {name: text for name, text in uncut.items() if name not in rewrite.copied}
-    rows = [text for name, text in uncut.items() if not any(name.startswith(where + ".") for where in heads)]
-    raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*violations.values(), *rows])
+        unsplit_weights = {name: text for name, text in unsplit_weights.items() if name not in rewrite.copied}
+    unsplit_messages = [
+        text for name, text in unsplit_weights.items() if not any(name.startswith(where + ".") for where in reported_modules)
+    ]
+    raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*violations.values(), *unsplit_messages])
     if rewrite.stuck:
         raise InternalError(f"tensor: no layout of the operands of {', '.join(rewrite.stuck)}")
     mesh = replace(context.mesh, copies=rewrite.copies())
@@ -75,8 +77,8 @@ def run(program: Program, context: Context) -> Program:
 
 
 def _partly_counted(program: Program, context: Context, layouts: dict[str, Layout]) -> list[str]:
-    """What is wrong with embeddings that divide a row's gradient by how often the whole batch has it: a rank, or a
-    micro-batch, that sees a part of it."""
+    """What is wrong with embeddings that divide a row's gradient by how often the whole batch has it, where a
+    rank or micro-batch sees only part of the batch."""
     mesh, micro_batch, violations = context.mesh, context.policy.options.micro_batch, []
     for unit in program.units:
         names = dict(zip(unit.body.placeholders(PARAMETER), unit.parameters, strict=True))
@@ -128,7 +130,7 @@ class _Rewrite:
     def __init__(self, program: Program, context: Context, layouts: dict[str, Layout], shared: set[str]) -> None:
         self.program, self.size = program, context.mesh.size(AXIS)
         length = program.static_shape[1] if program.static_shape else S
-        self.axis = AxisSplit(self.size, length if context.policy.options.sequence_parallel else None)
+        self.axis_split = AxisSplit(self.size, length if context.policy.options.sequence_parallel else None)
         self.layouts, self.shared = dict(layouts), shared
         self.words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.indivisible: dict[str, set[int]] = {}
@@ -171,12 +173,14 @@ class _Rewrite:
         shards = math.gcd(int(value(node).shape[placement.dim]), self.size)
         if heads is not None and self.size % heads == 0:
             shards = heads
-        return placement if shards == 1 != heads else _with_shards(placement, shards, self.size)
+        if shards == 1 and heads != 1:  # a single head is the one shard that every rank has
+            return placement
+        return _with_shards(placement, shards, self.size)
 
     def _propagate(self, unit: Unit, body: Body, placements: dict[fx.Node, Placement]) -> Propagation:
         """Propagate. A weight loses its split where there are more ranks than shards, as with key-value heads: then several
         ranks have the same shard, and `placements` says so afterwards."""
-        propagation = first = propagate(body, self.axis, placements)
+        propagation = first = propagate(body, self.axis_split, placements)
         tried = dict(placements)
         while propagation.indivisible:
             before = dict(tried)
@@ -186,13 +190,13 @@ class _Rewrite:
                         tried[weight] = _with_shards(tried[weight], lost.size, self.size)
             if tried == before:
                 break
-            propagation = propagate(body, self.axis, tried)
+            propagation = propagate(body, self.axis_split, tried)
         if propagation.indivisible or propagation.stuck:
             self._report(unit, first)
             self.stuck += [f"{module_of(unit, node)}: {operator_name(node)}" for node in propagation.stuck]
             return first
         placements.update(tried)
-        return refine(body, self.axis, placements, _finals(unit, self.program))
+        return refine(body, self.axis_split, placements, _finals(unit, self.program))
 
     def _separate_additions(self, body: Body, placements: dict[fx.Node, Placement]) -> None:
         """Take the bias out of a product whose weight is split along what it contracts: it is added once, after the
@@ -204,7 +208,7 @@ class _Rewrite:
                 continue
             result_factors = {factor for dims in rule.results for factor in dims}
             placed = [
-                (_stored(operand, placements), dims)
+                (_stored_placement(operand, placements), dims)
                 for operand, dims in zip(tensor_arguments(node), rule.operands, strict=True)
             ]
             split_factors = [dims[at.dim] for at, dims in placed if at.dim is not None]
@@ -212,9 +216,9 @@ class _Rewrite:
                 continue
             target, arguments, added = product
             with body.graph.inserting_before(node):
-                alone = body.graph.call_function(target, arguments)
-                alone.meta = dict(node.meta)
-                total = body.graph.call_function(torch.ops.aten.add.Tensor, (alone, added))
+                without_bias = body.graph.call_function(target, arguments)
+                without_bias.meta = dict(node.meta)
+                total = body.graph.call_function(torch.ops.aten.add.Tensor, (without_bias, added))
                 total.meta = dict(node.meta)
             node.replace_all_uses_with(total)
             body.graph.erase_node(node)
@@ -239,7 +243,7 @@ class _Rewrite:
         return " = ".join([*keys, str(size)]) if keys else f"a dimension of {size}"
 
     def _convert(self, unit: Unit, body: Body, propagation: Propagation) -> None:
-        """Insert the collectives, set every node's layout, and call split forms in their place."""
+        """Insert the collectives, set every node's layout, and replace the calls that have a split form by it."""
         cache: dict[tuple[fx.Node, Placement, bool], fx.Node] = {}
         mixed = self._mixed_parameters(unit, body, propagation)
         for node in list(body.graph.nodes):
@@ -249,7 +253,7 @@ class _Rewrite:
                 finals = _finals(unit, self.program)
                 results = []
                 for result, final in zip(body.results, finals, strict=True):
-                    target = boundary_placement(value(result), propagation.placements[result][0], final, self.axis)
+                    target = boundary_placement(value(result), propagation.placements[result][0], final, self.axis_split)
                     results.append(self._reshard(body, result, propagation, _Use(target, False), node, cache, mixed))
                 node.args = (tuple(results),)
                 continue
@@ -258,10 +262,12 @@ class _Rewrite:
             graded = requires_grad(node)
             resharded = []
             for operand, placement, partial in zip(operands, choice.operands, choice.partial_gradient, strict=True):
-                several = not has_one_result(operand)
+                has_several_results = not has_one_result(operand)
                 use = _Use(placement, partial and graded)
-                resharded.append(operand if several else self._reshard(body, operand, propagation, use, node, cache, mixed))
-            self._note_unruled(unit, node, operands, propagation)
+                resharded.append(
+                    operand if has_several_results else self._reshard(body, operand, propagation, use, node, cache, mixed)
+                )
+            self._note_degraded(unit, node, operands, propagation)
             in_order = iter(resharded)
             node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _, order=in_order: next(order))
             _set_layouts(node, choice.results)
@@ -323,8 +329,8 @@ class _Rewrite:
             cache[key] = resharded
         return cache[key]
 
-    def _note_unruled(self, unit: Unit, node: fx.Node, operands: list[fx.Node], propagation: Propagation) -> None:
-        """What is right but slower than it could be: an operator without a rule, a weight that is gathered."""
+    def _note_degraded(self, unit: Unit, node: fx.Node, operands: list[fx.Node], propagation: Propagation) -> None:
+        """Record what is correct but slower than it could be: an operator without a rule, a weight that is gathered."""
         where = module_of(unit, node) or node.name
         choice = propagation.choices[node]
         rule = factoring(node)
@@ -371,8 +377,8 @@ def _with_shards(placement: Placement, shards: int, ranks: int) -> Placement:
 
 
 def _add_partial_first(body: Body, propagation: Propagation, added: set[fx.Node]) -> bool:
-    """Where several partial terms of a sum would be reduced one by one, add them up before the others; whether any were. A sum
-    of such sums waits until these have layouts. added: the sums that were made so, each of them once."""
+    """Where several partial terms of a sum would be reduced one by one, add them up before the others. Returns whether the
+    graph changed. A sum of such sums waits until these have layouts. added: the sums that were made so, each of them once."""
     changed = False
     for root in list(body.calls()):
         if root in added or not _is_sum(root) or any(_is_sum(user) and len(root.users) == 1 for user in root.users):
@@ -430,7 +436,7 @@ def _set_layouts(node: fx.Node, placements: tuple[Placement, ...]) -> None:
     node.meta["value"] = placed[0] if has_one_result(node) else placed
 
 
-def _stored(operand: fx.Node, placements: dict[fx.Node, Placement]) -> Placement:
+def _stored_placement(operand: fx.Node, placements: dict[fx.Node, Placement]) -> Placement:
     """The placement of an operand that is a placeholder, maybe transposed."""
     if operand.target is torch.ops.aten.t.default and operand.args[0] in placements:
         at = placements[operand.args[0]]  # type: ignore[index]

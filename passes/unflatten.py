@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from shardcomp.ir.layout import Size, same
 from shardcomp.ir.nodes import value
 from shardcomp.ir.operators import operator_of
 from shardcomp.ir.program import Context, Contract, Program, Value
 from shardcomp.sharding.leading_dims import LeadingSizes, row_operands, unmerge
+from shardcomp.torch_private import tree_map_only
 
 CONTRACT = Contract(requires=frozenset({"canonical"}), provides=frozenset({"unmerged"}))
 
@@ -48,13 +48,13 @@ class _Unflattening:
         self.graph = graph
         self.leads: dict[fx.Node, LeadingSizes] = {}
         self.twins: dict[fx.Node, fx.Node] = {}
-        self.apart: dict[tuple[fx.Node, LeadingSizes], fx.Node] = {}
+        self.split_operands: dict[tuple[fx.Node, LeadingSizes], fx.Node] = {}
         calls = [node for node in graph.nodes if node.op == "call_function"]
         for node in calls:
             if (lead := self._lead(node)) is not None:
                 self.leads[node] = lead
         # Only what leads to a reshape that undoes the merge is worth a twin.
-        ends = {node for node in calls if self._takes_apart(node)}
+        ends = {node for node in calls if self._splits_merged_dim(node)}
         merged = self._merged_values(ends)
         for node in calls:
             if node in merged:
@@ -82,7 +82,7 @@ class _Unflattening:
         shape = value(node).shape
         return (*self.leads[node], *shape[1:]) if node in self.leads else shape
 
-    def _takes_apart(self, node: fx.Node) -> bool:
+    def _splits_merged_dim(self, node: fx.Node) -> bool:
         """Whether a call divides a dimension that was merged."""
         if operator_of(node) is not aten.reshape or node.args[0] not in self.leads:
             return False
@@ -112,20 +112,20 @@ class _Unflattening:
             return self._reshaped(self.twins.get(source, source), self._shape(node), node)
         if packet is aten.repeat:
             return self._call(aten.expand.default, (source, list(self._shape(node))), {}, node)
-        lifted = unmerge(node, lead)
-        assert lifted is not None
-        twins = {row: self._row(row, lead) for row in lifted.rows}
-        args, kwargs = fx.map_arg((lifted.args, dict(node.kwargs)), lambda n: twins.get(n, n))
-        return self._call(lifted.target, args, kwargs, node)
+        unmerged = unmerge(node, lead)
+        assert unmerged is not None
+        twins = {row: self._row(row, lead) for row in unmerged.rows}
+        args, kwargs = fx.map_arg((unmerged.args, dict(node.kwargs)), lambda n: twins.get(n, n))
+        return self._call(unmerged.target, args, kwargs, node)
 
     def _row(self, node: fx.Node, lead: LeadingSizes) -> fx.Node:
         """An operand's twin; an operand that no merge made is split."""
         if node in self.leads:
             return self.twins[node]
-        if (node, lead) not in self.apart:
+        if (node, lead) not in self.split_operands:
             with self.graph.inserting_after(node):
-                self.apart[node, lead] = self._reshape(node, (*lead, *value(node).shape[1:]), node)
-        return self.apart[node, lead]
+                self.split_operands[node, lead] = self._reshape(node, (*lead, *value(node).shape[1:]), node)
+        return self.split_operands[node, lead]
 
     def _reshaped(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
         """A value in another shape, computed before `like`."""
@@ -146,10 +146,10 @@ class _Unflattening:
         lead = self.leads[node]
         with self.graph.inserting_before(node):
             twin = self.graph.call_function(target, args, kwargs)
-        apart = pytree.tree_map_only(
+        split_values = tree_map_only(
             Value, lambda tensor: replace(tensor, shape=(*lead, *tensor.shape[1:])), node.meta["value"]
         )
-        twin.meta = {**node.meta, "value": apart}
+        twin.meta = {**node.meta, "value": split_values}
         return twin
 
 
@@ -171,7 +171,7 @@ def _merged(source: tuple[Size, ...], target: tuple[Size, ...]) -> LeadingSizes 
 
 
 def _repeated(node: fx.Node) -> LeadingSizes | None:
-    """What a repetition along dimension 0 alone makes: all of the operand again and again."""
+    """What a repetition only along dimension 0 makes: all of the operand again and again."""
     source, (times, *others) = value(node.args[0]).shape, node.args[1]  # type: ignore[arg-type,misc]
     if len(source) != len(others) + 1 or not all(same(other, 1) for other in others):
         return None

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Raises SystemExit(2) if the command line itself is wrong.
 
     Args:
-        argv: the words after the name of the program; by default those of this process.
+        argv: the words after the name of the program; by default this process's arguments.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--complete"]:  # the shell asks, see SCRIPTS
@@ -237,7 +237,7 @@ def _inspect(args: argparse.Namespace) -> tuple[int, str]:
 
 
 def _legal_policy(args: argparse.Namespace) -> Policy | None:
-    """The policy without the options that are not legal, or with its degrees alone, to find further violations with."""
+    """The policy without the options that are not legal, or with only its degrees, to find further violations with."""
     legal = {name: value for name, value in options_from(args).items() if not option_violations({name: value})}
     degrees = {name: value for name, value in legal.items() if name in ("tensor", "data", "pipeline")}
     for options in (legal, degrees):

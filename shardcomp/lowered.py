@@ -49,7 +49,7 @@ class Lowered:
         return self.records[-1].program
 
     def report(self, rank: int = 0) -> Report:
-        """What one rank has, computes and sends in one optimizer step; the keys are those of `shardcomp inspect --json`."""
+        """What one rank has, computes and sends in one optimizer step, with the keys of `shardcomp inspect --json`."""
         return report(self, rank)
 
     def listing(self, after: str | None = None, rank: int = 0) -> str:

@@ -1,4 +1,7 @@
-"""The whole compiler as one short list: a HuggingFace model becomes the modules that one rank runs, short of allocating."""
+"""The compiler as one list of passes: `lower` turns a HuggingFace model into the modules that one rank runs.
+
+`lower` allocates no weights; `shardcomp.materialize` does.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,8 @@ from shardcomp.step import resolve_step
 PASSES = [
     # pass                 what is true afterwards
     canonicalize,  #         canonical: ATen operators and kernels only, sizes in b and s, the loss divided by a given count
-    unflatten,  #            unmerged: dimensions that the model merges and splits again stay apart
-    split_packed_weights,  # parts: weights that hold several in one are several parameters
+    unflatten,  #            unmerged: dimensions that the model merges and splits again stay unmerged
+    split_packed_weights,  # parts: each slice of a packed weight is a parameter of its own
     partition_units,  #      units: the model is in the units that the policy names; alike units share a body
     fuse_kernels,  #         kernels: what a fused kernel computes is a call of it, where that is proved
     tensor_parallel,  #      layouts: every value has a layout; every message is a collective in the graph
@@ -61,7 +64,7 @@ def lower(
     exports: Exports | None = None,
     trained: frozenset[str] | None = None,
 ) -> Lowered:
-    """`shard()` short of allocating: no process group, no memory for weights.
+    """Compile a model as `shard()` does, without a process group and without memory for weights.
 
     Args:
         model_or_config: a model (its weights may be on meta), a HuggingFace configuration, or what `presets.config_of` takes.

@@ -48,7 +48,7 @@ def shard(
         policy: a policy, the name of one in `policies/`, a file, or "auto".
         checkpoint: a HuggingFace directory. Each rank reads only its own slices.
         inputs: the names of the [b, s] tensors of the call that training makes, which is captured first. By default `input_ids`
-            and `labels`; for a model whose own loss cannot be captured, `input_ids` alone.
+            and `labels`; for a model whose own loss cannot be captured, only `input_ids`.
         outputs: what that call returns. By default the loss where there are labels, else the logits.
         sync_weights: whether every rank takes rank 0's numbers. Without it, ranks whose models differ are refused.
 

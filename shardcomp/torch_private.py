@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 SEEN_IN = ("2.11", "2.13")
 
-_NAMES = {
+_NAMES = {  # name -> "module:name there", or "module:" for the module itself
     # Fake tensors and modes: shapes without numbers.
     "FakeTensor": "torch._subclasses.fake_tensor:FakeTensor",
     "FakeTensorMode": "torch._subclasses.fake_tensor:FakeTensorMode",
@@ -26,14 +27,20 @@ _NAMES = {
     "disabled_torch_function": "torch._C:_disabled_torch_function_impl",
     "tree_leaves": "torch.utils._pytree:tree_leaves",
     "tree_map": "torch.utils._pytree:tree_map",
+    "tree_map_only": "torch.utils._pytree:tree_map_only",
     # Capture.
     "HigherOrderOperator": "torch._ops:HigherOrderOperator",
     "TransformGetItemToIndex": "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex",
+    # Modules.
+    "DropoutNd": "torch.nn.modules.dropout:_DropoutNd",
     # Operators.
     "dispatch_has_kernel": "torch._C:_dispatch_has_kernel_for_dispatch_key",
     "assert_async": "torch:_assert_async",
     "foreach_mul_": "torch:_foreach_mul_",
     "foreach_norm": "torch:_foreach_norm",
+    "safe_softmax": "torch:ops.aten._safe_softmax",
+    "flash_attention": "torch:ops.aten._scaled_dot_product_flash_attention",
+    "flash_attention_on_cpu": "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu",
     # Autograd.
     "current_graph_task": "torch._C:_current_graph_task_id",
     # Distributed.
@@ -43,6 +50,8 @@ _NAMES = {
     "stage_backward": "torch.distributed.pipelining._backward:stage_backward",
     "stage_backward_input": "torch.distributed.pipelining._backward:stage_backward_input",
     "distributed_c10d": "torch._C:_distributed_c10d",
+    "default_store": "torch.distributed.distributed_c10d:_get_default_store",
+    "multi_threaded_pg": "torch.testing._internal.distributed.multi_threaded_pg:",
 }
 
 NO_GRAPH_TASK = -1
@@ -54,7 +63,9 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")
-    value = getattr(importlib.import_module(module), attribute)
+    value = importlib.import_module(module)
+    if attribute:
+        value = attrgetter(attribute)(value)
     globals()[name] = value
     return value
 

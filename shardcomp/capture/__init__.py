@@ -1,8 +1,8 @@
 """A HuggingFace model as a Program: one call of it, captured as a flat graph of ATen operators and one attention operator.
 
 The parts: `fake_model` copies the model without its data, `hf_attention` and `masks` record its attention, `vmap` a vmap,
-`export` traces the call, `flatten` makes a plain graph of the trace and `writes` new values of what it writes in place,
-`evaluate` runs a graph, `check` compares it with the model.
+`export` traces the call, `flatten` makes a plain graph of the trace, `functionalize`
+replaces its writes in place by new values, `ir.interpreter` runs a graph, `check` compares it with the model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SAMPLE = (3, 18)
 """The shape that a call is traced with where the caller names none. Neither is a size that a model is likely to have."""
 _SHORTEST = (2, 4, None)
 """The least length of a sequence, tried in turn: a model that shifts its labels itself has one token fewer, and a single one is
-another graph. Last comes one shape alone."""
+another graph. The last, None, allows only the one shape."""
 _BOTH = ("loss", "logits")
 _BY_MICRO_BATCH = (
     "its frequencies depend on the largest position of a call, as in the model: where positions are given, each micro-batch of "
@@ -264,7 +264,7 @@ def _constants(model: nn.Module, exported: Found, body: Body) -> dict[str, Buffe
     met = ((c.detach().requires_grad_() if name in wanting else c, users[name]) for name, c in constants.items())
     raise_all(CaptureError, exported.twin.name, foreign_parameters(met, _owned(exported.twin.module) | _owned(model)))
     absent = [name for name, constant in constants.items() if not has_data(constant)]
-    advice = "is no buffer and has no data: build the model off meta"
+    advice = "is not a buffer and has no data: build the model off meta"
     raise_all(CaptureError, exported.twin.name, (f"the tensor {name} {advice}" for name in absent))
     return {
         name: Buffer(name, constant.detach().to("cpu", value(read[name]).dtype, copy=True), persistent=False)

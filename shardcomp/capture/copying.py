@@ -30,7 +30,7 @@ def copy_model(model: Model, memo: dict[int, Any] | None = None) -> Model:
 
     Args:
         model: The model, which is left as it is.
-        memo: What stands in the copy for an object of the original, by its id; it is added to, as `copy.deepcopy` does.
+        memo: What replaces an object of the original in the copy, by its id; it is added to, as `copy.deepcopy` does.
 
     Returns:
         The copy.

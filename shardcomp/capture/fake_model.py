@@ -53,7 +53,7 @@ class Twin:
         """Whether the model has rotary frequencies that depend on the positions of a call."""
 
     def original(self, fake: Tensor) -> Tensor | None:
-        """The caller's tensor that a fake one stands for."""
+        """The caller's tensor that a fake one represents."""
         return self._originals.get(id(fake))
 
     def set_attention(self, name: str) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from shardcomp.capture.functionalize import NoValue, Writes, pure_form, written
 from shardcomp.errors import CaptureError
@@ -24,7 +23,7 @@ from shardcomp.ir.nodes import path_of, role_of, tensor_arguments
 from shardcomp.ir.operators import operator_of
 from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Body, Parameter, S, Value
 from shardcomp.kernels.attention import RECORDED, SETTINGS, attention
-from shardcomp.torch_private import FakeTensor
+from shardcomp.torch_private import FakeTensor, HigherOrderOperator, tree_leaves, tree_map, tree_map_only
 
 aten = torch.ops.aten
 
@@ -81,7 +80,7 @@ class _Flattening:
         entries_of: dict[str, list[tuple[fx.Node, str]]] = {INPUT: [], PARAMETER: [], BUFFER: []}
         for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
             if spec.kind not in _ROLES:
-                raise CaptureError(f"the model takes {node.name}, which is no tensor ({spec.kind.name})")
+                raise CaptureError(f"the model takes {node.name}, which is not a tensor ({spec.kind.name})")
             role = _ROLES[spec.kind]
             if role == INPUT and not isinstance(node.meta.get("val"), Tensor):
                 env[node] = node.meta.get("val")
@@ -118,7 +117,7 @@ class _Flattening:
         name = getattr(node.target, "__name__", str(node.target))
         if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             return self._wrapper(node, env, extra, name)
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             raise CaptureError(f"{_where(node)}: a call of {name}, which has no place in a flat graph")
         known = node.meta.get("val")
         if known is None:
@@ -144,7 +143,7 @@ class _Flattening:
         target: Any = node.target
         if target is RECORDED:
             target, args, kwargs = _attention_call(args, kwargs)
-        copy = self._emit(target, args, kwargs, pytree.tree_map(lambda result: self._value(result, node), _results(known)))
+        copy = self._emit(target, args, kwargs, tree_map(lambda result: self._value(result, node), _results(known)))
         self.writes.note(copy, source)
         return copy
 
@@ -160,7 +159,7 @@ class _Flattening:
         fakes = fx.map_arg((node.args, rest), lambda argument: argument.meta["val"])
         with node.meta["val"].fake_mode if isinstance(node.meta["val"], FakeTensor) else node.meta["val"][0].fake_mode:
             results = pure(*fakes[0], **fakes[1])
-        values = pytree.tree_map(lambda result: self._value(result, node), _results(results))
+        values = tree_map(lambda result: self._value(result, node), _results(results))
         call = self._emit(pure, args, kwargs, values)
         if len(outs) == 1:
             self.writes.put(outs[0], call)
@@ -176,7 +175,7 @@ class _Flattening:
 
     def _now(self, argument: Any) -> Any:
         """What the tensors among some arguments hold by now."""
-        return pytree.tree_map_only(fx.Node, self.writes.newest, argument)
+        return tree_map_only(fx.Node, self.writes.newest, argument)
 
     def _wrapper(self, node: fx.Node, env: dict[fx.Node, Any], extra: dict[str, Any], name: str) -> list[Any]:
         """The body of `with torch.set_grad_enabled(…)` or `with torch.autocast(…)`."""
@@ -232,13 +231,11 @@ def mark_gradients(body: Body, parameters: Mapping[str, Parameter]) -> None:
         else:
             continue
         known = node.meta["value"]
-        node.meta["value"] = pytree.tree_map_only(
-            Value, lambda v, flows=flows: replace(v, requires_grad=flows and v.floating), known
-        )
+        node.meta["value"] = tree_map_only(Value, lambda v, flows=flows: replace(v, requires_grad=flows and v.floating), known)
 
 
 def _needs_gradient(node: fx.Node) -> bool:
-    return any(isinstance(tensor, Value) and tensor.requires_grad for tensor in pytree.tree_leaves(node.meta["value"]))
+    return any(isinstance(tensor, Value) and tensor.requires_grad for tensor in tree_leaves(node.meta["value"]))
 
 
 def _results(known: Any) -> Any:
@@ -246,7 +243,7 @@ def _results(known: Any) -> Any:
 
 
 def _has_tensor(known: Any) -> bool:
-    return any(isinstance(result, Tensor) for result in pytree.tree_leaves(known))
+    return any(isinstance(result, Tensor) for result in tree_leaves(known))
 
 
 def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

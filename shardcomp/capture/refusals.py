@@ -13,6 +13,7 @@ from shardcomp.errors import CaptureError, raise_all
 from shardcomp.ir.nodes import value
 from shardcomp.ir.operators import facts_of
 from shardcomp.ir.program import Body
+from shardcomp.torch_private import storage_id
 
 _REGISTER = "register it in the module that uses it, or patch that module's method with types.MethodType(function, module)"
 
@@ -86,14 +87,14 @@ def foreign_parameters(constants: Iterable[tuple[Tensor, Sequence[str]]], owned:
             )
         elif tensor.requires_grad:
             yield (
-                f"a tensor of shape {tuple(tensor.shape)}{where} requires a gradient and is no parameter of the model, so it "
-                f"would be a constant that never trains: {_REGISTER}, or set requires_grad = False"
+                f"a tensor of shape {tuple(tensor.shape)}{where} requires a gradient and is not a parameter of the model, so "
+                f"it would be a constant that never trains: {_REGISTER}, or set requires_grad = False"
             )
 
 
 def memory(tensor: Tensor) -> int:
     """A number that a tensor and its views share; the tensor's own number where its layout has no single memory."""
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):  # sparse tensors, and some that wrap others
         return id(tensor)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from transformers import modeling_rope_utils
 
 from shardcomp.ir.precision import Widened
+from shardcomp.torch_private import tree_map
 
 _DECORATOR = "dynamic_rope_update"
 _FIXED = "default"
@@ -31,7 +31,7 @@ _FIXED = "default"
 def follow_positions(model: nn.Module, dtype: torch.dtype) -> bool:
     """Have the rotary embeddings of a twin compute their frequencies in the graph; whether it has any that change.
 
-    model: a copy that is used for a capture alone. dtype: what the capture computes in.
+    model: a copy that is used only for a capture. dtype: what the capture computes in.
     """
     rotary = [module for module in model.modules() if _is_decorated(type(module)) and list(_changing(module))]
     for module in rotary:
@@ -125,7 +125,7 @@ class _Rotary:
         # The model's own code asks for the length as well: both of its answers, of which the positions choose one.
         with _Set(self.module, changed), _Answers(trained, False):
             short = self.own(*args, **kwargs)
-        return pytree.tree_map(lambda a, b: torch.where(is_long, a, b), result, short)
+        return tree_map(lambda a, b: torch.where(is_long, a, b), result, short)
 
     def _values(self, layer_type: str | None, length: Tensor, is_long: Tensor, trained: int) -> dict[str, Any]:
         """The attributes that the module has for one call: what the decorator would write, and a type that keeps it still."""
@@ -184,5 +184,5 @@ class _Answers(TorchFunctionMode):
 
 
 def _is_number(tensor: Any) -> bool:
-    """Whether a tensor stands for one whole number."""
+    """Whether a tensor represents one whole number."""
     return isinstance(tensor, Tensor) and tensor.dim() == 0 and tensor.dtype == torch.int64

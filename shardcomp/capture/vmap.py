@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 _VMAP = torch.vmap
 
@@ -21,6 +20,9 @@ _VMAP = torch.vmap
 @contextmanager
 def broadcast() -> Iterator[None]:
     """Within, a vmap over numbers is broadcasting. Any other is torch's own."""
+    # Imported here, since it loads torch._dynamo, which takes a second and a half.
+    from shardcomp.torch_private import TransformGetItemToIndex
+
     # An index that is a number under vmap has no item, so torch has a mode that looks it up otherwise: not needed here.
     plain = patch.object(TransformGetItemToIndex, "__torch_function__", _as_it_is)
     with patch.object(torch, "vmap", _Levels().vmap), plain:

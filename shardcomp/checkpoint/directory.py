@@ -33,7 +33,7 @@ BLOCK = 4 * 2**20
 
 
 def name_of(step: int) -> str:
-    """The name of the checkpoint of a step, among those of one run."""
+    """The name of the checkpoint of a step, among the checkpoints of one run."""
     return f"step-{step:08d}"
 
 
@@ -118,7 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise CheckpointError(f"{path / MANIFEST} is no description of a checkpoint ({_words(problem)})") from problem
+        raise CheckpointError(f"{path / MANIFEST} is not a description of a checkpoint ({_words(problem)})") from problem
     if version != FORMAT:
         release = manifest.get("versions", {}).get("shardcomp", "?")
         raise CheckpointError(
@@ -139,7 +139,7 @@ def read_sums(path: Path) -> dict[str, str]:
         text = (path / SUMS).read_bytes().decode("ascii")
     except FileNotFoundError as problem:
         raise CheckpointError(
-            f"{path / SUMS} is missing: this is no checkpoint of shardcomp, or it was copied in part"
+            f"{path / SUMS} is missing: this is not a checkpoint of shardcomp, or it was copied in part"
         ) from problem
     except (OSError, ValueError) as problem:
         raise CheckpointError(f"{path / SUMS} cannot be read ({_words(problem)})") from problem

@@ -33,7 +33,7 @@ def plain(value: Any, where: str) -> Any:
         pairs = [[plain(key, where), plain(item, where)] for key, item in value.items()]
         return {"__counter__" if isinstance(value, Counter) else "__dict__": pairs}
     raise CheckpointError(
-        f"{where} cannot be saved: {type(value).__name__} is no plain value; only numbers, texts, lists, tuples and "
+        f"{where} cannot be saved: {type(value).__name__} is not a plain value; only numbers, texts, lists, tuples and "
         "dictionaries of them are, so that loading unpickles nothing"
     )
 

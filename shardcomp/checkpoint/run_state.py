@@ -62,13 +62,13 @@ def snapshot(
     boxes |= {f"model/{name}": Box.full(buffer) for name, buffer in sharded.local_buffers().items()}
     groups: list[dict[str, Any]] = []
     values: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
+    violations_found: list[str] = []
     names = {id(parameter): name for name, shard in shards.items() for parameter in shard.parameters}
     for group in optimizer.param_groups if optimizer else ():
         options = {key: option for key, option in group.items() if key != "params"}
         stray = sum(id(parameter) not in names for parameter in group["params"])
         if stray:
-            problems.append(f"{stray} parameters of the optimizer are not the model's")
+            violations_found.append(f"{stray} parameters of the optimizer are not the model's")
         known = dict.fromkeys(names[id(parameter)] for parameter in group["params"] if id(parameter) in names)
         groups.append({"options": plain(options, "the optimizer's options"), "parameters": list(known)})
         for name in known:
@@ -77,13 +77,15 @@ def snapshot(
                 if isinstance(state, Tensor):
                     box = state_box(state, parameter, shards[name])
                     if box is None:
-                        problems.append(f"its state {key} of {name} is {tuple(state.shape)}, neither a number nor like {name}")
+                        violations_found.append(
+                            f"its state {key} of {name} is {tuple(state.shape)}, neither a number nor like {name}"
+                        )
                     else:
                         boxes[f"optimizer/{name}/{key}"] = box
                 else:
                     values.setdefault(name, {})[key] = plain(state, f"the optimizer's state {key} of {name}")
-    problems += [f"{key} is {box.local.dtype}" for key, box in boxes.items() if box.local.dtype not in DTYPES]
-    raise_all(CheckpointError, f"{type(optimizer).__name__} and the model cannot be saved", problems)
+    violations_found += [f"{key} is {box.local.dtype}" for key, box in boxes.items() if box.local.dtype not in DTYPES]
+    raise_all(CheckpointError, f"{type(optimizer).__name__} and the model cannot be saved", violations_found)
     rank = torch.distributed.get_rank()
     boxes |= {f"rng/{rank}/{name}": Box.full(state) for name, state in generators(sharded).items()}
     common = {
@@ -130,11 +132,11 @@ def restore(
     shards = sharded.local_shards()
     stored = Stored(path, manifest)
     raise_all(CheckpointError, f"{path} does not fit", violations(stored, sharded, optimizer, scheduler))
-    reads = [_Request("model/{}", name, [box_of(p, shard) for p in shard.parameters]) for name, shard in shards.items()]
+    requests = [_Request("model/{}", name, [box_of(p, shard) for p in shard.parameters]) for name, shard in shards.items()]
     if optimizer is not None:
-        reads += _prepare(stored, shards, optimizer, sharded.blueprint.parameters)
+        requests += _prepare(stored, shards, optimizer, sharded.blueprint.parameters)
     with torch.no_grad():
-        _read(stored, sharded.blueprint.parameters, reads)
+        _read(stored, sharded.blueprint.parameters, requests)
         stored.read({f"model/{name}": Box.full(buffer) for name, buffer in sharded.local_buffers().items()})
     if scheduler is not None:
         scheduler.load_state_dict(unplain(manifest["scheduler"]))
@@ -155,10 +157,10 @@ def restore(
 class _Request:
     """One tensor to read: a parameter, or a state of its optimizer.
 
-    key: `model/{}` or `optimizer/{}/<state>`. name: the parameter's. boxes: one for each copy of it on this rank.
+    key_pattern: `model/{}` or `optimizer/{}/<state>`. name: the parameter's. boxes: one for each copy of it on this rank.
     """
 
-    key: str
+    key_pattern: str
     name: str
     boxes: list[Box]
 
@@ -171,7 +173,7 @@ def _prepare(
 ) -> list[_Request]:
     """Give the optimizer the options that were saved, and memory for its states."""
     names = {id(parameter): name for name, shard in shards.items() for parameter in shard.parameters}
-    reads: dict[tuple[str, str], _Request] = {}
+    requests: dict[tuple[str, str], _Request] = {}
     for group in optimizer.param_groups:
         params = group["params"]
         saved = next(stored.group_of(original_name(names[id(p)], plans)) for p in params) if params else {}
@@ -184,9 +186,9 @@ def _prepare(
             for key in stored.states_of(first):
                 state, box = _new_state(stored, f"optimizer/{first}/{key}", parameter, shards[name], group)
                 states[key] = state
-                reads.setdefault((name, key), _Request(f"optimizer/{{}}/{key}", name, [])).boxes.append(box)
+                requests.setdefault((name, key), _Request(f"optimizer/{{}}/{key}", name, [])).boxes.append(box)
             optimizer.state[parameter] = states
-    return list(reads.values())
+    return list(requests.values())
 
 
 def _new_state(
@@ -205,29 +207,29 @@ def _new_state(
     return state, box_of(state, shard)
 
 
-def _read(stored: Stored, plans: Mapping[str, ParameterPlan], reads: Iterable[_Request]) -> None:
-    """Fill the boxes: directly where the checkpoint has the same parameter, through the full packed weight where it has other
-    slices of it."""
+def _read(stored: Stored, plans: Mapping[str, ParameterPlan], requests: Iterable[_Request]) -> None:
+    """Fill the boxes: directly where the checkpoint has the same parameter, through the full packed weight where it splits that
+    into other slices."""
     direct: dict[str, Box] = {}
-    for read in reads:
-        [box, *_] = read.boxes
-        plan = plans[read.name]
-        name = original_name(read.name, plans)
-        if read.name in stored.parts and stored.parts[read.name] == plan.part:
-            direct[read.key.format(read.name)] = box
-        elif not box.shape:
-            box.local.copy_(stored.full(read.key.format(stored.packed[name][0])))
+    for request in requests:
+        [box, *_] = request.boxes
+        plan = plans[request.name]
+        name = original_name(request.name, plans)
+        if request.name in stored.packed_slices and stored.packed_slices[request.name] == plan.part:
+            direct[request.key_pattern.format(request.name)] = box
+        elif not box.shape:  # a number of steps: equal for all slices of a packed weight
+            box.local.copy_(stored.full(request.key_pattern.format(stored.packed[name][0])))
         else:
             index = tuple(slice(at, at + n) for at, n in zip(box.offsets, box.local.shape, strict=True))
-            box.local.copy_(_slice_of(stored.original(name, read.key), plan.part, index))
+            box.local.copy_(_slice_of(stored.original(name, request.key_pattern), plan.part, index))
     stored.read(direct)
-    for read in reads:
-        for copy in read.boxes[1:]:
-            copy.local.copy_(read.boxes[0].local)
+    for request in requests:
+        for copy in request.boxes[1:]:
+            copy.local.copy_(request.boxes[0].local)
 
 
-def _slice_of(tensor: Tensor, part: PackedSlice | None, index: tuple[slice, ...]) -> Tensor:
-    return part.read(lambda _, at: tensor[at], index) if part else tensor[index]
+def _slice_of(tensor: Tensor, packed_slice: PackedSlice | None, index: tuple[slice, ...]) -> Tensor:
+    return packed_slice.read(lambda _, at: tensor[at], index) if packed_slice else tensor[index]
 
 
 def _like(option: Any, current: Any) -> Any:

@@ -16,18 +16,19 @@ from shardcomp.ir.packed import PackedSlice, assemble, group_by_packed
 class Stored:
     """The tensors of a checkpoint, under the names of the model that saved them.
 
-    parts: the packed slice that each of its parameters is, or None. packed: HuggingFace's name -> the names of its slices.
+    packed_slices: the packed slice that each of its parameters is, or None. packed: HuggingFace's name -> the names of its
+    slices.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
         self.reader = Reader(path, manifest)
-        self.parts = {
-            name: PackedSlice(**{**part, "shape": tuple(part["shape"])}) if (part := manifest["parts"].get(name)) else None
+        self.packed_slices = {
+            name: PackedSlice(**{**saved, "shape": tuple(saved["shape"])}) if (saved := manifest["parts"].get(name)) else None
             for name in manifest["parameters"]
         }
-        self.packed = group_by_packed(self.parts)
+        self.packed = group_by_packed(self.packed_slices)
         self.precision = self.policy_option("precision")
 
     def policy_option(self, name: str) -> Any:
@@ -67,13 +68,14 @@ class Stored:
     def original_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor as HuggingFace has it."""
         [first, *_] = self.packed[name]
-        part = self.parts[first]
-        return part.shape if part else self.shape(f"model/{first}")
+        packed_slice = self.packed_slices[first]
+        return packed_slice.shape if packed_slice else self.shape(f"model/{first}")
 
     def original(self, name: str, key: str = "model/{}") -> Tensor:
         """A tensor as HuggingFace has it, a packed one assembled. key: `model/{}`, or `optimizer/{}/<state>` for its state."""
-        tensors = {part: self.full(key.format(part)) for part in self.packed[name]}
-        return assemble(name, self.parts, tensors) if any(self.parts[part] for part in tensors) else tensors[name]
+        tensors = {param_name: self.full(key.format(param_name)) for param_name in self.packed[name]}
+        is_packed = any(self.packed_slices[param_name] for param_name in tensors)
+        return assemble(name, self.packed_slices, tensors) if is_packed else tensors[name]
 
     def group_of(self, name: str) -> dict[str, Any]:
         """The optimizer's parameter group that a tensor was in; empty where it was in none."""

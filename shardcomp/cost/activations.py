@@ -1,7 +1,7 @@
-"""What a call of a unit saves for its backward, to the byte, and the messages that computing it again repeats.
+"""The bytes that one call of a unit saves for its backward, and the messages that its recompute sends again.
 
 Nothing is estimated: the unit's emitted code runs once, on tensors without numbers, along axes that send nothing, and what
-autograd and the frames of recompute then hold is counted.
+autograd and the `SavedCall`s of recompute then store is counted.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from shardcomp.ir.program import BUFFER, INPUT, PARAMETER, B, Program, S, Unit
 from shardcomp.runtime.random import Streams
 from shardcomp.runtime.recompute import SavedCall, saved_calls
 from shardcomp.runtime.unit import UnitParameters
-from shardcomp.torch_private import FakeTensorMode, TorchDispatchMode
+from shardcomp.torch_private import FakeTensorMode, TorchDispatchMode, flash_attention, flash_attention_on_cpu, storage_id
 
-aten = torch.ops.aten
 CPU = torch.device("cpu")
 
 
@@ -37,8 +36,8 @@ CPU = torch.device("cpu")
 class Saved:
     """Bytes of the distinct storages that one call of a unit holds from its forward to its backward.
 
-    own: those made inside. inputs, results: those of each input and of each result of the unit that it holds, 0 for one that
-    it does not. Parameters and buffers do not count, nor where random numbers stood.
+    own: the bytes of storages made inside. inputs, results: the bytes of each input and of each result of the unit that the
+    call holds, 0 for one that it does not hold. Parameters, buffers and the states of random generators do not count.
     """
 
     own: int
@@ -47,9 +46,9 @@ class Saved:
     differentiable: tuple[bool, ...]
     """Which inputs a gradient flows into. The others, such as rotary tables, are the same tensors for many units."""
     repeated: tuple[tuple[str, str, int], ...] = ()
-    """The messages that computing the unit again sends: operation, axis, and the bytes that this rank passes in."""
+    """The messages that the unit's recompute sends: operation, axis, and the bytes that this rank passes in."""
     products: int = 0
-    """The operations in products and attention that computing it again takes."""
+    """The operations in products and attention that its recompute takes."""
 
     @property
     def bytes(self) -> int:
@@ -135,16 +134,16 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
             results = call(*inputs)
         results = results if isinstance(results, tuple) else (results,)
         tensors = [holder.tensor for ref in holders if (holder := ref()) is not None]
-        tensors += [tensor for frame in calls for tensor in frame.tensors()]
-        foreign = {_storage(module.get_buffer("held")) for module in weights.values()}
-        sizes = {key: tensor.untyped_storage().nbytes() for tensor in tensors if (key := _storage(tensor)) not in foreign}
-        of_inputs = tuple(sizes.pop(_storage(operand), 0) for operand in inputs)
-        of_results = tuple(sizes.pop(_storage(operand), 0) for operand in results)
+        tensors += [tensor for saved_call in calls for tensor in saved_call.tensors()]
+        foreign = {storage_id(module.get_buffer("held")) for module in weights.values()}
+        sizes = {key: tensor.untyped_storage().nbytes() for tensor in tensors if (key := storage_id(tensor)) not in foreign}
+        of_inputs = tuple(sizes.pop(storage_id(operand), 0) for operand in inputs)
+        of_results = tuple(sizes.pop(storage_id(operand), 0) for operand in results)
         sent.clear()
         # Recompute once more, on the same tensors without numbers: what is sent and multiplied now is what a backward repeats.
         with _Products() as again:
-            for frame in calls:
-                _again(frame)
+            for saved_call in calls:
+                _again(saved_call)
     repeated = tuple(message for message in sent if mesh.size(message[1]) > 1)
     graded = tuple(value(node).requires_grad for node in body.placeholders(INPUT))
     return Saved(sum(sizes.values()), of_inputs, of_results, graded, repeated, again.total)
@@ -160,16 +159,16 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = without_overload(func)
-        if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-            packet = aten._scaled_dot_product_flash_attention
+        if packet is flash_attention_on_cpu:
+            packet = flash_attention
         if packet in flop_registry:
             self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
 
 
-def _again(frame: SavedCall) -> None:
-    if any(slot.tensor is None for _, slot in frame.live()):
-        frame.again()
+def _again(saved_call: SavedCall) -> None:
+    if any(slot.tensor is None for _, slot in saved_call.live()):
+        saved_call.recompute()
 
 
 def _module_of(tensor: Tensor) -> nn.Module:
@@ -177,10 +176,6 @@ def _module_of(tensor: Tensor) -> nn.Module:
     module = nn.Module()
     module.register_buffer("held", tensor)
     return module
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 class _Holder:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from shardcomp.cost.activations import repeated_messages
-from shardcomp.cost.memory import Group, groups_of, padded_numel, piece_numel, shards
+from shardcomp.cost.memory import Group, groups_of, padded_numel, shard_numel, shards
 from shardcomp.ir.collectives import EXCHANGES
 from shardcomp.ir.layout import Size
 from shardcomp.ir.mesh import FACTORS
@@ -113,9 +113,9 @@ def _data_parallel(
 ) -> Iterator[Message]:
     """Parameters are gathered once a step, or where they are resharded after forward, for every use in a forward or a backward.
     Gradients are summed once a step, or from zero = 2 for every micro-batch."""
-    pieces, compute, master = shards(program, options), COMPUTE[options.precision], MASTER[options.precision]
-    if pieces > 1:
-        size = sum(padded_numel(program, name, pieces, rank) for name in group.names) // pieces * compute.itemsize
+    shard_count, compute, master = shards(program, options), COMPUTE[options.precision], MASTER[options.precision]
+    if shard_count > 1:
+        size = sum(padded_numel(program, name, shard_count, rank) for name in group.names) // shard_count * compute.itemsize
         times = micro_batches * group.users if group.reshard else 1
         yield Message("all_gather", "dp", "forward", times, times * size, group.where)
         if group.reshard and group.passes_back:
@@ -124,18 +124,18 @@ def _data_parallel(
     trained = [name for name in group.names if program.parameters[name].trained]
     if not trained:
         return
-    size = sum(padded_numel(program, name, pieces, rank) for name in trained) * master.itemsize
+    size = sum(padded_numel(program, name, shard_count, rank) for name in trained) * master.itemsize
     times = micro_batches if options.zero >= 2 else 1
-    if pieces > 1:
+    if shard_count > 1:
         yield Message("reduce_scatter", "dp", "backward", times, times * size, group.where)
-    if pieces < program.mesh.dp:
-        yield Message("all_reduce", "dp", "backward", times, times * size // pieces, group.where)
+    if shard_count < program.mesh.dp:
+        yield Message("all_reduce", "dp", "backward", times, times * size // shard_count, group.where)
 
 
 def _step(program: Program, param_names: list[str], options: Options, rank: dict[str, int]) -> Iterator[Message]:
     """Once per step: what ranks compare, the labels that count among it; the loss and whether gradients are finite; the
     partial gradients, and the gradients of tied weights that several pipeline ranks have."""
-    master, pieces = MASTER[options.precision].itemsize, shards(program, options)
+    master, shard_count = MASTER[options.precision].itemsize, shards(program, options)
     if "loss" in program.outputs:
         for axis in ("tp", "pp", "dp") if options.compare_ranks else ("pp", "dp"):
             yield Message("all_gather", axis, "step", 1, WIDTH * torch.int64.itemsize, "what ranks compare")
@@ -148,7 +148,7 @@ def _step(program: Program, param_names: list[str], options: Options, rank: dict
     for name in param_names:
         parameter = program.parameters[name]
         if parameter.trained:
-            size = piece_numel(program, name, pieces, rank) * master
+            size = shard_numel(program, name, shard_count, rank) * master
             for axis in (*parameter.partial_gradient, *(() if parameter.shape else ("dp",))):
                 if program.mesh.size(axis) > 1:
                     partial[axis] = partial.get(axis, 0) + size

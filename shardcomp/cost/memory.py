@@ -1,5 +1,7 @@
-"""What data-parallel ranks shard: the parameters that they gather together, over how many ranks, and the bytes that it
-takes."""
+"""What a rank stores between two micro-batches: this module counts the bytes of its masters, gradients and optimizer moments.
+
+It also lists the groups of parameters that data-parallel ranks gather together, and counts the shards of each.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ class Group:
 
 
 def groups_of(program: Program, stage: int) -> list[Group]:
-    """The groups of a stage: the parameters of each unit, and those of modules that several units share. Parameters of no
-    dimension are in none: FSDP does not take them."""
+    """The groups of a stage: the parameters of each unit, and the parameters of modules that several units share. 0-d
+    parameters are in no group: FSDP does not take them."""
     units = [unit for unit in program.in_stages((stage,)) if unit.parameters]
     users: dict[str, int] = {}
     for unit in units:
@@ -56,17 +58,17 @@ def shards(program: Program, options: Options) -> int:
     return program.mesh.size(SHARDING[1]) if options.zero else 1
 
 
-def padded_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
-    """The elements of a rank's part of a parameter, padded to rows that divide into so many shards."""
+def padded_numel(program: Program, name: str, shard_count: int, rank: dict[str, int]) -> int:
+    """The elements of a tensor-parallel rank's share of a parameter, padded to rows that divide into so many shards."""
     rows, *others = local_shape(program, name, rank) or [1]
-    return -(-rows // pieces) * pieces * math.prod(others)
+    return -(-rows // shard_count) * shard_count * math.prod(others)
 
 
-def piece_numel(program: Program, name: str, pieces: int, rank: dict[str, int]) -> int:
+def shard_numel(program: Program, name: str, shard_count: int, rank: dict[str, int]) -> int:
     """The elements that a rank keeps of a parameter which is split into so many shards, without the padding."""
     rows, *others = local_shape(program, name, rank) or [1]
-    step = -(-rows // pieces)
-    return max(0, min(step, rows - rank["dp"] % pieces * step)) * math.prod(others)
+    step = -(-rows // shard_count)
+    return max(0, min(step, rows - rank["dp"] % shard_count * step)) * math.prod(others)
 
 
 def local_numel(program: Program, name: str, rank: dict[str, int]) -> int:
@@ -81,34 +83,35 @@ def local_shape(program: Program, name: str, rank: dict[str, int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Held:
-    """The bytes that a rank holds between two micro-batches, on its device; `host`: what the host holds for it."""
+class StoredBytes:
+    """The bytes that a rank stores between two micro-batches, on its device; `host`: what the host stores for it."""
 
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
     host: int = 0
 
-    def __add__(self, other: Held) -> Held:
-        return Held(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __add__(self, other: StoredBytes) -> StoredBytes:
+        return StoredBytes(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-def held_in(program: Program, stage: int, options: Options, rank: dict[str, int]) -> Held:
-    """What a rank holds of a stage: masters of its shards, a copy in the compute dtype where gathered parameters stay, the
+def stored_bytes(program: Program, stage: int, options: Options, rank: dict[str, int]) -> StoredBytes:
+    """What a rank stores of a stage: masters of its shards, a copy in the compute dtype where gathered parameters stay, the
     gradients, sharded from zero = 2, and the optimizer's two moments. The padding of the last shard counts, moments have
     none. An offloaded group leaves on the device what is not sharded."""
-    pieces, compute, master = shards(program, options), COMPUTE[options.precision].itemsize, MASTER[options.precision].itemsize
-    bytes_held = Held()
+    shard_count = shards(program, options)
+    compute, master = COMPUTE[options.precision].itemsize, MASTER[options.precision].itemsize
+    total = StoredBytes()
     for group in groups_of(program, stage):
-        padded = {name: padded_numel(program, name, pieces, rank) for name in group.names}
+        padded = {name: padded_numel(program, name, shard_count, rank) for name in group.names}
         trained = [name for name in group.names if program.parameters[name].trained]
-        masters = master * sum(padded.values()) // pieces
+        masters = master * sum(padded.values()) // shard_count
         copy = 0 if group.reshard else compute * sum(padded.values())
-        whole = master * sum(local_numel(program, name, rank) for name in trained) if options.zero < 2 else 0
-        reduced = master * sum(padded[name] for name in trained) // pieces if options.zero >= 2 else 0
-        moments = 2 * master * sum(piece_numel(program, name, pieces, rank) for name in trained)
+        unsharded_gradients = master * sum(local_numel(program, name, rank) for name in trained) if options.zero < 2 else 0
+        reduced = master * sum(padded[name] for name in trained) // shard_count if options.zero >= 2 else 0
+        moments = 2 * master * sum(shard_numel(program, name, shard_count, rank) for name in trained)
         if group.offload:
-            bytes_held += Held(parameters=copy, gradients=whole, host=masters + reduced + moments)
+            total += StoredBytes(parameters=copy, gradients=unsharded_gradients, host=masters + reduced + moments)
         else:
-            bytes_held += Held(masters + copy, whole + reduced, moments)
-    return bytes_held
+            total += StoredBytes(masters + copy, unsharded_gradients + reduced, moments)
+    return total

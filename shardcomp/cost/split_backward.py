@@ -1,9 +1,13 @@
 """Which stages can compute the gradients of their inputs and of their weights at different times.
 
-The second half of a split backward runs from the first operators that a weight and what is received meet in, back to the
-weight. A weight that is used again after its own result leads it through operators of the first half, whose saved values are
-gone. And where parameters are resharded in between, it may read none. A product of a weight and something received
-does not: what it reads for the weight's gradient is the other operand. `w * w` does.
+The first half of a split backward computes the gradients of what the stage received, and the second half the gradients of the
+weights. The second half starts at the operators where a weight first meets a received value, and runs back to the weight. Two
+things prevent a split:
+
+- A weight is used again after its own result. Then the second half would pass through operators of the first half, which has
+  freed their saved values.
+- The parameters are resharded between the halves, and the second half needs one. A product of a weight and a received value
+  needs only the received value for the weight's gradient. `w * w` needs `w`.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ class _Origin:
     """Where a value comes from.
 
     received: whether a gradient flows from it to the stage before. weights: the trained parameters that it depends on.
-    stored: the parameters that are resharded after forward and in whose memory it may lie; those of one dimension are left out,
+    stored: the parameters that are resharded after forward and in whose memory it may lie; one-dimensional ones are left out,
     since code computes with copies of them (see `UnitParameters`).
     """
 

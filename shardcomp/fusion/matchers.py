@@ -1,8 +1,9 @@
 """Where a kernel may apply: subgraphs that might compute what it computes, and the calls that may replace them.
 
-A subgraph begins and ends where the dataflow narrows to one value. Nothing is decided here: a replacement has to pass the
-check first. What is looked for is what cannot be missing: a norm takes a root of a mean over features, a rotation adds products
-with two tables, a gated MLP multiplies an activated value with another.
+A matcher looks at one call, in the graph as it is then: an earlier replacement may have changed what the call reads. A subgraph
+begins and ends where the dataflow narrows to one value. Nothing is decided here: a replacement has to pass the check first.
+What is looked for is what cannot be missing: a norm takes a root of a mean over features, a rotation adds products with two
+tables, a gated MLP multiplies an activated value with another.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from shardcomp.ir import operators
 from shardcomp.ir.layout import same
 from shardcomp.ir.nodes import ancestors, has_one_result, tensor_arguments, value
 from shardcomp.ir.operators import is_item, is_pointwise, operator_name, operator_of
-from shardcomp.ir.program import Body
 from shardcomp.kernels.add_rms_norm import add_rms_norm
 from shardcomp.kernels.attention import attention
+from shardcomp.kernels.rms_norm import rms_norm
 from shardcomp.kernels.rotary import rotary
 
 aten = torch.ops.aten
@@ -51,22 +52,25 @@ class MatchSite:
     """Why there is no match, where there is none."""
 
 
-def match_norms(body: Body) -> Iterator[MatchSite]:
-    """RMS norms and layer norms, around each root of a moment over features, and each norm of torch's own."""
-    for anchor in body.calls():
-        packet = operator_of(anchor)
-        if packet not in _MOMENTS | _NORMS or not anchor.args:
-            continue
-        below = list(_below(anchor))
-        if packet in _MOMENTS and not any(_is_root(node) for node in below[:4]):
-            continue
-        hint = "" if packet in _NORMS or _over_last(anchor) else "it is not taken over the last dimension alone"
-        sources = list(_above([anchor.args[0]], _is_elementwise))  # type: ignore[list-item]
-        matches = [] if hint else [c for out in reversed(below) for x in reversed(sources) for c in _norm_subgraphs(out, x)]
-        end = below[-1]
-        if not hint and len(end.users) > 1:
-            hint = f"{shown(end)}, on the way to what it scales, is used elsewhere"
-        yield MatchSite(anchor, tuple(matches), hint or "what it scales does not begin and end in one value of one shape")
+Proven = tuple[Subgraph, Replacement]
+"""A subgraph and the kernel call that was proved to compute the same."""
+
+
+def match_norm(anchor: fx.Node) -> MatchSite | None:
+    """An RMS norm or a layer norm, around a root of a moment over features, or a norm of torch's own."""
+    packet = operator_of(anchor)
+    if packet not in _MOMENTS | _NORMS or not anchor.args:
+        return None
+    below = list(_below(anchor))
+    if packet in _MOMENTS and not any(_is_root(node) for node in below[:4]):
+        return None
+    hint = "" if packet in _NORMS or _over_last(anchor) else "it is not taken over the last dimension alone"
+    sources = list(_above([anchor.args[0]], _is_elementwise))  # type: ignore[list-item]
+    matches = [] if hint else [c for out in reversed(below) for x in reversed(sources) for c in _norm_subgraphs(out, x)]
+    end = below[-1]
+    if not hint and len(end.users) > 1:
+        hint = f"{shown(end)}, on the way to what it scales, is used elsewhere"
+    return MatchSite(anchor, tuple(matches), hint or "what it scales does not begin and end in one value of one shape")
 
 
 def _norm_subgraphs(out: fx.Node, x: fx.Node) -> Iterator[Match]:
@@ -97,11 +101,15 @@ def _norm_replacements(subgraph: Subgraph, x: fx.Node, vectors: list[fx.Node]) -
                 yield Replacement(kernel, (x, *(None if i is None else vectors[i] for i in order)), kwargs)
 
 
-def with_sum(replacement: Replacement, inner: Subgraph) -> Match | None:
-    """The norm of a sum with the addition in it. A sum of more than two terms is left alone: where some of them are still to be
-    reduced over ranks, these are added up first."""
+def with_sum(inner: Subgraph, replacement: Replacement) -> Match | None:
+    """The RMS norm of a sum with the addition in it.
+
+    A sum of more than two terms is left alone: where some of them are still to be reduced over ranks, these are added up first.
+    """
     total = replacement.args[0]
     assert total is not None
+    if replacement.function is not rms_norm:
+        return None
     if total.target is not aten.add.Tensor or total.kwargs or not all(isinstance(a, fx.Node) for a in total.args):
         return None
     terms: tuple[fx.Node, ...] = total.args  # type: ignore[assignment]
@@ -116,24 +124,23 @@ def with_sum(replacement: Replacement, inner: Subgraph) -> Match | None:
     return Match(subgraph, (Replacement(add_rms_norm, (*terms, *replacement.args[1:]), replacement.kwargs, (0, 1)),))
 
 
-def match_rotary(body: Body) -> Iterator[MatchSite]:
-    """Rotary positions of one value, around each sum of two products with tables, one of them of something turned.
+def match_rotary(anchor: fx.Node) -> MatchSite | None:
+    """Rotary positions of one value, around a sum of two products with tables, one of them of something turned.
 
     The kernel takes queries and keys together: the replacements here turn one value twice and use the first result.
     """
-    for anchor in body.calls():
-        products = [a for a in anchor.args if isinstance(a, fx.Node) and operator_of(a) is aten.mul]
-        if operator_of(anchor) is not aten.add or anchor.kwargs or len(products) != 2 or products[0] is products[1]:
-            continue
-        sides = [_table(product) for product in products]
-        turned = [side is not None and _is_turned(side[0]) for side in sides]
-        if None in sides or turned.count(True) != 1:
-            continue
-        (straight, cos), (around, sin) = (sides[turned.index(flag)] for flag in (False, True))  # type: ignore[misc]
-        sources = [x for x in _above([straight, around], _is_move) if has_one_result(x)]
-        outs = [anchor, *_below(anchor)]
-        matches = [c for out in reversed(outs) for x in reversed(sources) for c in _rotary_subgraphs(out, x, cos, sin)]
-        yield MatchSite(anchor, tuple(matches))
+    products = [a for a in anchor.args if isinstance(a, fx.Node) and operator_of(a) is aten.mul]
+    if operator_of(anchor) is not aten.add or anchor.kwargs or len(products) != 2 or products[0] is products[1]:
+        return None
+    sides = [_table(product) for product in products]
+    turned = [side is not None and _is_turned(side[0]) for side in sides]
+    if None in sides or turned.count(True) != 1:
+        return None
+    (straight, cos), (around, sin) = (sides[turned.index(flag)] for flag in (False, True))  # type: ignore[misc]
+    sources = [x for x in _above([straight, around], _is_move) if has_one_result(x)]
+    outs = [anchor, *_below(anchor)]
+    matches = [c for out in reversed(outs) for x in reversed(sources) for c in _rotary_subgraphs(out, x, cos, sin)]
+    return MatchSite(anchor, tuple(matches))
 
 
 def _rotary_subgraphs(out: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> Iterator[Match]:
@@ -171,21 +178,19 @@ def _is_turned(node: fx.Node) -> bool:
     return operator_of(node) in (aten.cat, aten.stack)
 
 
-def match_gated_mlp(body: Body) -> Iterator[MatchSite]:
-    """Products of an activated value with another one of its shape."""
-    for anchor in body.calls():
-        if operator_of(anchor) is not aten.mul or anchor.kwargs or not all(isinstance(a, fx.Node) for a in anchor.args):
-            continue
-        if any(value(a).shape != value(anchor).shape for a in anchor.args):  # type: ignore[arg-type]
-            continue
-        matches: list[Match] = []
-        for activated, other in (anchor.args, anchor.args[::-1]):
-            for out in reversed([anchor, *_casts_below(anchor)]):
-                for up in reversed([other, *_casts_above(other)]):  # type: ignore[arg-type]
-                    for gate in reversed(list(_above([activated], _is_elementwise))):  # type: ignore[list-item]
-                        matches += _gated_subgraphs(out, gate, up, activated)  # type: ignore[arg-type]
-        if matches:
-            yield MatchSite(anchor, tuple(matches))
+def match_gated_mlp(anchor: fx.Node) -> MatchSite | None:
+    """A product of an activated value with another one of its shape."""
+    if operator_of(anchor) is not aten.mul or anchor.kwargs or not all(isinstance(a, fx.Node) for a in anchor.args):
+        return None
+    if any(value(a).shape != value(anchor).shape for a in anchor.args):  # type: ignore[arg-type]
+        return None
+    matches: list[Match] = []
+    for activated, other in (anchor.args, anchor.args[::-1]):
+        for out in reversed([anchor, *_casts_below(anchor)]):
+            for up in reversed([other, *_casts_above(other)]):  # type: ignore[arg-type]
+                for gate in reversed(list(_above([activated], _is_elementwise))):  # type: ignore[list-item]
+                    matches += _gated_subgraphs(out, gate, up, activated)  # type: ignore[arg-type]
+    return MatchSite(anchor, tuple(matches)) if matches else None
 
 
 def _gated_subgraphs(out: fx.Node, gate: fx.Node, up: fx.Node, activated: fx.Node) -> Iterator[Match]:
@@ -290,6 +295,28 @@ def _above(start: list[fx.Node], inner: Callable[[fx.Node], bool]) -> Iterator[f
             return
 
 
+def together(one: Proven, other: Proven) -> Proven | None:
+    """Two rotations as one. None where their tables differ, their shapes do not go together, or one reads the other."""
+    if (one[1].args[2:], one[1].kwargs) != (other[1].args[2:], other[1].kwargs):
+        return None
+    subgraphs = [one[0], other[0]]
+    x, y = one[1].args[0], other[1].args[0]
+    assert x is not None and y is not None
+    if reaches(subgraphs[0].outputs[0], y) or reaches(subgraphs[1].outputs[0], x):
+        return None
+    order = (0, 1)
+    if attended(subgraphs[1].outputs[0]) == 0 or not pairs(x, y):
+        order = (1, 0)
+    q, k = ((x, y)[i] for i in order)
+    if not pairs(q, k):
+        return None
+    nodes = tuple(node for node in x.graph.nodes if node in subgraphs[0].nodes or node in subgraphs[1].nodes)
+    cos, sin = one[1].args[2:]
+    outputs = tuple(subgraphs[i].outputs[0] for i in order)
+    subgraph = Subgraph(nodes, (q, k, cos, sin), outputs)  # type: ignore[arg-type]
+    return subgraph, Replacement(rotary, (q, k, cos, sin), one[1].kwargs, (0, 1))
+
+
 def reaches(start: fx.Node, end: fx.Node) -> bool:
     """Whether `end` is computed from `start`."""
     return start in ancestors([end])
@@ -316,3 +343,34 @@ def pairs(a: fx.Node, b: fx.Node) -> bool:
         return False
     other = [(m, n) for m, n in zip(left.shape, right.shape, strict=True) if not same(m, n)]
     return not other or len(other) == 1 and all(isinstance(n, int) for n in other[0]) and other[0][0] % other[0][1] == 0
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """How the kernels of one family are put into a graph.
+
+    family: a key of `operators.FAMILIES`.
+    match: the site around a call; None where the call is nothing to these kernels.
+    extend: for a norm that was proved, a larger match to prove and take instead; None where there is none.
+    join: for a kernel that does the same to two values, both as one call; None where these two cannot be.
+    whole_features: whether the kernel needs all features of its first operand on one rank.
+    """
+
+    family: str
+    match: Callable[[fx.Node], MatchSite | None]
+    extend: Callable[[Subgraph, Replacement], Match | None] | None = None
+    join: Callable[[Proven, Proven], Proven | None] | None = None
+    whole_features: bool = False
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of the kernels that it may place."""
+        return operators.kernels_of(self.family)
+
+
+MATCHERS = (
+    Matcher("rotary", match_rotary, join=together),
+    Matcher("gated", match_gated_mlp),
+    Matcher("norm", match_norm, extend=with_sum, whole_features=True),
+)
+"""All matchers, in the order in which `fuse_kernels` asks them. The kernels of a loss are found by `loss_head`."""

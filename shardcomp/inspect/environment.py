@@ -42,7 +42,7 @@ class KernelRun(TypedDict):
     runs: str
     """What runs it: a library, the reference, torch, a provider of attention, or nothing."""
     ok: bool
-    """Whether it ran, and its results and gradients are those of the reference."""
+    """Whether it ran, and its results and gradients equal the reference's."""
     why: str
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from shardcomp.cost.activations import unit_activations
 from shardcomp.cost.communication import Message, held_by, messages, stages_of
 from shardcomp.cost.flops import Share, of_units
-from shardcomp.cost.memory import Held, held_in, local_numel
+from shardcomp.cost.memory import StoredBytes, local_numel, stored_bytes
 from shardcomp.errors import PlanError
 from shardcomp.ir.program import B, Program, S
 from shardcomp.kernels.counts import kernel_counts
@@ -182,7 +182,7 @@ def report(lowered: Lowered, rank: int = 0) -> Report:
         "stages": [_stage(lowered, stage, coordinates, micro_batches) for stage in stages],
         "units": _units(lowered, stages, coordinates),
         "flops": _flops(lowered, stages, coordinates, micro_batches),
-        "memory": asdict(sum((held_in(program, stage, options, coordinates) for stage in stages), Held())),
+        "memory": asdict(sum((stored_bytes(program, stage, options, coordinates) for stage in stages), StoredBytes())),
         "kernels": kernel_counts(program.in_stages(stages)),
         "missed": [{"where": missed.where, "reason": missed.reason} for missed in program.missed],
         "degraded": [{"what": degraded.what, "why": degraded.why} for degraded in program.degraded],
@@ -207,7 +207,7 @@ def _collective(message: Message) -> CollectiveEntry:
 def _stage(lowered: Lowered, stage: int, rank: dict[str, int], micro_batches: int) -> StageEntry:
     """What a rank stores and computes for one of its stages."""
     program = lowered.program
-    memory = held_in(program, stage, lowered.policy.options, rank)
+    memory = stored_bytes(program, stage, lowered.policy.options, rank)
     return {
         "units": [unit.path for unit in program.in_stages((stage,))],
         "parameters": sum(local_numel(program, name, rank) for name in held_by(program, (stage,))),

@@ -44,7 +44,7 @@ class Mesh:
         return int(getattr(self, axis))
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where `rank` stands on each axis."""
+        """The coordinate of `rank` on each axis."""
         coordinates = {}
         for axis in reversed(AXES):
             rank, coordinates[axis] = divmod(rank, self.size(axis))

@@ -68,12 +68,12 @@ def role_of(node: fx.Node) -> str | None:
 
 
 def is_parameter(node: Any) -> bool:
-    """Whether something is a node that stands for a parameter."""
+    """Whether something is a parameter's placeholder node."""
     return isinstance(node, fx.Node) and role_of(node) == PARAMETER
 
 
 def is_buffer(node: Any) -> bool:
-    """Whether something is a node that stands for a buffer."""
+    """Whether something is a buffer's placeholder node."""
     return isinstance(node, fx.Node) and role_of(node) == BUFFER
 
 

@@ -13,7 +13,7 @@ from shardcomp.errors import InternalError
 
 @dataclass(frozen=True)
 class PackedSlice:
-    """The rows of the packed tensor `of` that one part is: `count` runs of `run` rows each, the first at `start`, each run
+    """The rows of the packed tensor `of` that one parameter is: `count` runs of `run` rows each, the first at `start`, each run
     `stride` rows after the one before. `dim` is the dimension of both tensors that rows are counted along; `shape` is the
     packed tensor's."""
 
@@ -39,15 +39,15 @@ class PackedSlice:
 
     @property
     def length(self) -> int:
-        """The part's own number of rows."""
+        """The slice's own number of rows."""
         return self.run * self.count
 
     def rows(self) -> list[int]:
-        """The rows of the packed tensor, in the part's order."""
+        """The rows of the packed tensor, in the slice's order."""
         return [self.start + i * self.stride + j for i in range(self.count) for j in range(self.run)]
 
     def ranges(self, begin: int, end: int) -> Iterator[slice]:
-        """Rows `begin` to `end` of the part as slices of the packed tensor, in order."""
+        """Rows `begin` to `end` of the slice as ranges of the packed tensor, in order."""
         while begin < end:
             index, offset = divmod(begin, self.run)
             length = min(self.run - offset, end - begin)
@@ -63,27 +63,27 @@ class PackedSlice:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, self.dim)
 
 
-def group_by_packed(parts: Mapping[str, PackedSlice | None]) -> dict[str, list[str]]:
-    """The model's own tensors -> the parameters that hold their rows, both in order: of a packed one its parts, else itself.
+def group_by_packed(slices: Mapping[str, PackedSlice | None]) -> dict[str, list[str]]:
+    """The model's own tensors -> the parameters that hold their rows, both in order: of a packed one its slices, else itself.
 
-    parts: parameter -> which part it is.
+    slices: parameter -> the packed slice that it is, or None.
     """
     names_of: dict[str, list[str]] = {}
-    for name, part in parts.items():
-        names_of.setdefault(part.of if part else name, []).append(name)
+    for name, packed_slice in slices.items():
+        names_of.setdefault(packed_slice.of if packed_slice else name, []).append(name)
     return names_of
 
 
-def assemble(name: str, parts: Mapping[str, PackedSlice | None], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The packed tensor `name`. parts: parameter -> which part it is, other tensors' not counting; tensors: parameter -> the
-    whole part, zeros where there is none. Raises InternalError where the parts are not all of it."""
-    slices = {param_name: part for param_name, part in parts.items() if part and part.of == name}
-    first = next(iter(slices.values()))
-    rows = [row for part in slices.values() for row in part.rows()]
+def assemble(name: str, slices: Mapping[str, PackedSlice | None], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The packed tensor `name`. slices: parameter -> the packed slice that it is; entries of other tensors are ignored.
+    tensors: parameter -> the full slice, zeros where there is none. Raises InternalError where the slices are not all of it."""
+    slices_here = {param_name: one for param_name, one in slices.items() if one and one.of == name}
+    first = next(iter(slices_here.values()))
+    rows = [row for packed_slice in slices_here.values() for row in packed_slice.rows()]
     if sorted(rows) != list(range(first.shape[first.dim])):
         raise InternalError(f"{name}: its parts hold {len(rows)} rows, and not each of its {first.shape[first.dim]} once")
-    tensors_here = {param_name: tensors[param_name] for param_name in slices if param_name in tensors}
+    tensors_here = {param_name: tensors[param_name] for param_name in slices_here if param_name in tensors}
     packed = next(iter(tensors_here.values())).new_zeros(first.shape)
     for param_name, tensor in tensors_here.items():
-        packed.index_copy_(first.dim, torch.tensor(slices[param_name].rows(), device=packed.device), tensor)
+        packed.index_copy_(first.dim, torch.tensor(slices_here[param_name].rows(), device=packed.device), tensor)
     return packed

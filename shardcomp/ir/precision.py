@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from shardcomp.errors import PolicyError
+from shardcomp.torch_private import tree_leaves
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = ("float", "half", "bfloat16")
@@ -55,4 +55,4 @@ def _widen(argument: Any) -> Any:
 
 
 def _has_float(arguments: Any) -> bool:
-    return any(isinstance(leaf, (float, torch.SymFloat)) for leaf in pytree.tree_leaves(arguments))
+    return any(isinstance(leaf, (float, torch.SymFloat)) for leaf in tree_leaves(arguments))

@@ -41,7 +41,7 @@ RESERVED = frozenset({"self", "w", "b", "s", "torch", "aten", "unit", *keyword.k
 
 
 def source(program: Program) -> str:
-    """The Program as one Python file that imports `shardcomp.runtime` alone."""
+    """The Program as one Python file that imports only `shardcomp.runtime`."""
     used: set[str] = set()
     classes = [_unit_class(body, program, used) for body in program.bodies()]
     top = _top_class(program, used)
@@ -251,7 +251,7 @@ class Writer:
 
 
 def _leaves(node: fx.Node) -> bool:
-    """Whether a result of a module is used outside of it alone."""
+    """Whether a result of a module is used only outside of it."""
     path = path_of(node)
     return bool(path) and all(not (path_of(user) + ".").startswith(path + ".") for user in node.users)
 

@@ -5,7 +5,7 @@ that are alike share a body, so that a rewriting pass meets each body once, what
 
 In a body, a placeholder is an input, a parameter or a buffer (`role`), and every other node but the output is a call whose
 target is an ATen operator or a Python function of `shardcomp.kernels` or `shardcomp.ir.collectives`. `ir.nodes` reads what is
-known of a node. Sizes are sympy expressions in B and S and may stand among a node's arguments.
+known of a node. Sizes are sympy expressions in B and S and may be among a node's arguments.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Signature:
-    """Which call of the model a Program stands for: the inputs given (name, dimensions), what is returned, and the mode.
+    """Which call of the model a Program computes: the inputs given (name, dimensions), what is returned, and the mode.
 
     training: the mode of all modules, or None where each is in the mode that the caller's model has it in.
     """

@@ -53,7 +53,7 @@ def _wiring_violations(program: Program) -> Iterable[str]:
         defined |= set(unit.outputs)
         used |= {program.resolve(name) for name in unit.parameters}
     yield from (f"the result {name} is made by no unit" for name in program.outputs.values() if name not in defined)
-    yield from (f"a unit uses {name}, which is no parameter of the program" for name in used - set(program.parameters))
+    yield from (f"a unit uses {name}, which is not a parameter of the program" for name in used - set(program.parameters))
 
 
 def _layout_violations(program: Program) -> Iterable[str]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardcomp.kernels.register import define
+from shardcomp.kernels.register import define, register
+from shardcomp.kernels.small_cases import Calls, Samples
 
 COMPUTED = {
     torch.float32: torch.float32,
@@ -155,3 +156,15 @@ define(
     _reference,
     lambda *arguments: None,
 )
+
+
+def _cases(samples: Samples) -> Calls:
+    x, y = samples.vector(), samples.vector()
+    weights, one = [x.float(), y.float()], torch.tensor(1.0)
+    copies = [x.clone(), y.clone()] if samples.dtype.itemsize == 2 else []
+    moments, squares = [weight / 9 for weight in weights], [weight.square() for weight in weights]
+    numbers = (one.double() / 9, 0.9, 0.95, 1e-8, 0.1, False, one / 3, None)
+    return {"adamw_": (weights, copies, [y, x], moments, squares, [one.clone(), one.clone()], *numbers)}
+
+
+register(adamw_, cases=_cases)

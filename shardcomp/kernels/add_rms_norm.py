@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardcomp.ir import operators
 from shardcomp.kernels import rms_norm as norm
-from shardcomp.kernels.register import define, differentiate
-from shardcomp.sharding.rules import RULES, Rule
+from shardcomp.kernels.register import define, differentiate, register
+from shardcomp.kernels.small_cases import Calls, Samples
 
 
 def add_rms_norm(
@@ -77,5 +76,11 @@ define(
     _shapes,
 )
 differentiate("add_rms_norm", _backward, _save)
-RULES[add_rms_norm] = Rule(function=norm.rows)
-operators.add(add_rms_norm, "norm", kernel="add_rms_norm")
+
+
+def _cases(samples: Samples) -> Calls:
+    x, y, weight, rstd = samples.rows(), samples.rows(), samples.vector(), samples.uniform(3, 5, 1)
+    return {"add_rms_norm": (x, y, weight, 1e-5, 0.0, True), "rms_norm_bwd": (y, x, x, weight, rstd, 0.0)}
+
+
+register(add_rms_norm, "norm", rule=norm.rows, kernel="add_rms_norm", cases=_cases)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.ir import operators
 from shardcomp.ir.nodes import value
 from shardcomp.kernels.attention_providers import check, kernel_of, xformers_attention
 from shardcomp.kernels.dropout import Stream, dropped_attention
 from shardcomp.kernels.dropout import dropout as drop
+from shardcomp.kernels.register import register
 from shardcomp.sharding.notation import parse
-from shardcomp.sharding.rules import RULES, Factoring, Rule, apply
+from shardcomp.sharding.rules import Factoring, apply
 from shardcomp.torch_private import FakeTensor
 
 
@@ -192,7 +192,7 @@ def _rule(node: fx.Node) -> Factoring | None:
     return Factoring((*factoring.operands[:at], dims, *factoring.operands[at + 1 :]), factoring.results, coarse=_COARSE)
 
 
-RULES[attention] = Rule(function=_rule)  # type: ignore[arg-type]
+register(attention, "attention", "mixes_tokens", rule=_rule, kernel="attention")
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? q_position=None, Tensor? k_position=None, Tensor? q_segment=None, "
@@ -215,4 +215,3 @@ RECORDED = torch.ops.shardcomp.attention.default
 """The operator that a capture records in place of `attention`. It has no gradient: programs call the function."""
 SETTINGS = {argument.name: argument.default_value for argument in RECORDED._schema.arguments[3:]}
 """The arguments of `attention` after q, k and v, in the operator's order, with their defaults."""
-operators.add(attention, "attention", "mixes_tokens", kernel="attention")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.ir import operators
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.layout import Size
 from shardcomp.ir.nodes import value
-from shardcomp.kernels.register import define, widened
-from shardcomp.sharding.rules import Form, register
+from shardcomp.kernels.register import define, register, widened
+from shardcomp.kernels.small_cases import Calls, Samples
+from shardcomp.sharding.rules import Form
 
 ops = torch.ops.shardcomp
 
@@ -170,6 +170,21 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return *node.args, value(node.args[0]).shape[1]  # type: ignore[arg-type]
 
 
-register(cross_entropy, "t v, t -> t", {"v": Form(vocab_cross_entropy, _arguments, exchanges=_exchanges)})
-operators.add(cross_entropy, "loss", kernel="cross_entropy")
-operators.add(vocab_cross_entropy, "loss", kernel="cross_entropy")
+def small_case(samples: Samples) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of small calls of `cross_entropy_statistics` and of `cross_entropy_gradient`."""
+    logits, width = samples.rows()[0], samples.width
+    # One label is ignored. The first column has label 2, as on a later rank of a split vocabulary.
+    labels = torch.tensor([3, 8, -100, 4, 2])
+    counted = labels >= 0
+    normaliser = torch.stack((logits.float().amax(1), samples.uniform(5) + width))
+    return (logits, labels, counted, 2), (logits, labels, counted, normaliser, samples.uniform(5), 2)
+
+
+def _cases(samples: Samples) -> Calls:
+    statistics, gradient = small_case(samples)
+    return {"cross_entropy_statistics": statistics, "cross_entropy_gradient": gradient}
+
+
+_FORMS = {"v": Form(vocab_cross_entropy, _arguments, exchanges=_exchanges)}
+register(cross_entropy, "loss", rule="t v, t -> t", forms=_FORMS, kernel="cross_entropy", cases=_cases)
+register(vocab_cross_entropy, "loss", kernel="cross_entropy")

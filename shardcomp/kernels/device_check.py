@@ -18,10 +18,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from shardcomp.errors import KernelError
 from shardcomp.kernels import library, small_cases
+from shardcomp.torch_private import DisableTorchFunction, disable_current_modes, dispatch_has_kernel
 
 SPACES = {"cuda": "shardcomp_cuda"}
 """Kind of device -> the namespace of its unchecked kernels."""
@@ -72,13 +72,13 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def _waits(name: str, kind: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{SPACES[kind]}::{name}", kind.upper())
+    return bool(dispatch_has_kernel(f"{SPACES[kind]}::{name}", kind.upper()))
 
 
 def _compare(name: str, device: torch.device, reference: Callable[..., Any]) -> None:
     """Compare without the caller's modes, autocast and gradients, which would change or record the calls."""
     with ExitStack() as isolated:
-        for context in (_disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad()):
+        for context in (disable_current_modes(), DisableTorchFunction(), torch.no_grad()):
             isolated.enter_context(context)
         isolated.enter_context(torch.autocast(device.type, enabled=False))
         candidate = getattr(getattr(torch.ops, SPACES[device.type]), name)

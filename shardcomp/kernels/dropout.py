@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.ir import operators
 from shardcomp.ir.layout import Placement
-from shardcomp.sharding.rules import RULES, Rule, pointwise, scaled_attention
+from shardcomp.kernels.register import register
+from shardcomp.sharding.rules import pointwise, scaled_attention
+from shardcomp.torch_private import safe_softmax
 
 SHARED, OWN, PIECE = "shared", "own", "piece"
 """The streams of a rank: shared by all ranks of tp, its own, and shared by the ranks with replicas of one shard."""
@@ -122,7 +123,7 @@ def dropped_attention(
         hidden = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if hidden else scores + attn_mask
     # Zero, not NaN, for a query that sees no key.
-    weights = torch.ops.aten._safe_softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = safe_softmax(scores, -1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return dropout(weights, dropout_p, random) @ value
 
 
@@ -136,7 +137,5 @@ def stream_for(node: fx.Node, placement: Placement) -> str:
     return OWN if placement.copies == 1 else PIECE
 
 
-RULES[dropout] = Rule(function=pointwise)
-RULES[dropped_attention] = Rule(function=scaled_attention)
-operators.add(dropout, "dropout", rows="pointwise", backward="nothing")
-operators.add(dropped_attention, "attention", kernel="attention")
+register(dropout, "dropout", rule=pointwise, rows="pointwise", backward="nothing")
+register(dropped_attention, "attention", rule=scaled_attention, kernel="attention")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.ir import operators
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.nodes import value
+from shardcomp.kernels.register import register
 from shardcomp.sharding.notation import parse
-from shardcomp.sharding.rules import RULES, Factoring, Form, Rule, apply
+from shardcomp.sharding.rules import Factoring, Form, apply
 
 
 def vocab_embedding(weight: Tensor, ids: Tensor, padding: int, rows: int, axis: Axis) -> Tensor:
@@ -75,5 +75,4 @@ def _rule(node: fx.Node) -> Factoring | None:
     return replace(factoring, operands=(weight, unsplit), results=((*unsplit, weight[1]),))
 
 
-RULES[torch.ops.aten.embedding] = Rule(function=_rule)
-operators.add(vocab_embedding, "lookup", backward="indices")
+register(vocab_embedding, "lookup", splits=torch.ops.aten.embedding, rule=_rule, backward="indices")

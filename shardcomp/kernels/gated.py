@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardcomp.ir import operators
-from shardcomp.kernels.register import define, differentiate, laid_out, widened
-from shardcomp.sharding.rules import RULES, Rule, pointwise
+from shardcomp.kernels.register import define, differentiate, laid_out, register, widened
+from shardcomp.kernels.small_cases import Calls, Cases, Samples
+from shardcomp.sharding.rules import pointwise
 
 aten = torch.ops.aten
 
@@ -103,6 +103,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 define("gated(Tensor gate, Tensor up, str activation, bool round_first) -> Tensor", _forward, _shapes)
 define("gated_bwd(Tensor gradient, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)", _back, _shapes_back)
 differentiate("gated", _backward, _save)
-RULES[swiglu] = RULES[geglu] = Rule(function=pointwise)
-operators.add(swiglu, "gated", kernel="swiglu", variants=lambda: [{}])
-operators.add(geglu, "gated", kernel="geglu", variants=lambda: [{}, {"tanh": True}])
+
+
+def _cases(activation: str) -> Cases:
+    def cases(samples: Samples) -> Calls:
+        x, y = samples.rows(), samples.rows()
+        return {"gated": (x, y, activation, True), "gated_bwd": (y, x, y, activation)}
+
+    return cases
+
+
+register(swiglu, "gated", rule=pointwise, kernel="swiglu", variants=lambda: [{}], cases=_cases("silu"))
+register(geglu, "gated", rule=pointwise, kernel="geglu", variants=lambda: [{}, {"tanh": True}], cases=_cases("gelu"))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardcomp.kernels.register import define
+from shardcomp.kernels.register import define, register
+from shardcomp.kernels.small_cases import Calls, Samples
 
 
 def grad_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -49,3 +50,10 @@ define(
     _reference,
     lambda gradients: gradients[0].new_empty((), dtype=_wide(gradients)),
 )
+
+
+def _cases(samples: Samples) -> Calls:
+    return {"grad_norm": ([samples.rows(), samples.vector()],)}
+
+
+register(grad_norm, cases=_cases)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardcomp.ir import operators
-from shardcomp.kernels.register import define, differentiate, summed_rows, widened
+from shardcomp.kernels.register import define, differentiate, register, summed_rows, widened
 from shardcomp.kernels.rms_norm import rows
-from shardcomp.sharding.rules import RULES, Rule
+from shardcomp.kernels.small_cases import Calls, Samples
 
 
 def layer_norm(
@@ -109,7 +108,6 @@ define(
     _shapes_back,
 )
 differentiate("layer_norm", _backward, _save)
-RULES[layer_norm] = Rule(function=rows)
 
 
 def _variants(eps: float, constants: Sequence[float], vectors: int) -> Iterator[tuple[tuple[int | None, ...], dict[str, Any]]]:
@@ -120,4 +118,10 @@ def _variants(eps: float, constants: Sequence[float], vectors: int) -> Iterator[
         yield order, {"eps": eps, "stepwise": True}
 
 
-operators.add(layer_norm, "norm", kernel="layer_norm", variants=_variants)
+def _cases(samples: Samples) -> Calls:
+    x, y, weight, bias = samples.rows(), samples.rows(), samples.vector(), samples.vector()
+    moment = samples.uniform(3, 5, 1)
+    return {"layer_norm": (x, weight, bias, 1e-5, False), "layer_norm_bwd": (y, x, weight, bias, moment, moment)}
+
+
+register(layer_norm, "norm", rule=rows, kernel="layer_norm", variants=_variants, cases=_cases)

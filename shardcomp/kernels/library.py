@@ -21,6 +21,7 @@ import torch
 
 from shardcomp.errors import KernelError
 from shardcomp.kernels.build import BuildError, Recipe, build, own_level, recipe
+from shardcomp.torch_private import dispatch_has_kernel
 
 PACKAGED = Path(__file__).resolve().parents[1] / "_kernels.so"
 """Where `CPU_EXT=1 pip install` puts the library."""
@@ -60,7 +61,7 @@ def load() -> Library:
 def provides(name: str, device: str) -> bool:
     """Whether a kernel of an operator is registered for a kind of device, `cpu` or `cuda`."""
     load()
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"shardcomp::{name}", device.upper()))
+    return bool(dispatch_has_kernel(f"shardcomp::{name}", device.upper()))
 
 
 def cache() -> Path:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from shardcomp.ir import operators
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.layout import Size
 from shardcomp.ir.nodes import value
-from shardcomp.kernels.cross_entropy import first_column, normaliser_and_losses
+from shardcomp.kernels.cross_entropy import first_column, normaliser_and_losses, small_case
+from shardcomp.kernels.register import register
+from shardcomp.kernels.small_cases import Calls, Samples
 from shardcomp.kernels.wide_matmul import add_product
-from shardcomp.sharding.rules import Form, register
+from shardcomp.sharding.rules import Form
 
 ops = torch.ops.shardcomp
 Step = tuple[str, Any]
@@ -286,10 +287,18 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return *node.args[:4], bias, *settings, value(node.args[1]).shape[0]  # type: ignore[arg-type]
 
 
+def _cases(samples: Samples) -> Calls:
+    statistics, gradient = small_case(samples)
+    return {"cross_entropy_statistics": statistics, "cross_entropy_gradient_": gradient}
+
+
 register(
     linear_cross_entropy,
-    "... h, v h, t!, , v -> ",
-    {"v": Form(vocab_linear_cross_entropy, _arguments, exchanges=_exchanges)},
+    "loss",
+    "makes_logits",
+    rule="... h, v h, t!, , v -> ",
+    forms={"v": Form(vocab_linear_cross_entropy, _arguments, exchanges=_exchanges)},
+    kernel="linear_cross_entropy",
+    cases=_cases,
 )
-operators.add(linear_cross_entropy, "loss", "makes_logits", kernel="linear_cross_entropy")
-operators.add(vocab_linear_cross_entropy, "loss", "makes_logits", kernel="linear_cross_entropy")
+register(vocab_linear_cross_entropy, "loss", "makes_logits", kernel="linear_cross_entropy")

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.layout import Size
 from shardcomp.ir.nodes import value
-from shardcomp.sharding.rules import RULES, Factoring, Form, Rule, reduction
+from shardcomp.kernels.register import register
+from shardcomp.sharding.rules import Factoring, Form, reduction
 
 
 def split_mean(x: Tensor, dims: list[int], keepdim: bool, count: Size, axis: Axis) -> Tensor:
@@ -55,4 +56,4 @@ def _rule(node: fx.Node) -> Factoring:
     return replace(factoring, forms=dict.fromkeys(contracted, _FORM))
 
 
-RULES[torch.ops.aten.mean] = Rule(function=_rule)
+register(split_mean, splits=torch.ops.aten.mean, rule=_rule)

@@ -1,4 +1,5 @@
-"""Registration of a fused operator: a schema, a reference in plain PyTorch, and the shapes of its results.
+"""Registration of a fused operator. `define` takes a schema, a reference in plain PyTorch, and the shapes of the results;
+`differentiate` takes the gradient; `register` takes what the compiler must know.
 
 The reference is the specification, and it runs wherever no kernel is registered. Graphs therefore always contain these
 operators, whether or not a library exists. The library that `library.py` loads registers kernels for the CPU under the same
@@ -7,18 +8,23 @@ names; they then run in graphs that exist already, too. For other devices `devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from shardcomp.kernels import device_check
+from shardcomp.ir import operators
+from shardcomp.kernels import device_check, small_cases
+from shardcomp.sharding.notation import parse
+from shardcomp.sharding.rules import RULES, Factoring, Form, Rule
 
 LIBRARY = torch.library.Library("shardcomp", "FRAGMENT")
 _WAITING = [torch.library.Library(space, "FRAGMENT") for space in device_check.SPACES.values()]
 REFERENCES: dict[str, Callable[..., Any]] = {}
 """Operator -> its reference."""
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""Name -> function, for the functions that programs and optimizers call."""
 
 
 def define(schema: str, reference: Callable[..., Any], shapes: Callable[..., Any]) -> None:
@@ -56,6 +62,39 @@ def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
 def differentiate(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> None:
     """Register the gradient of an operator. save(ctx, inputs, output) stores what `backward(ctx, *gradients)` needs."""
     torch.library.register_autograd(f"shardcomp::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def register(
+    function: Callable[..., Any],
+    family: str = "other",
+    facts: str = "",
+    *,
+    rule: str | Callable[[fx.Node], Factoring | None] | None = None,
+    forms: Mapping[str, Form] | None = None,
+    splits: Any = None,
+    cases: small_cases.Cases | None = None,
+    **columns: Any,
+) -> None:
+    """Tell the compiler everything about a function.
+
+    Args:
+        function: what a program calls. Its name is public, and emitted code uses it.
+        family: a key of `operators.FAMILIES`.
+        facts: keys of `operators.FACTS`.
+        rule: how the function may be sharded: a line of the notation in `sharding.notation`, or a function of a call. None:
+            not at all, or it is a split form itself.
+        forms: for a line, factor -> the split form where that factor is split.
+        splits: the operator of torch that `function` is the split form of; `rule` is then that operator's.
+        cases: makes a small call of each operator of the kernel, with which compiled kernels are compared.
+        columns: further fields of `operators.Operator`, such as `kernel`, the name that reports and policies count it under.
+    """
+    FUNCTIONS[function.__name__] = function
+    operators.add(function, family, facts, **columns)
+    if rule is not None:
+        made = Rule(line=parse(rule), forms=forms or {}) if isinstance(rule, str) else Rule(function=rule)
+        RULES[function if splits is None else splits] = made
+    if cases is not None:
+        small_cases.add(function.__name__.rstrip("_"), family, cases)
 
 
 def widened(x: Tensor) -> Tensor:

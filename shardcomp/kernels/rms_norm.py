@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.ir import operators
 from shardcomp.ir.nodes import tensor_arguments, value
 from shardcomp.ir.program import Value
-from shardcomp.kernels.register import define, differentiate, summed_rows, widened
+from shardcomp.kernels.register import define, differentiate, register, summed_rows, widened
+from shardcomp.kernels.small_cases import Calls, Samples
 from shardcomp.sharding.notation import Dims
-from shardcomp.sharding.rules import RULES, Factoring, Rule
+from shardcomp.sharding.rules import Factoring
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: float = 0.0, round_first: bool = False) -> Tensor:
@@ -111,9 +111,6 @@ def rows(node: fx.Node) -> Factoring:
     return Factoring(tuple(weight if len(shape) == 1 else names for shape in operands), (names,) * results)
 
 
-RULES[rms_norm] = Rule(function=rows)
-
-
 def _variants(eps: float, constants: Sequence[float], vectors: int) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """With one vector or none; an offset where the subgraph adds 1, and both ways to round."""
     for offset in (0.0, 1.0) if vectors and 1.0 in constants else (0.0,):
@@ -123,4 +120,9 @@ def _variants(eps: float, constants: Sequence[float], vectors: int) -> Iterator[
                 yield tuple(range(vectors)), {"eps": eps, **{name: option for name, option in options.items() if option}}
 
 
-operators.add(rms_norm, "norm", kernel="rms_norm", variants=_variants)
+def _cases(samples: Samples) -> Calls:
+    x, y, weight, rstd = samples.rows(), samples.rows(), samples.vector(), samples.uniform(3, 5, 1)
+    return {"rms_norm": (x, weight, 1e-5, 0.0, True), "rms_norm_bwd": (y, None, x, weight, rstd, 0.0)}
+
+
+register(rms_norm, "norm", rule=rows, kernel="rms_norm", variants=_variants, cases=_cases)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardcomp.ir import operators
 from shardcomp.ir.layout import same
 from shardcomp.ir.nodes import tensor_arguments, value
-from shardcomp.kernels.register import define, differentiate, laid_out, widened
+from shardcomp.kernels.register import define, differentiate, laid_out, register, widened
+from shardcomp.kernels.small_cases import Calls, Samples
 from shardcomp.sharding.notation import Dims
-from shardcomp.sharding.rules import HEADS, RULES, Factoring, Rule
+from shardcomp.sharding.rules import HEADS, Factoring
 
 
 def rotary(
@@ -125,5 +125,10 @@ def _rule(node: fx.Node) -> Factoring:
     return Factoring((full, full, *tables), (full, full), coarse=frozenset({1}), alike={0: 0, 1: 1})
 
 
-RULES[rotary] = Rule(function=_rule)
-operators.add(rotary, "rotary", kernel="rotary")
+def _cases(samples: Samples) -> Calls:
+    heads, angles = samples.normal(2, 3, 5, 16), 6 * samples.uniform(5, 16)
+    tables = (angles.cos().to(samples.dtype), angles.sin().to(samples.dtype))
+    return {"rotary": (heads, heads, *tables, False, True), "rotary_bwd": (heads, heads, *tables, False)}
+
+
+register(rotary, "rotary", rule=_rule, kernel="rotary", cases=_cases)

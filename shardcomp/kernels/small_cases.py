@@ -1,4 +1,7 @@
-"""Small calls of every operator, and a comparison of a kernel with the operator's reference on them."""
+"""Small calls of every operator, and a comparison of a kernel with the operator's reference on them.
+
+The calls of a kernel are made by its own file.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardcomp.ir.operators import FAMILIES
 from shardcomp.torch_private import tree_leaves, tree_map
 
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
@@ -16,46 +20,47 @@ _WIDTHS = (16, 2056)
 """Widths of rows: one warp takes the first, several warps the second."""
 
 
-def calls(dtype: torch.dtype = torch.float32, width: int = 16) -> dict[str, dict[str, tuple[Any, ...]]]:
-    """Kernel -> operator -> arguments of a small call, for every operator of a kernel, those of the backward included."""
-    draw = torch.Generator().manual_seed(0)
+class Samples:
+    """Random tensors of one dtype, the same for every kernel. Most have rows of `width` numbers."""
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw).to(dtype)
+    def __init__(self, dtype: torch.dtype, width: int) -> None:
+        self.dtype, self.width = dtype, width
+        self.draw = torch.Generator().manual_seed(0)
 
-    x, y, w, b = drawn(3, 5, width), drawn(3, 5, width), drawn(width), drawn(width)
-    moment = torch.rand((3, 5, 1), generator=draw)
-    # One label is ignored. The first column below has label 2, as on a later rank of a split vocabulary.
-    labels, one = torch.tensor([3, 8, -100, 4, 2]), torch.tensor(1.0)
-    rows = (x[0], labels, labels >= 0, 2)
-    largest = x[0].float().amax(1)
-    normal = (torch.stack((largest, torch.rand(5, generator=draw) + width)), torch.rand(5, generator=draw))
-    heads, table = drawn(2, 3, 5, 16), torch.randn((5, 16), generator=draw)
-    tables = (table.cos().to(dtype), table.sin().to(dtype))
-    weights = [vector.float() for vector in (w, b)]
-    copies = [vector.clone() for vector in (w, b)] if dtype.itemsize == 2 else []
-    moments, squares = [weight / 9 for weight in weights], [weight.square() for weight in weights]
-    steps = [one.clone(), one.clone()]
-    return {
-        "rms_norm": {"rms_norm": (x, w, 1e-5, 0.0, True), "rms_norm_bwd": (y, None, x, w, moment, 0.0)},
-        "add_rms_norm": {"add_rms_norm": (x, y, w, 1e-5, 0.0, True), "rms_norm_bwd": (y, x, x, w, moment, 0.0)},
-        "layer_norm": {"layer_norm": (x, w, b, 1e-5, False), "layer_norm_bwd": (y, x, w, b, moment, moment)},
-        "rotary": {
-            "rotary": (heads, heads, *tables, False, True),
-            "rotary_bwd": (heads, heads, *tables, False),
-        },
-        "swiglu": {"gated": (x, y, "silu", True), "gated_bwd": (y, x, y, "silu")},
-        "geglu": {"gated": (x, y, "gelu", True), "gated_bwd": (y, x, y, "gelu")},
-        "cross_entropy": {"cross_entropy_statistics": rows, "cross_entropy_gradient": (*rows[:3], *normal, 2)},
-        "linear_cross_entropy": {"cross_entropy_statistics": rows, "cross_entropy_gradient_": (*rows[:3], *normal, 2)},
-        "adamw": {
-            "adamw_": (
-                *(weights, copies, [b, w], moments, squares, steps),
-                *(one.double() / 9, 0.9, 0.95, 1e-8, 0.1, False, one / 3, None),
-            )
-        },
-        "grad_norm": {"grad_norm": ([x, w],)},
-    }
+    def normal(self, *shape: int) -> Tensor:
+        """Numbers around zero, in the dtype of the samples."""
+        return torch.randn(shape, generator=self.draw).to(self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers between 0 and 1, in float32."""
+        return torch.rand(shape, generator=self.draw)
+
+    def rows(self) -> Tensor:
+        """[3, 5, width], like activations."""
+        return self.normal(3, 5, self.width)
+
+    def vector(self) -> Tensor:
+        """[width], like a weight of a norm."""
+        return self.normal(self.width)
+
+
+Calls = dict[str, tuple[Any, ...]]
+"""Operator -> the arguments of a small call."""
+Cases = Callable[[Samples], Calls]
+"""Makes a small call of every operator of a kernel, those of the backward included."""
+_cases: dict[str, tuple[int, Cases]] = {}
+"""Kernel -> the place of its family, and its calls."""
+
+
+def add(kernel: str, family: str, cases: Cases) -> None:
+    """Add the calls of a kernel."""
+    _cases[kernel] = list(FAMILIES).index(family), cases
+
+
+def calls(dtype: torch.dtype = torch.float32, width: int = 16) -> dict[str, Calls]:
+    """Kernel -> its small calls, in the order of families."""
+    ordered = sorted(_cases.items(), key=lambda item: item[1][0])
+    return {kernel: cases(Samples(dtype, width)) for kernel, (_, cases) in ordered}
 
 
 def compare(

@@ -29,7 +29,7 @@ class Legal:
 
 
 def _at_least(least: int) -> Legal:
-    # type() rather than isinstance(): true is no number here.
+    # type() rather than isinstance(): true is not a number here.
     return Legal(f"a whole number, {least} or more", "N", lambda value: type(value) is int and least <= value < 2**63)
 
 
@@ -324,7 +324,7 @@ def _text(value: Any) -> str:
 
 
 def _read(text: str) -> int | bool | str | tuple[int, ...]:
-    """The value of a flag, of the type that a policy file would give it. What is no switch, number or numbers stays text."""
+    """The value of a flag, of the type that a policy file would give it. All but a switch, a number or numbers stays text."""
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"\d+(,\d+)+", text):

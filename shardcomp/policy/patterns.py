@@ -63,7 +63,7 @@ def parse(text: str) -> Pattern:
             raise ValueError(
                 f"segment {segment!r} is neither a name, nor '*' alone, nor a name with alternatives {{a,b}} or {{a|b}}"
             )
-    # Split at the braces: the even entries are plain text, the odd ones are what stands in braces.
+    # Split at the braces: the even entries are plain text, the odd ones are what is in braces.
     texts = re.split(r"\{([^}]*)\}", text)
     plain, braces = texts[::2], texts[1::2]
     alternatives = [[word.strip() for word in re.split("[,|]", inner)] for inner in braces]

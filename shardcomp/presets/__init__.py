@@ -186,7 +186,7 @@ def constructed(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """The values that a model's constructor gives its small parameters, such as the weight of a norm.
 
     Returns:
-        Parameter name -> value in float32, on the CPU. Empty for a model that cannot be built from `model.config` alone.
+        Parameter name -> value in float32, on the CPU. Empty for a model that cannot be built from only `model.config`.
     """
     import torch
 
@@ -238,7 +238,7 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     Buffers on meta have no values. Theirs come from building the model again, on the CPU.
 
     Raises:
-        ShardError: a buffer is on meta, and the model cannot be built from `model.config` alone.
+        ShardError: a buffer is on meta, and the model cannot be built from only `model.config`.
     """
     own = dict(model.named_buffers(remove_duplicate=False))
     absent = [name for name, buffer in own.items() if buffer.is_meta]

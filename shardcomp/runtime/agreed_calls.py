@@ -23,7 +23,7 @@ EXCHANGED = ("tp", "pp", "dp")
 class AgreedCalls:
     """Looks up the code of a call, and exchanges what all ranks need to know before they run it.
 
-    training, mode: those of the model, see `Origin`.
+    training, mode: the model's, see `Origin`.
     """
 
     def __init__(

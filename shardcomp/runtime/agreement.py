@@ -88,7 +88,7 @@ class Agreement:
         trained: int = 0,
         changed: bool = False,
     ) -> Agreed:
-        """Compare a call with those of the other ranks along `axes`.
+        """Compare a call with the calls of the other ranks along `axes`.
 
         call: in words. bounds: of inputs of the batch. tokens: this rank's number of labels that count, int64 []. trained: the
         digest of what is trained. changed: see CHANGED.

@@ -1,6 +1,6 @@
 """What happens around a backward pass, whichever outputs of the model it starts from.
 
-Before the first gradient of a pass, gradients that stand are multiplied by the loss scale, as the new ones will be. Those of
+Before the first gradient of a pass, existing gradients are multiplied by the loss scale, as the new ones will be. Those of
 parameters whose new gradient is still to be summed over ranks, or shown to hooks, are stashed.
 
 After the last gradient of a pass, the new ones are summed over ranks, unscaled, shown to hooks, added to the stashed ones, and

@@ -16,7 +16,7 @@ from shardcomp.runtime.agreement import Agreed, Agreement
 from shardcomp.runtime.backward import BackwardPasses, around_backward
 from shardcomp.runtime.blueprint import Blueprint
 from shardcomp.runtime.call_cache import LoadedCall
-from shardcomp.runtime.fsdp import prepare, reshard
+from shardcomp.runtime.fsdp import prepare_backward, reshard
 from shardcomp.runtime.gradients import local
 from shardcomp.runtime.guard import CallGuard
 from shardcomp.runtime.outputs import as_output, computed_of, output_type
@@ -63,7 +63,7 @@ class DirectCalls:
                 agreed.tokens if num_items_in_batch is None else num_items_in_batch, device=self._device
             )
         [stage_shard] = self._stage_shards
-        prepare(stage_shard, reduce=True, last=True)
+        prepare_backward(stage_shard, reduce=True, last=True)
         with self._guard.restoring():
             results = stage_shard.root(code.stages[0].forward, **inputs)
         if not torch.is_grad_enabled():  # no backward will reshard

@@ -1,8 +1,9 @@
-"""What FSDP2 does around the units of a stage, step by step. Only this file uses its private names.
+"""What FSDP2 does around the units of a stage, step by step. Only this file imports its private modules.
 
 FSDP2 gathers a unit's parameters before its forward and its backward, and afterwards reshards them and reduce-scatters their
-gradients. A schedule with several micro-batches under way needs to decide when: that is set here. Each private name was seen
-in torch 2.11 and 2.13; where the two differ, the code takes either.
+gradients. A schedule with several micro-batches under way needs to decide when: that is set here. `main_grad.py` too reads
+FSDP's objects, of each weight that `matrices` finds. Each private name was seen in torch 2.11 and 2.13; where the two differ,
+the code takes either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shardcomp.errors import InternalError, PlanError
 from shardcomp.runtime.stage_shard import StageShard
 
 
-def prepare(stage_shard: StageShard, reduce: bool, last: bool) -> None:
+def prepare_backward(stage_shard: StageShard, reduce: bool, last: bool) -> None:
     """Set what FSDP does in the next backward.
 
     reduce: whether it reduces gradients over dp. last: whether this is the last backward of a step, after which every group is
@@ -31,10 +32,10 @@ def prepare(stage_shard: StageShard, reduce: bool, last: bool) -> None:
     for module in stage_shard.groups:
         module.set_reshard_after_backward(last or stage_shard.reshards(module), recurse=False)
         for group in _param_groups(module):
-            group.reduce_grads = reduce and not _has_one_rank(group)
+            group.reduce_grads = reduce and not _skips_reduction(group)
 
 
-def _has_one_rank(group: Any) -> bool:
+def _skips_reduction(group: Any) -> bool:
     """Whether a group has nothing to reduce over. FSDP would still copy its gradients three times, so
     `finish_unreduced_grads` finishes them instead. Groups on the host are left to FSDP, which copies gradients there."""
     return bool(group.mesh_info.mesh.size() == 1) and not any(param.offload_to_cpu for param in group.fsdp_params)
@@ -42,9 +43,9 @@ def _has_one_rank(group: Any) -> bool:
 
 @torch.no_grad()
 def finish_unreduced_grads(stage_shard: StageShard) -> None:
-    """Make the gradients that FSDP did not reduce the gradients of the sharded parameters, or add them to those that stand.
-    Called after the last backward of a step."""
-    for group in (group for module in stage_shard.groups for group in _param_groups(module) if _has_one_rank(group)):
+    """Give the sharded parameters the gradients that FSDP did not reduce, or add them to existing gradients. Called after
+    the last backward of a step."""
+    for group in (group for module in stage_shard.groups for group in _param_groups(module) if _skips_reduction(group)):
         for param in group.fsdp_params:
             if not hasattr(param, "_unsharded_param"):  # its unit has not run
                 continue
@@ -203,7 +204,7 @@ def _param_groups(module: Any) -> list[Any]:
 
 
 def iter_tensors(stage_shard: StageShard) -> Iterator[tuple[str, Tensor, bool]]:
-    """(role, this rank's tensor, whether its unit is one on the host) of all that FSDP keeps of a stage. The roles are those of
+    """(role, this rank's tensor, whether its unit is offloaded) of all that FSDP keeps of a stage. The roles are those of
     `memory_by_role`."""
     for module in stage_shard.groups:
         state = module._get_fsdp_state()
@@ -228,5 +229,5 @@ def iter_tensors(stage_shard: StageShard) -> Iterator[tuple[str, Tensor, bool]]:
 
 def run_post_backward(stage_shard: StageShard) -> None:
     """Run FSDP's last callback of a backward, after a weight pass that FSDP did not see: it accumulates the gradients in the
-    masters' dtype, and reduces them over dp where `prepare` asked for that."""
+    masters' dtype, and reduces them over dp where `prepare_backward` asked for that."""
     stage_shard.root._get_fsdp_state()._root_post_backward_final_callback()  # type: ignore[operator]

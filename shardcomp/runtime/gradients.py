@@ -30,7 +30,7 @@ class Partial:
 
 @torch.no_grad()
 def reduce_partial(partials: Iterable[Partial], device: torch.device) -> None:
-    """Sum partial gradients, such as those of norm weights under sequence parallelism, or of a weight that two stages of a
+    """Sum partial gradients, such as gradients of norm weights under sequence parallelism, or of a weight that two stages of a
     pipeline use. Called once per backward pass, after its last gradient.
 
     Gradients that stood before the pass must be stashed: they are summed already, and would count once per rank. device: where
@@ -96,7 +96,7 @@ def coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
-    """Multiply every gradient that stands."""
+    """Multiply every existing gradient."""
     if not isinstance(factor, Tensor) and factor == 1.0:
         return
     by_device: dict[torch.device, list[Tensor]] = {}

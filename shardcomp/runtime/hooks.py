@@ -26,7 +26,7 @@ class DenseHooks:
     """The hooks that a parameter of the dense model had when the model was sharded.
 
     The mappings are torch's own, so that a handle still removes its hook. on_gradient: called with a gradient, whose
-    replacement they may return. on_parameter: called with the parameter once its gradient stands.
+    replacement they may return. on_parameter: called with the parameter once its gradient is complete.
     """
 
     on_gradient: Hooks
@@ -73,7 +73,7 @@ class ParameterHooks:
         self._suspended: dict[nn.Parameter, Any] = {}
 
     def suspend(self) -> list[nn.Parameter]:
-        """Called before a pass: FSDP shall not call hooks when it has reduced over dp alone. Returns the parameters whose
+        """Called before a pass: FSDP shall not call hooks when it has reduced only over dp. Returns the parameters whose
         gradient of this pass a hook is to see."""
         hooked = [p for p in self._parameters if p._backward_hooks]
         hooked += [p for name in self._shards if self._dense[name].on_gradient for p in self._copies(name)]
@@ -115,7 +115,7 @@ class ParameterHooks:
 
     @torch.no_grad()
     def show_parameters(self) -> None:
-        """Called when gradients stand."""
+        """Called when gradients are complete."""
         for name in self._shards:
             hooks = list(self._dense[name].on_parameter.values())
             gradient = self._joined(name, lambda p: p.grad) if hooks else None

@@ -56,7 +56,7 @@ class _JointGradient:
 
 
 class _FanOut(torch.autograd.Function):
-    """The identity. Autograd runs its backward after those of all readers, so the joint gradient is complete there."""
+    """The identity. Autograd runs its backward after the backwards of all readers, so the joint gradient is complete there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, joint: _JointGradient) -> Tensor:

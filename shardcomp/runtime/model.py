@@ -42,7 +42,7 @@ from shardcomp.runtime.steps import Steps
 class ShardedModel(SealedModule):
     """One rank's part of a model, from `shardcomp.shard`.
 
-    Parameters are DTensors with their HuggingFace names; under a pipeline, those of this rank's stages. A batch is this
+    Parameters are DTensors with their HuggingFace names; a pipeline's rank has only its stages' parameters. A batch is this
     data-parallel rank's samples, the same on every rank of one pp and tp group. What training code does to a plain module works
     as it does there, or raises PlanError: `docs/module_contract.md`.
 
@@ -76,7 +76,7 @@ class ShardedModel(SealedModule):
         lower: Lower | None = None,
     ) -> None:
         super().__init__()
-        # No child: its parameters are those of the tree, under other names.
+        # No child: the tree has the same parameters, under other names.
         object.__setattr__(self, "_stage_shards", stage_shards)
         for name, child in tree.named_children():
             self.add_module(name, child)
@@ -226,7 +226,7 @@ class ShardedModel(SealedModule):
         return super().load_state_dict(state_dict, strict=strict, assign=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, also those of a backward that ended in an exception."""
+        """Drop all gradients, also the gradients of a backward that ended in an exception."""
         self._passes.recover()
         super().zero_grad(set_to_none)
 
@@ -242,7 +242,7 @@ class ShardedModel(SealedModule):
     def train_step(self, **batch: Any) -> StepResult:
         """Run the forward and backward of all micro-batches of a batch, on any topology.
 
-        Gradients are those of the returned loss, summed over data-parallel ranks. They add to gradients that stand, so two
+        Gradients belong to the returned loss, summed over data-parallel ranks. They add to existing gradients, so two
         steps without `zero_grad` accumulate. Data-parallel ranks may have different numbers of samples, none included.
 
         A batch that is refused, such as one with a token outside of the vocabulary, changes nothing. A step that fails on every
@@ -415,7 +415,7 @@ class ShardedModel(SealedModule):
         Args:
             path: the directory.
             max_shard_size: bytes of a file.
-            strict: whether to refuse tensors that `from_pretrained` would not read, such as those of adapters.
+            strict: whether to refuse tensors that `from_pretrained` would not read, such as an adapter's tensors.
 
         Raises:
             CheckpointError: where `strict` refuses, before anything is written; where the directory cannot be written.

@@ -1,4 +1,4 @@
-"""The random numbers of one rank: what emitted code draws from as `self.random.shared`, `self.random.own`.
+"""The random numbers of one rank: emitted code draws from `self.random.shared`, `self.random.own` and `self.random.piece`.
 
 Every rank of a tensor-parallel group draws in the same order, so that a stream they share gives each of them the same numbers.
 """
@@ -35,8 +35,8 @@ class Streams:
         for axis in AXES:
             if axis != "tp":
                 group = group * mesh.size(axis) + coordinates[axis]
-        # Hashed, so that the streams of one seed are not those of the next. The CPU's generator looks at 32 bits alone:
-        # numbers that follow each other differ there, too.
+        # Hashed, so that the streams of one seed differ from the streams of the next. The CPU's generator looks at 32 bits
+        # only: consecutive numbers differ there, too.
         start = int.from_bytes(hashlib.sha256(f"dropout {seed}{f' {step}' if step else ''}".encode()).digest()[:7])
         start += group * (1 + 2 * mesh.tp)
         self.shared = Stream(start, device)

@@ -8,7 +8,8 @@ Selective recompute marks calls in the emitted code. `keep(f, ...)` remembers th
 nothing, since no saved tensor depends on the result. Neither runs `f` again. What `f` itself saved is taken from its arguments,
 or remembered where `f` computed it inside. Outside of recompute both only call `f`.
 
-Why not torch.utils.checkpoint: under a split backward it would run the forward up to five times, see DESIGN.md.
+Why not torch.utils.checkpoint: under a split backward it would run the forward up to five times. docs/guide/plans.md
+explains the option `recompute`.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def recompute(body: Body, inputs: Sequence[Any], path: str, random: Streams | No
     path: the unit's, for messages. random: what the body draws from, to draw the same numbers again; None where it draws none.
     Without gradients, or where no input requires one, this only calls `body`.
     """
-    graded = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    if not graded or not torch.is_grad_enabled():
+    requiring_grad = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    if not requiring_grad or not torch.is_grad_enabled():
         return body(*inputs)
     call = SavedCall(body, inputs, path, random)
     if _state.calls is not None:
         _state.calls.append(call)
-    passed = iter(_Border.apply(weakref.ref(call), *graded))
+    passed = iter(_UnitEntry.apply(weakref.ref(call), *requiring_grad))
     arguments = [next(passed) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
     run = _Record(call)
     with _as_current(run), saved_tensors_hooks(run.pack, _unpack):
@@ -68,7 +69,7 @@ once = drop
 
 @contextmanager
 def saved_calls() -> Iterator[list[SavedCall]]:
-    """Collect the calls that this thread saves within, such as those of one micro-batch in one stage."""
+    """Collect the calls that this thread saves within, such as the calls of one micro-batch in one stage."""
     before, _state.calls = _state.calls, []
     try:
         yield _state.calls
@@ -80,7 +81,7 @@ def saved_calls() -> Iterator[list[SavedCall]]:
 def split_backward(on: bool = True) -> Iterator[None]:
     """Within, where `on`, the backwards that this thread begins compute the gradients of inputs only.
 
-    What they recompute stays for the weight pass that follows, and is freed with the graph, or by `SavedCall.drop`.
+    What they recompute stays for the weight pass that follows, and is freed with the graph, or by `SavedCall.free_recomputed`.
     """
     switch = _state.switch
     before, switch.split = switch.split, on
@@ -152,7 +153,7 @@ class SavedCall:
     def __init__(self, body: Body, inputs: Sequence[Any], path: str, random: Streams | None) -> None:
         self.body, self.path, self.random = body, path, random
         self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-        self.graded = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        self.requiring_grad = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         self.state = random.state_dict() if random is not None else {}
         self.switch = _state.switch
         self.slots: list[weakref.ref[SavedSlot]] = []
@@ -170,26 +171,26 @@ class SavedCall:
         yield from (marked.result for marked in self.marked if marked.result is not None)
         yield from (slot.tensor for _, slot in self.live() if slot.tensor is not None)
 
-    def drop(self) -> None:
+    def free_recomputed(self) -> None:
         """Free what was recomputed. A later backward would recompute it."""
         for _, slot in self.live():
             if not slot.own:
                 slot.tensor = None
 
-    def again(self) -> None:
-        """Recompute every tensor that is missing."""
+    def recompute(self) -> None:
+        """Run the forward again, to fill every slot whose tensor is missing."""
         self.runs += 1
         run = _Replay(self)
         inputs = [
-            x.detach().requires_grad_(graded) if isinstance(x, Tensor) else x
-            for x, graded in zip(self.inputs, self.graded, strict=True)
+            x.detach().requires_grad_(required) if isinstance(x, Tensor) else x
+            for x, required in zip(self.inputs, self.requiring_grad, strict=True)
         ]
         replayed = self.random.replayed(self.state) if self.random is not None else nullcontext()
         try:
             with torch.enable_grad(), replayed, _as_current(run), saved_tensors_hooks(run.pack, _unpack):
                 self.body(*inputs)
-        except _Enough as enough:
-            if enough.run is run:  # not that of a unit around this one
+        except _AllFilled as all_filled:
+            if all_filled.run is run:  # else it belongs to a unit around this one
                 return
             raise
         except Exception as failure:
@@ -198,7 +199,7 @@ class SavedCall:
         raise InternalError(f"{self.path}: its recompute saved fewer values for the backward than its forward")
 
 
-class _Enough(Exception):
+class _AllFilled(Exception):
     """Every missing tensor is recomputed: the rest of the forward need not run."""
 
     def __init__(self, run: _Replay) -> None:
@@ -290,12 +291,12 @@ class _Replay:
     def _advance(self, to: int) -> None:
         self.at = to
         if to > self.last:
-            raise _Enough(self)
+            raise _AllFilled(self)
 
 
 def _unpack(slot: SavedSlot) -> Tensor:
     if slot.tensor is None:
-        slot.call.again()
+        slot.call.recompute()
     if slot.tensor is None:
         raise InternalError(f"{slot.call.path}: its recompute lacks a value that its backward needs")
     return slot.tensor
@@ -314,8 +315,8 @@ def _alias(tensor: Tensor, arguments: list[Tensor]) -> tuple[int, torch.Size, tu
     return None
 
 
-class _Border(torch.autograd.Function):
-    """The identity in front of a unit. Its backward is the last of the unit's: it frees what was recomputed."""
+class _UnitEntry(torch.autograd.Function):
+    """The identity on a unit's inputs. Its backward is the last one of the unit, and frees what was recomputed."""
 
     @staticmethod
     def forward(ctx: Any, call: weakref.ref[SavedCall], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -327,5 +328,5 @@ class _Border(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         call = ctx.call()
         if call is not None and not call.switch.split:
-            call.drop()
+            call.free_recomputed()
         return None, *gradients

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from shardcomp.ir.schedules import SCHEDULES
-from shardcomp.runtime.fsdp import prepare, run_post_backward
+from shardcomp.runtime.fsdp import prepare_backward, run_post_backward
 from shardcomp.runtime.recompute import split_backward
 from shardcomp.runtime.stage_shard import StageShard
 from shardcomp.runtime.unit import Stage
@@ -43,7 +43,7 @@ class ModelStage(PipelineStage):
 
     A micro-batch passes through these dictionaries, all by its number: `_arrived` (inputs from the stage before), `_live`
     (outputs and inputs, for the backward), `_gradients` (of its outputs, from the next stage), `_returned` (of its inputs, for
-    the stage before), `_weights` (the second half of its backward).
+    the stage before), `_weight_passes` (the second half of its backward).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ModelStage(PipelineStage):
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._live: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._returned: dict[int, list[Tensor | None]] = {}
-        self._weights: dict[int, Any] = {}
+        self._weight_passes: dict[int, Any] = {}
 
     # -- messages --------------------------------------------------------------------------------------------------------
 
@@ -158,7 +158,8 @@ class ModelStage(PipelineStage):
     ) -> None:
         """The gradients of the inputs, and where `full_backward` or the plan says so, of the weights too.
 
-        Where no input requires a gradient, as in the first stage, the whole backward runs in the weight pass.
+        In a split backward, where no input requires a gradient, as in the first stage, the whole backward runs in the weight
+        pass.
         """
         if bwd_chunk_id >= self.count:
             return
@@ -168,33 +169,36 @@ class ModelStage(PipelineStage):
         else:
             gradients = self._gradients.pop(bwd_chunk_id)
         if full_backward or self.stage_shard.whole_backward:
-            self._returned[bwd_chunk_id] = self._full(outputs, gradients, inputs)
+            self._returned[bwd_chunk_id] = self._full_backward(outputs, gradients, inputs)
             if not full_backward:
-                self._weights[bwd_chunk_id] = lambda: None
+                self._weight_passes[bwd_chunk_id] = lambda: None
         elif not any(x.requires_grad for x in inputs):
             self._returned[bwd_chunk_id] = [None] * len(inputs)
-            self._weights[bwd_chunk_id] = lambda: self._full(outputs, gradients, inputs)
+            self._weight_passes[bwd_chunk_id] = lambda: self._full_backward(outputs, gradients, inputs)
         else:
             # torch's stage passes the sharded DTensors here, which are not in the graph: their gradients would be lost.
-            self._before(reduce=False)
+            self._prepare_backward(reduce=False)
             weights = self._gathered()
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
             graded = [x for x in inputs if x.requires_grad]
-            graph = [] if starts_at_freed_nodes() else [o.view_as(o) for o, _ in pairs]
+            # The weight pass starts at nodes of this graph. In torch 2.11 they must not be freed: views keep the graph alive.
+            keep_alive = [] if starts_at_freed_nodes() else [o.view_as(o) for o, _ in pairs]
             with split_backward():
                 of_inputs, groups = stage_backward_input([o for o, _ in pairs], [g for _, g in pairs], graded, iter(weights))
             returned = iter(of_inputs)
             self._returned[bwd_chunk_id] = _or_zeros([next(returned) if i.requires_grad else None for i in inputs], inputs)
-            self._weights[bwd_chunk_id] = lambda graph=graph: self._weights_only(weights, groups)
+            self._weight_passes[bwd_chunk_id] = lambda keep_alive=keep_alive: self._weights_only(weights, groups)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """The gradients of the weights, some time after those of the inputs."""
+        """The gradients of the weights, some time after the gradients of the inputs."""
         if bwd_chunk_id < self.count:
-            self._weights.pop(bwd_chunk_id)()
+            self._weight_passes.pop(bwd_chunk_id)()
 
-    def _full(self, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
+    def _full_backward(
+        self, outputs: list[Tensor], gradients: list[Tensor | None], inputs: list[Tensor]
+    ) -> list[Tensor | None]:
         self.backwards += 1
-        self._before(reduce=self.zero >= 2 or self.backwards == self.count)
+        self._prepare_backward(reduce=self.zero >= 2 or self.backwards == self.count)
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
         gradients = stage_backward(tuple(o for o, _ in pairs), tuple(g for _, g in pairs), inputs)
         return _or_zeros(list(gradients), inputs)
@@ -206,9 +210,9 @@ class ModelStage(PipelineStage):
 
     # -- FSDP ------------------------------------------------------------------------------------------------------------
 
-    def _before(self, reduce: bool) -> None:
+    def _prepare_backward(self, reduce: bool) -> None:
         """Set what FSDP does in the next backward."""
-        prepare(self.stage_shard, reduce, last=self.backwards == self.count)
+        prepare_backward(self.stage_shard, reduce, last=self.backwards == self.count)
 
     def _gathered(self) -> list[Tensor]:
         """The parameters as the forward used them: the leaves of its graph, a shared one once."""
@@ -217,7 +221,7 @@ class ModelStage(PipelineStage):
 
     def _reduce(self, reduce: bool) -> None:
         """Let FSDP accumulate the gradients of a weight pass, which it did not see, and reduce them over dp where `reduce`."""
-        self._before(reduce)
+        self._prepare_backward(reduce)
         run_post_backward(self.stage_shard)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:

@@ -15,7 +15,7 @@ from shardcomp.runtime.agreed_calls import AgreedCalls
 from shardcomp.runtime.backward import BackwardPasses
 from shardcomp.runtime.blueprint import MASTER, Blueprint
 from shardcomp.runtime.call_cache import LoadedCall
-from shardcomp.runtime.fsdp import prepare, reshard
+from shardcomp.runtime.fsdp import prepare_backward, reshard
 from shardcomp.runtime.guard import CallGuard
 from shardcomp.runtime.outputs import as_output
 from shardcomp.runtime.stage_shard import StageShard
@@ -109,7 +109,7 @@ class Steps:
     def backward(self, code: LoadedCall, micro_batch: Mapping[str, Tensor], scale: float, last: bool) -> Tensor:
         """Forward and backward of one micro-batch without a pipeline. Returns its share of the mean loss."""
         [stage_shard] = self._stage_shards
-        prepare(stage_shard, reduce=last or self._blueprint.zero >= 2, last=last)
+        prepare_backward(stage_shard, reduce=last or self._blueprint.zero >= 2, last=last)
         loss = stage_shard.root(code.stages[0].forward, **micro_batch)["loss"]
         loss.backward(torch.full_like(loss, scale))
         return loss.detach()

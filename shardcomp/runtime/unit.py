@@ -117,7 +117,7 @@ class SharedParameters(nn.Module):
         return unit_params(body, *inputs)
 
 
-class ParameterNamespace:
+class LocalTensorTree:
     """One level of the names in `w.self_attn.q_proj.weight`: plain attributes with local tensors. `w.experts[3]` reads the
     attribute "3", the name of a module in a list."""
 
@@ -129,13 +129,13 @@ def local(unit: Unit | Compiled) -> Any:
     """The unit's parameters and buffers as this rank's local tensors, under their names in the model."""
     if isinstance(unit, Compiled):
         return unit.weights
-    top = ParameterNamespace()
+    top = LocalTensorTree()
     for name, (module, attribute) in unit.unit_parameters.places.items():
         *path, leaf = name.split(".")
         at: Any = top
         for part in path:
             if part not in at.__dict__:
-                setattr(at, part, ParameterNamespace())
+                setattr(at, part, LocalTensorTree())
             at = at.__dict__[part]
         tensor = current(module, attribute)
         if tensor.dim() == 0 and isinstance(tensor, nn.Parameter):
@@ -223,7 +223,7 @@ def compiled(code: type[Unit]) -> Callable[..., Any]:
                 if _is_not_compiled(value, draws)
             }
             # torch keeps what it compiled by code object, with the globals of the first function that had it: a copy of the
-            # code object keeps this function's globals apart from those of the plain forward.
+            # code object keeps this function's globals apart from the globals of the plain forward.
             own = forward.__code__.replace()
             copy = FunctionType(own, {**forward.__globals__, **disabled}, forward.__name__)
             _compiled[code, BACKEND] = torch.compile(copy, backend=BACKEND)

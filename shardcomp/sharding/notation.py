@@ -6,7 +6,7 @@ One entry per tensor operand, then the results. A name is a *factor*: wherever i
 way. `...` is any further dimensions, split alike in every operand that has them. A factor that no result has is contracted:
 splitting it makes the results partial. `!` after a factor: it must not be split. `+` before an operand: it is added to the
 result, so it cannot meet a partial one. Operands given by keyword are written `name: dims`. After `|`: `linear 0` (linear in
-operand 0 alone) or `linear all` (in all jointly), through which a partial operand may pass as it is.
+only operand 0) or `linear all` (in all jointly), through which a partial operand may pass as it is.
 
     >>> parse("r i, i o -> r o | linear 0 1").results
     (Entry(dims=('r', 'o'), keyword=None, additive=False),)

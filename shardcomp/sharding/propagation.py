@@ -3,7 +3,7 @@
 Going forward, each call takes the choice that costs the fewest bytes for the layouts that its operands have. The gradient law
 marks operands on the way: a replicated operand that meets a sharded, copied or partial one has a partial gradient. Going
 backward, a call whose result is only read sharded is split itself where that is cheaper, and partial gradients are let through.
-`refine` then tries other choices where something is sent, and keeps what lessens the traffic of the replicated body. Nothing is
+`refine` then tries other choices where something is sent, and keeps what lessens the traffic of the entire body. Nothing is
 rewritten here: the `tensor_parallel` pass turns the choices into collectives.
 """
 
@@ -74,13 +74,13 @@ class Indivisible:
 class AxisSplit:
     """What one axis splits: over how many ranks, and the length of the sequence where the residual stream is split along it."""
 
-    parts: int
+    ranks: int
     length: Size | None
 
 
 def propagate(
     body: Body,
-    axis: AxisSplit,
+    axis_split: AxisSplit,
     placements: Mapping[fx.Node, Placement],
     finals: tuple[bool, ...] = (),
     forced: Mapping[fx.Node, Choice] = MappingProxyType({}),
@@ -100,19 +100,19 @@ def propagate(
             operands = tensor_arguments(node)
             current = tuple(_placement(propagation, operand, node) for operand in operands)
             rule = factoring(node)
-            options = _options(node, operands, current, rule, axis)
-            costs = [_cost(option, operands, current, axis, propagation.resharded) for option in options]
+            possible = _possible_choices(node, operands, current, rule, axis_split)
+            costs = [_cost(one, operands, current, axis_split, propagation.resharded) for one in possible]
             # The first of the cheapest: running on replicated operands comes first, so that nothing is split for nothing.
-            least = min(range(len(options)), key=costs.__getitem__)
-            choice, cost = options[least], costs[least]
+            least = min(range(len(possible)), key=costs.__getitem__)
+            choice, cost = possible[least], costs[least]
             if cost > 0:  # something is sent: `refine` tries what else could be done here
                 propagation.alternatives[node] = [
-                    o for o, c in zip(options, costs, strict=True) if o is not choice and c < FORBIDDEN
+                    o for o, c in zip(possible, costs, strict=True) if o is not choice and c < FORBIDDEN
                 ]
-            if node in forced and _cost(forced[node], operands, current, axis, propagation.resharded) < FORBIDDEN:
+            if node in forced and _cost(forced[node], operands, current, axis_split, propagation.resharded) < FORBIDDEN:
                 choice = forced[node]
             if rule is not None:
-                propagation.indivisible += _lost_splits(node, operands, choice, rule, axis.parts, propagation)
+                propagation.indivisible += _lost_splits(node, operands, choice, rule, axis_split.ranks, propagation)
             if cost == FORBIDDEN:
                 propagation.stuck.append(node)
             propagation.choices[node] = choice
@@ -120,41 +120,41 @@ def propagate(
             propagation.origins[node] = _origins(operands, choice, propagation)
             propagation.resharded.update(zip(operands, choice.operands, choice.partial_gradient, strict=True))
     # Both go backward over the choices that the loop made, and may change them.
-    _split_earlier(body, propagation, axis)
+    _split_earlier(body, propagation, axis_split)
     _push_back(body, propagation)
     if not propagation.stuck:
-        propagation.reshard_bytes = _total_reshard_bytes(body, propagation, axis, finals)
+        propagation.reshard_bytes = _total_reshard_bytes(body, propagation, axis_split, finals)
     return propagation
 
 
-def refine(body: Body, axis: AxisSplit, placements: Mapping[fx.Node, Placement], finals: tuple[bool, ...]) -> Propagation:
-    """`propagate`, and then other choices, one call at a time, wherever that lessens what the replicated body sends."""
-    best = propagate(body, axis, placements, finals)
+def refine(body: Body, axis_split: AxisSplit, placements: Mapping[fx.Node, Placement], finals: tuple[bool, ...]) -> Propagation:
+    """`propagate`, and then other choices, one call at a time, wherever that lessens what the entire body sends."""
+    best = propagate(body, axis_split, placements, finals)
     forced: dict[fx.Node, Choice] = {}
     for node in body.calls():  # the choices before it are settled, those after it follow
         for option in best.alternatives.get(node, ()):
-            tried = propagate(body, axis, placements, finals, {**forced, node: option})
+            tried = propagate(body, axis_split, placements, finals, {**forced, node: option})
             if tried.reshard_bytes < best.reshard_bytes and not tried.stuck and not tried.indivisible:
                 best, forced = tried, {**forced, node: option}
     return best
 
 
-def boundary_placement(result: Value, now: Placement, final: bool, axis: AxisSplit) -> Placement:
+def boundary_placement(result: Value, now: Placement, final: bool, axis_split: AxisSplit) -> Placement:
     """The placement of a result when it leaves its unit: sharded along the sequence where it carries a gradient, else
     replicated.
 
     A result of the program stays sharded where it is, except along the sequence: it has the caller's length.
     """
     if final:
-        return now if now.dim is not None and result.shape[now.dim] != axis.length else REPLICATED
-    if axis.length is not None and result.floating and result.requires_grad:
+        return now if now.dim is not None and result.shape[now.dim] != axis_split.length else REPLICATED
+    if axis_split.length is not None and result.floating and result.requires_grad:
         for dim, size in enumerate(result.shape):
-            if dim > 0 and size == axis.length:
+            if dim > 0 and size == axis_split.length:
                 return split(dim)
     return REPLICATED
 
 
-def _total_reshard_bytes(body: Body, propagation: Propagation, axis: AxisSplit, finals: tuple[bool, ...]) -> float:
+def _total_reshard_bytes(body: Body, propagation: Propagation, axis_split: AxisSplit, finals: tuple[bool, ...]) -> float:
     """What the reshards send that the choices ask for."""
     asked: dict[tuple[fx.Node, Placement, bool], Placement] = {}
     for node, choice in propagation.choices.items():
@@ -167,13 +167,13 @@ def _total_reshard_bytes(body: Body, propagation: Propagation, axis: AxisSplit, 
                 asked[operand, needed, summed] = now
     for result, final in zip(body.results, finals or (False,) * len(body.results), strict=True):
         now = propagation.placements[result][0]
-        if now != (target := boundary_placement(values(result)[0], now, final, axis)):
+        if now != (target := boundary_placement(values(result)[0], now, final, axis_split)):
             asked[result, target, False] = now
     total = 0.0
     for (operand, needed, summed), now in asked.items():
         tensor = values(operand)[0]
         if stored(operand) is None or now.is_replicated and needed.copies > 1:
-            total += reshard_bytes(tensor, now, needed, summed, axis.parts)
+            total += reshard_bytes(tensor, now, needed, summed, axis_split.ranks)
         elif now != needed:
             total += WEIGHT * bytes_of(tensor)
     return total
@@ -190,13 +190,13 @@ def _placement(propagation: Propagation, operand: fx.Node, user: fx.Node) -> Pla
     placements = propagation.placements[operand]
     if len(placements) == 1:
         return placements[0]
-    index = user.args[1]
+    index = user.args[1]  # the user is a getitem: its index
     assert isinstance(index, int)
     return placements[index]
 
 
-def _options(
-    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, axis: AxisSplit
+def _possible_choices(
+    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring | None, axis_split: AxisSplit
 ) -> list[Choice]:
     """Every choice for a call, running it on replicated operands first."""
     results = len(values(node))
@@ -205,14 +205,16 @@ def _options(
     )
     if any(placement.is_copied for placement in current):
         # Each rank has a summand of the result's gradient, and so of every operand's.
-        replicated = replace(replicated, results=(copied(axis.parts),) * results, partial_gradient=(True,) * len(operands))
+        replicated = replace(
+            replicated, results=(copied(axis_split.ranks),) * results, partial_gradient=(True,) * len(operands)
+        )
     if rule is None:
         return [replicated]
-    return [replicated, *_splits(node, operands, current, rule, axis.parts), *_passes(operands, rule, results)]
+    return [replicated, *_splits(node, operands, current, rule, axis_split.ranks), *_partial_choices(operands, rule, results)]
 
 
 def _splits(
-    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, n: int
+    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, ranks: int
 ) -> Iterator[Choice]:
     """Splitting along each factor in turn, over all ranks, or with the copies that operands come in."""
     for factor in rule.factors():
@@ -224,37 +226,39 @@ def _splits(
         sizes = _sizes(operands, node, rule, factor)
         if any(isinstance(size, sympy.Expr) and size.has(B) for size in sizes):
             continue  # samples belong to data parallelism
-        if (choice := _split_along(node, operands, current, rule, factor, n)) is not None:
+        if (choice := _split_along(node, operands, current, rule, factor, ranks)) is not None:
             yield choice
         here = zip(current, rule.operands, strict=True)
         copies_here = {p.copies for p, dims in here if p.copies > 1 and p.dim is not None and dims[p.dim] == factor}
         if not contracted and factor not in rule.forms and not rule.coarse and not _is_product(rule, factor):
             for copies in sorted(copies_here):
-                if all(divides(size, n // copies) for size in sizes):
+                if all(divides(size, ranks // copies) for size in sizes):
                     yield _choice(rule, factor, tuple(copies for _ in operands), copies)
 
 
 def _split_along(
-    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, factor: str, n: int
+    node: fx.Node, operands: list[fx.Node], current: tuple[Placement, ...], rule: Factoring, factor: str, ranks: int
 ) -> Choice | None:
     """One shard for each rank; operands that a rule lets have fewer shards have copies of them."""
     copies = [1] * len(operands)
     for i, (operand, dims) in enumerate(zip(operands, rule.operands, strict=True)):
         if i in rule.coarse and factor in dims:
             size = operand_value(operand, node).shape[dims.index(factor)]
-            if not divides(size, n) and n % int(size) == 0:
-                copies[i] = n // int(size)
+            if not divides(size, ranks) and ranks % int(size) == 0:
+                copies[i] = ranks // int(size)
     few = frozenset(i for i, count in enumerate(copies) if count > 1)
     sizes = _sizes(operands, node, rule, factor, without=few)
-    if not all(divides(size, n) for size in sizes):
-        uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), n)
+    if not all(divides(size, ranks) for size in sizes):
+        uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), ranks)
         already = all(at == _at(dims, factor) for at, dims in zip(current, rule.operands, strict=True) if factor in dims)
         if not (uneven and already):
             return None
     choice = _choice(rule, factor, tuple(copies), 1)
-    needed = tuple(REPLICATED if count == n else placement for count, placement in zip(copies, choice.operands, strict=True))
+    needed = tuple(
+        REPLICATED if count == ranks else placement for count, placement in zip(copies, choice.operands, strict=True)
+    )
     copies_of = {result: copies[operand] for result, operand in rule.alike.items() if operand in few}
-    results = tuple(copied(n) if copies_of.get(j) == n else placement for j, placement in enumerate(choice.results))
+    results = tuple(copied(ranks) if copies_of.get(j) == ranks else placement for j, placement in enumerate(choice.results))
     summed = tuple(placement.is_replicated for placement in needed)
     return replace(choice, operands=needed, results=results, partial_gradient=summed)
 
@@ -283,7 +287,7 @@ def _is_product(rule: Factoring, factor: str) -> bool:
     )
 
 
-def _passes(operands: list[fx.Node], rule: Factoring, results: int) -> Iterator[Choice]:
+def _partial_choices(operands: list[fx.Node], rule: Factoring, results: int) -> Iterator[Choice]:
     """Letting partial operands through an operator that is linear in them."""
     if rule.jointly_linear:
         yield Choice((PARTIAL,) * len(operands), (PARTIAL,) * results, (False,) * len(operands))
@@ -308,16 +312,16 @@ def _sizes(
     return [shape[dims.index(factor)] for i, (dims, shape) in every if factor in dims and i not in without]
 
 
-def _leaves_none_empty(size: int, n: int) -> bool:
-    """Whether `torch.chunk` gives each of n ranks at least one row."""
-    return -(-size // n) * (n - 1) < size
+def _leaves_none_empty(size: int, ranks: int) -> bool:
+    """Whether `torch.chunk` gives each of `ranks` ranks at least one row."""
+    return -(-size // ranks) * (ranks - 1) < size
 
 
 def _cost(
     choice: Choice,
     operands: list[fx.Node],
     current: tuple[Placement, ...],
-    axis: AxisSplit,
+    axis_split: AxisSplit,
     resharded: Container[tuple[fx.Node, Placement, bool]],
 ) -> float:
     """Bytes of the reshards that a choice needs; nothing for those that are done already."""
@@ -325,12 +329,12 @@ def _cost(
     for operand, now, needed, partial in zip(operands, current, choice.operands, choice.partial_gradient, strict=True):
         if (operand, needed, partial) not in resharded:
             is_weight = stored(operand) is not None
-            total += reshard_estimate(values(operand)[0], is_weight, now, needed, partial, axis.parts, axis.length)
+            total += reshard_estimate(values(operand)[0], is_weight, now, needed, partial, axis_split.ranks, axis_split.length)
     return total
 
 
 def _lost_splits(
-    node: fx.Node, operands: list[fx.Node], choice: Choice, rule: Factoring, n: int, propagation: Propagation
+    node: fx.Node, operands: list[fx.Node], choice: Choice, rule: Factoring, ranks: int, propagation: Propagation
 ) -> Iterator[Indivisible]:
     """Operands that lose their split: the call has a factor for it, but a size that does not divide."""
     for i, (operand, needed, dims) in enumerate(zip(operands, choice.operands, rule.operands, strict=True)):
@@ -342,18 +346,18 @@ def _lost_splits(
         if dims[now.dim] is None:
             # A split through a head: there are fewer heads than ranks.
             heads = operand_value(operand, node).shape[dims.index(HEADS)] if i in rule.coarse and HEADS in dims else 0
-            if not divides(heads, n // now.copies):
+            if not divides(heads, ranks // now.copies):
                 yield Indivisible(node, int(heads), propagation.origins[operand])
             continue
-        shards = n // now.copies
+        shards = ranks // now.copies
         bad = [size for size in _sizes(operands, node, rule, str(dims[now.dim])) if not divides(size, shards)]
-        if bad and not is_narrowing(operand_value(operand, node), now, needed, n):
+        if bad and not is_narrowing(operand_value(operand, node), now, needed, ranks):
             yield Indivisible(node, min(int(size) for size in bad), propagation.origins[operand])
 
 
-def _split_earlier(body: Body, propagation: Propagation, axis: AxisSplit) -> None:
+def _split_earlier(body: Body, propagation: Propagation, axis_split: AxisSplit) -> None:
     """Split a call whose replicated result every reader wants sharded, where resharding its operands costs less than resharding
-    its result: a table of positions is looked up for a rank's own tokens alone."""
+    its result: a table of positions is looked up for a rank's own tokens only."""
     for node in reversed(body.graph.nodes):
         choice = propagation.choices.get(node)
         if choice is None or len(choice.results) != 1 or not choice.results[0].is_replicated or not _flows(node):
@@ -369,12 +373,12 @@ def _split_earlier(body: Body, propagation: Propagation, axis: AxisSplit) -> Non
         operands = tensor_arguments(node)
         current = tuple(_placement(propagation, operand, node) for operand in operands)
         split_choice = next(
-            (c for c in _splits(node, operands, current, rule, axis.parts) if c.results == (split(target.dim),)), None
+            (c for c in _splits(node, operands, current, rule, axis_split.ranks) if c.results == (split(target.dim),)), None
         )
         if split_choice is None or factor in rule.forms:
             continue
-        here = reshard_estimate(values(node)[0], False, REPLICATED, target, False, axis.parts, axis.length)
-        if _cost(split_choice, operands, current, axis, ()) < _cost(choice, operands, current, axis, ()) + here:
+        here = reshard_estimate(values(node)[0], False, REPLICATED, target, False, axis_split.ranks, axis_split.length)
+        if _cost(split_choice, operands, current, axis_split, ()) < _cost(choice, operands, current, axis_split, ()) + here:
             propagation.choices[node], propagation.placements[node] = split_choice, split_choice.results
 
 

@@ -345,11 +345,6 @@ RULES: dict[Any, Rule] = {target: _rule_of(row.rule) for target, row in OPERATOR
 """Operator -> rule. Keys are ATen operators without their overload, or Python functions."""
 
 
-def register(target: Any, line: str, forms: Mapping[str, Form] | None = None) -> None:
-    """Give an operator its line and the split forms of its factors."""
-    RULES[target] = Rule(line=parse(line), forms=forms or {})
-
-
 def factoring(node: fx.Node) -> Factoring | None:
     """The rule of a call, applied to it; None where the operator has none, or its operands do not fit."""
     rule = RULES.get(operator_of(node))

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from shardcomp.ir.collectives import Axis
 from shardcomp.runtime.unit import Unit, UnitParameters
+from shardcomp.torch_private import distributed_c10d
 
 _TORCH = str(Path(torch.__file__).parent)
 _SHARDCOMP = str(Path(__file__).parents[1])
@@ -295,8 +296,7 @@ def _unit(stack: Sequence[_Call]) -> str:
 
 def _pending() -> str:
     """The oldest collective that has not ended on this GPU, as torch's flight recorder has it."""
-    c10d: Any = torch._C._distributed_c10d  # type: ignore[attr-defined]
-    dump = getattr(c10d, "_dump_nccl_trace_json", None)
+    dump = getattr(distributed_c10d, "_dump_nccl_trace_json", None)
     try:
         return "" if dump is None else oldest_pending(json.loads(dump(includeCollectives=True, onlyActive=True)))
     except (RuntimeError, ValueError, TypeError):

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+
+from shardcomp.torch_private import default_store
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class StoreClient:
     """
 
     def __init__(self, prefix: str, limit: float) -> None:
-        default = _get_default_store()
+        default = default_store()
         store = default
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store

@@ -69,17 +69,17 @@ def verdict(reason: str, answers: Mapping[int, Answer], missing: Mapping[int, Mi
     ops = [answer.place.what for answer in waiting.values()]
     usual = max(ops, key=ops.count, default="")
     elsewhere = [rank for rank, answer in waiting.items() if answer.place.what != usual and answer.place.kind == "collective"]
-    told = answers
+    listed_answers = answers
     if missing:
         culprits = _describe_missing(missing)
     elif busy:
-        culprits, told = [f"held up by {text}" for text in describe(busy)], waiting
+        culprits, listed_answers = [f"held up by {text}" for text in describe(busy)], waiting
     elif elsewhere and not any(answer.failure for answer in answers.values()):
-        culprits = [f"all wait, but {_ranks(elsewhere)} in another collective than the rest: their programs went apart"]
+        culprits = [f"all wait, but {_ranks(elsewhere)} in another collective than the rest: their programs diverged"]
     else:
         culprits = ["all ranks answer, and wait in one collective: the network or a device does not deliver"]
     failures = _by_value({rank: answer.failure for rank, answer in answers.items() if answer.failure})
-    lines = [f"  {line}" for line in describe(told)]
+    lines = [f"  {line}" for line in describe(listed_answers)]
     if len(lines) > _MAX_LINES:
         lines = [*lines[:_MAX_LINES], f"  and {len(lines) - _MAX_LINES} more lines of other ranks"]
     lines += [f"  what failed on {_ranks(ranks)}: {failure}" for failure, ranks in list(failures.items())[:3]]

@@ -215,7 +215,7 @@ class Watchdog:
                     self._conclude(self._without_store())
                 elif self._terminated:
                     _leave(128 + signal.SIGTERM)
-            except Exception as error:  # a bug of the watchdog is no reason to end a job
+            except Exception as error:  # a bug of the watchdog must not end a job
                 print(f"shardcomp: the watchdog of rank {self.rank} stopped: {error!r}", file=sys.stderr, flush=True)
                 self._over.set()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from shardcomp.capture.copying import copy_model
 from shardcomp.capture.export import explain
@@ -17,6 +16,7 @@ from shardcomp.capture.fake_model import configs, experts_of_any_dtype
 from shardcomp.errors import VerifyError
 from shardcomp.ir.precision import COMPUTE, Widened
 from shardcomp.runtime.loss_scale import LossScale
+from shardcomp.torch_private import DropoutNd
 
 Batch = dict[str, Tensor]
 IGNORED = -100
@@ -164,7 +164,7 @@ def _dropout_probabilities(model: nn.Module) -> Iterator[tuple[str, Any, str, fl
     owners = [("", config) for config in configs(model)] + [(f"{path}.", m) for path, m in model.named_modules()]
     for path, owner in owners:
         for key, value in vars(owner).items():
-            is_probability = "drop" in key or (key == "p" and isinstance(owner, _DropoutNd))
+            is_probability = "drop" in key or (key == "p" and isinstance(owner, DropoutNd))
             if is_probability and isinstance(value, float) and value > 0:
                 yield path + key, owner, key, value
 

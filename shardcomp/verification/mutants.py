@@ -24,6 +24,7 @@ from shardcomp.runtime.gradients import Partial
 from shardcomp.runtime.model import ShardedModel
 from shardcomp.runtime.stage import ModelStage, Pipeline
 from shardcomp.runtime.stage_shard import StageShard
+from shardcomp.torch_private import NO_GRAPH_TASK, current_graph_task
 
 SILENT, SHIFTED, ASTRAY = "not sent", "joined in another order", "sent along dp"
 """The errors of a collective."""
@@ -43,7 +44,7 @@ class MutantAxis(Axis):
     other: Axis | None = None
 
     def _is_wrong_now(self) -> bool:
-        is_backward = torch._C._current_graph_task_id() != -1  # -1 outside of autograd's engine
+        is_backward = current_graph_task() != NO_GRAPH_TASK
         return is_backward == (self.phase == "backward")
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -243,7 +244,7 @@ def _lost_gradient(position: int) -> Callable[[ModelStage], None]:
 
 
 def _plant_tie(name: str) -> Callable[[ShardedModel], None]:
-    """Leave out the sum over the stages that use a weight, those of one rank and those of others."""
+    """Leave out the sum over the stages that use a weight, stages of one rank and of several."""
 
     def plant(sharded: ShardedModel) -> None:
         true_partials = sharded._calls.partials

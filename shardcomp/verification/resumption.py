@@ -88,9 +88,9 @@ class ResumeCheck:
     resumed_from: int
     """The step of the checkpoint that the run resumed from."""
     losses_equal: bool
-    """Whether every loss, norm and batch is that of the undisturbed run, bit for bit."""
+    """Whether every loss, norm and batch equals the undisturbed run's, bit for bit."""
     files_equal: bool
-    """Whether every byte of the last checkpoint is that of the undisturbed run."""
+    """Whether every byte of the last checkpoint equals the undisturbed run's."""
     reproduce: str
     """The command line that runs this check again."""
     onto: OntoCheck = field(default_factory=OntoCheck)
@@ -212,7 +212,7 @@ class Trace:
                 continue
 
     def numbers(self) -> dict[int, tuple[float, float, str]]:
-        """Step -> its loss, norm and digest of samples. A step that ran twice has those of the last time."""
+        """Step -> its loss, norm and digest of samples. A step that ran twice has the values of its last run."""
         steps = (entry for entry in self.entries() if "loss" in entry)
         return {step["step"]: (step["loss"], step["norm"], step["digest"]) for step in steps}
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardcomp.errors import ShardError, VerifyError
+from shardcomp.torch_private import distributed_c10d
 
 T = TypeVar("T")
 GRACE = 20.0
@@ -48,12 +49,8 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
         >>> run_ranks(3, reduce)
         [3.0, 3.0, 3.0]
     """
-    from torch.testing._internal.distributed.multi_threaded_pg import (
-        ProcessLocalGroup,
-        ThreadLocalWorld,
-        _install_threaded_pg,
-        _uninstall_threaded_pg,
-    )
+    # Imported here, since it loads torch.testing, which only verification needs.
+    from shardcomp.torch_private import multi_threaded_pg as threaded
 
     if dist.is_initialized():
         raise VerifyError("ranks as threads need a process without a process group of its own")
@@ -66,20 +63,20 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
             results[rank] = function(rank)
         except BaseException as failure:
             failures[rank] = (failure, traceback.format_exc())
-            ProcessLocalGroup.exception_handle(failure)
+            threaded.ProcessLocalGroup.exception_handle(failure)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
     with _lock:
-        _install_threaded_pg()
-        isolated = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+        threaded._install_threaded_pg()
+        isolated = distributed_c10d._set_thread_isolation_mode
         isolated(True)
-        _add_mail(ProcessLocalGroup)
-        if not hasattr(ThreadLocalWorld, "comms"):  # torch 2.11 ends a group with these, and threads have none
-            ThreadLocalWorld.comms = property(lambda world: [])
+        _add_mail(threaded.ProcessLocalGroup)
+        if not hasattr(threaded.ThreadLocalWorld, "comms"):  # torch 2.11 ends a group with these, and threads have none
+            threaded.ThreadLocalWorld.comms = property(lambda world: [])
         try:
-            ProcessLocalGroup.reset()
+            threaded.ProcessLocalGroup.reset()
             store = dist.HashStore()
             threads = [threading.Thread(target=work, args=(rank, store), daemon=True) for rank in range(world_size)]
             for thread in threads:
@@ -95,7 +92,7 @@ def run_ranks(world_size: int, function: Callable[[int], T], timeout: float = 60
                 raise VerifyError(f"ranks {alive} hang after {timeout:.0f} s")
         finally:
             isolated(False)
-            _uninstall_threaded_pg()
+            threaded._uninstall_threaded_pg()
     if failures:
         rank, (failure, text) = _first(failures)
         if isinstance(failure, ShardError):

@@ -224,8 +224,8 @@ def _refuse_dropout(lowered: Lowered) -> None:
     dropping = [module_of(unit, n) for unit in lowered.program.units for n in unit.body.calls() if "random" in n.kwargs]
     if dropping:
         raise VerifyError(
-            f"{dropping[0]} drops, no two runs drop the same, and its probability cannot be set to zero: it is no attribute "
-            "that has 'drop' in its name"
+            f"{dropping[0]} drops, no two runs drop the same, and its probability cannot be set to zero: it is not an "
+            "attribute that has 'drop' in its name"
         )
 
 

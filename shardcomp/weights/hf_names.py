@@ -35,8 +35,8 @@ def resolve(stored: Iterable[str], known: Container[str], model: Any = None) -> 
 
 
 def is_computed(name: str, shape: tuple[int, ...], model: Any = None) -> bool:
-    """Whether a stored tensor, which is no weight of the model, is one that the model computes: one that its class ignores, a
-    buffer, or a table of causal masks."""
+    """Whether a stored tensor, which is not a weight of the model, is one that the model computes: one that its class ignores,
+    a buffer, or a table of causal masks."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     buffers = {buffer for buffer, _ in model.named_buffers()} if hasattr(model, "named_buffers") else set()
     return (

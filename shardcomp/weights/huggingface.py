@@ -281,7 +281,7 @@ class _Save:
                 raise InternalError(f"{name}: {tensor.dtype} {_shape(tensor.shape)} was to be {dtype} {_shape(shape)}")
             fetched[name] = tensor.contiguous()
         save_file(fetched, self.path / file, metadata={"format": "pt"})
-        shutil.copymode(self.path / CONFIG, self.path / file)  # safetensors gives it to its owner alone
+        shutil.copymode(self.path / CONFIG, self.path / file)  # safetensors gives only its owner access
 
 
 def _is_save(directory: Path) -> bool:

@@ -160,7 +160,7 @@ def test_states_that_lie_in_no_known_way_are_refused_before_anything_is_written(
 
     with pytest.raises(CheckpointError, match=r"its state row of .* is \(3,\)"):
         on_ranks(TIED, attempt)
-    with pytest.raises(CheckpointError, match="extra cannot be saved: object is no plain value"):
+    with pytest.raises(CheckpointError, match="extra cannot be saved: object is not a plain value"):
         on_ranks(TIED, lambda sharded: checkpoint.save(tmp_path / "step-1", sharded, step=1, extra={"a": object()}))
     assert not list(tmp_path.iterdir())
     (tmp_path / "thesis.tex").write_text("precious")

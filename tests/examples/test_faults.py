@@ -58,13 +58,19 @@ def test_a_rank_that_is_stopped_ends_the_run_within_the_time_out(job: Job) -> No
     assert re.search(r"rank 0 waiting in \w+ over", job.output())
 
 
-def test_a_signal_to_any_rank_saves_and_another_plan_goes_on(job: Job) -> None:
+@pytest.mark.long  # checkpoint/test_directory.py has two jobs that cost less to start
+def test_a_second_run_in_the_same_folder_is_refused(job: Job) -> None:
     job.start("--save-interval", "1000", "--patience", "0")
     trains(job)
     second = Job(job.folder, 2000, "--tensor 2", 2)
     second.start("--patience", "0", "--log-file", str(job.folder / "second.jsonl"))
     assert ended(second, 240) != 0
     assert "is in use by process" in job.output()
+
+
+def test_a_signal_to_any_rank_saves_and_another_plan_goes_on(job: Job) -> None:
+    job.start("--save-interval", "1000", "--patience", "0")
+    trains(job)
     os.kill(job.ranks_of()[1], signal.SIGUSR1)
     assert ended(job, 240) == 0
     [(step, path)] = directory.checkpoints(job.checkpoints)

@@ -123,6 +123,7 @@ KEYS = {
 }
 
 
+@pytest.mark.long  # the dry run below starts the same code
 def test_every_variant_trains_the_same_tiny_model(tmp_path: Path, alone: None) -> None:
     found = {name: measured(name, tmp_path / f"{name}.jsonl") for name in arithmetic.VARIANTS}
     ran = {name: each for name, each in found.items() if "failed" not in each}

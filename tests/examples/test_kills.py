@@ -6,11 +6,14 @@ import os
 import random
 from pathlib import Path
 
+import pytest
+
 from measure.kills import measure
 
 LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 
 
+@pytest.mark.long  # verification/test_resumption.py kills one run and compares it
 def test_kills_change_no_bit(tmp_path: Path) -> None:
     kills, inside = (30, 10) if LONG else (2, 1)
     found = measure(tmp_path, kills, inside, "--tensor 2", 2, random.randrange(2**31), print)

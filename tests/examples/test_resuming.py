@@ -137,7 +137,7 @@ class TestBadInput:
     def test_a_run_is_not_begun_over_another(self, capsys: Capture, tmp_path: Path) -> None:
         (tmp_path / directory.name_of(3)).mkdir()
         said = refused(capsys, "--resume", "never", "--checkpoint-dir", tmp_path)
-        assert "step-00000003 is there" in said
+        assert "step-00000003 exists" in said
 
     def test_a_log_that_is_a_directory(self, capsys: Capture, tmp_path: Path) -> None:
         assert "is a directory" in refused(capsys, "--log-file", tmp_path)

@@ -149,10 +149,11 @@ def test_every_name_in_the_table_is_a_rule() -> None:
 
 
 def test_kernels_are_counted_in_the_order_of_their_families() -> None:
-    assert (
+    order = (
         *("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "geglu", "attention", "cross_entropy"),
         "linear_cross_entropy",
-    ) == NAMES
+    )
+    assert tuple(name for name in NAMES if name in order) == order
 
 
 def test_an_unknown_word_is_refused() -> None:

@@ -242,6 +242,7 @@ def wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @built
+@pytest.mark.long  # compiles, and installs into an environment of its own
 def test_a_library_that_is_built_ahead_of_time_is_installed_and_runs(source: Path) -> None:
     completed = wheel(source, CPU_EXT="1", CXXFLAGS="-O0")  # in half the time
     assert completed.returncode == 0, completed.stderr

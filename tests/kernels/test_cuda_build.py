@@ -96,6 +96,7 @@ def test_a_kernel_that_stores_its_elements_one_by_one_is_seen(tmp_path: Path) ->
     assert all(stores == 0 for _, stores in moves.values())
 
 
+@pytest.mark.long  # compiles all kernels for CUDA
 def test_a_library_with_them_loads_where_torch_has_no_cuda(tmp_path: Path) -> None:
     library = tmp_path / "kernels.so"
     build.build(build.recipe([build.own_level()], cuda=True), library)

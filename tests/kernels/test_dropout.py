@@ -9,7 +9,7 @@ import torch
 from kernels.test_attention import MASKS, operands
 from torch import Tensor, fx
 
-from shardcomp.ir.layout import WHOLE, copied, split
+from shardcomp.ir.layout import REPLICATED, copied, split
 from shardcomp.ir.program import Value
 from shardcomp.kernels.attention import attention
 from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream, dropout, dropped_attention, stream_for
@@ -140,7 +140,7 @@ def call(target: Any, *shapes: tuple[int, ...]) -> fx.Node:
 
 def test_the_stream_is_shared_exactly_where_ranks_drop_from_the_same_numbers() -> None:
     node = call(dropout, (2, 6, 9, 8))
-    assert [stream_for(node, at) for at in (WHOLE, copied(4), split(1), split(3), split(2, 2))] == [
+    assert [stream_for(node, at) for at in (REPLICATED, copied(4), split(1), split(3), split(2, 2))] == [
         SHARED,
         SHARED,
         OWN,
@@ -150,7 +150,7 @@ def test_the_stream_is_shared_exactly_where_ranks_drop_from_the_same_numbers() -
     for target in (attention, dropped_attention):
         heads = call(target, *[(2, 6, 9, 8)] * 3)
         # Cut along what the values hold, each rank has all of the weights.
-        assert [stream_for(heads, at) for at in (WHOLE, split(1), split(3))] == [SHARED, OWN, SHARED]
+        assert [stream_for(heads, at) for at in (REPLICATED, split(1), split(3))] == [SHARED, OWN, SHARED]
 
 
 def test_dropout_may_be_cut_anywhere_and_takes_no_partial_operand() -> None:

@@ -17,10 +17,22 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gptj.modeling_gptj import rotate_every_two
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from shardcomp import kernels, runtime
 from shardcomp.fusion.equivalence import EQUAL_BITS, equal_bits
+from shardcomp.fusion.matchers import MATCHERS
 from shardcomp.ir.precision import Widened
 from shardcomp.ir.program import Value
-from shardcomp.kernels import add_rms_norm, geglu, layer_norm, rms_norm, rotary, swiglu
+from shardcomp.kernels import (
+    add_rms_norm,
+    geglu,
+    layer_norm,
+    linear_cross_entropy,
+    register,
+    rms_norm,
+    rotary,
+    small_cases,
+    swiglu,
+)
 from shardcomp.kernels.counts import NAMES
 from shardcomp.policy.options import PLACED
 from shardcomp.policy.toml_reader import COUNTED
@@ -348,4 +360,15 @@ def test_pieces_of_the_operands_give_pieces_of_the_results(name: str, factor: st
 
 
 def test_options_and_policies_know_the_kernels_that_there_are() -> None:
-    assert set(COUNTED) == set(NAMES) and set(PLACED) < set(NAMES)
+    fused = {name for matcher in MATCHERS for name in matcher.kernels} | {linear_cross_entropy.__name__}
+    assert set(PLACED) == fused and set(COUNTED) == set(NAMES)
+
+
+def test_every_function_that_is_registered_is_public() -> None:
+    assert set(kernels.__all__) == register.FUNCTIONS.keys() <= set(runtime.__all__)
+    for name, function in register.FUNCTIONS.items():
+        assert getattr(kernels, name) is getattr(runtime, name) is function
+
+
+def test_every_operator_has_a_small_case() -> None:
+    assert {operator for calls in small_cases.calls().values() for operator in calls} == register.REFERENCES.keys()

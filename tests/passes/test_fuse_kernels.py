@@ -117,6 +117,29 @@ def factor_used(layer: Layer, x: Tensor) -> Tensor:
     return layer.w * (x.float() * factor).to(x.dtype) + factor.sin().to(x.dtype)
 
 
+def normed_twice(layer: Layer, x: Tensor) -> Tensor:
+    once = layer.w * scaled(x).to(x.dtype)
+    return functional.silu(layer.first(layer.w * scaled(once).to(x.dtype))) * layer.second(once)
+
+
+def two_norms_of_a_sum(layer: Layer, x: Tensor) -> Tensor:
+    total = x + layer.first(x)
+    return layer.w * scaled(total).to(x.dtype) - layer.second(layer.v * scaled(total).to(x.dtype))
+
+
+def gated_twice(layer: Layer, x: Tensor) -> Tensor:
+    gate = functional.silu(layer.first(x)) * layer.second(x)
+    return functional.silu(gate) * layer.second(gate)
+
+
+def turned_twice(layer: Layer, x: Tensor) -> Tensor:
+    cos, sin = tables(x)
+    queries, keys = heads(layer.first(x)), heads(layer.second(x))
+    for _ in range(2):
+        queries, keys = (h * cos + half_turned(h) * sin for h in (queries, keys))
+    return merged(queries - keys.tanh())
+
+
 def written_out(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
@@ -142,7 +165,15 @@ FOUND: dict[str, tuple[Compute, dict[str, int]]] = {
         {"rms_norm": 1},
     ),
     "a layer norm": (lambda layer, x: functional.layer_norm(x, (H,), layer.w, layer.v), {"layer_norm": 1}),
+    "a norm of a norm": (lambda layer, x: layer.w * scaled(layer.v * scaled(x).to(x.dtype)).to(x.dtype), {"rms_norm": 2}),
+    "a norm of a layer norm": (
+        lambda layer, x: functional.layer_norm(layer.w * scaled(x).to(x.dtype), (H,), layer.w, layer.v),
+        {"rms_norm": 1, "layer_norm": 1},
+    ),
+    "an MLP that norms its gate's operand again": (normed_twice, {"rms_norm": 2, "swiglu": 1}),
+    "two norms of one sum": (two_norms_of_a_sum, {"add_rms_norm": 1, "rms_norm": 1}),
     "silu": (lambda layer, x: functional.silu(layer.first(x)) * layer.second(x), {"swiglu": 1}),
+    "a gate that is gated": (gated_twice, {"swiglu": 2}),
     "silu of a clamped gate": (
         lambda layer, x: functional.silu(layer.first(x).clamp(max=0.1)) * (layer.second(x).clamp(-0.1, 0.1) + 1),
         {"swiglu": 1},
@@ -159,6 +190,7 @@ FOUND: dict[str, tuple[Compute, dict[str, int]]] = {
         lambda layer, x: roped(layer, x, lambda h, cos, sin: (h.float() * cos + half_turned(h.float()) * sin).to(h.dtype)),
         {"rotary": 1},
     ),
+    "what is turned already": (turned_twice, {"rotary": 2}),
 }
 """What is computed, and the kernels of a layer."""
 

@@ -218,7 +218,7 @@ def test_a_split_backward_computes_once(selective: bool, on: bool) -> None:
     assert same(gradients(chain, given), expected(2))
     assert [frame.runs for frame in made] == [1 if on else 2] * 6
     for frame in made:
-        frame.drop()
+        frame.free_recomputed()
     assert not any(slot.tensor is not None for frame in made for _, slot in frame.live() if not slot.own)
 
 
@@ -314,7 +314,7 @@ def test_wrong_values_would_be_noticed(monkeypatch: pytest.MonkeyPatch, fault: s
     elif fault == "of another micro-batch":
         made[1].inputs = made[4].inputs
     elif fault == "out of order":
-        true = SavedCall.again
+        true = SavedCall.recompute
 
         def again(frame: SavedCall) -> None:
             true(frame)
@@ -322,7 +322,7 @@ def test_wrong_values_would_be_noticed(monkeypatch: pytest.MonkeyPatch, fault: s
             for slot in slots[:2]:
                 slot.tensor = slots[2].tensor
 
-        monkeypatch.setattr(SavedCall, "again", again)
+        monkeypatch.setattr(SavedCall, "recompute", again)
     else:
         marked = made[1].marked[0]
         marked.aliases = {slot: (0, size, stride[::-1], at) for slot, (_, size, stride, at) in marked.aliases.items()}

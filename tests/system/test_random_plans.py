@@ -25,7 +25,7 @@ DEGREES = list(itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 3)))  # pipeline, 
 MOST_RANKS = 8
 OFFLOAD = ["optimizer", "parameters", "all", "model.layers.*"]
 LONG = os.environ.get("SHARDCOMP_LONG") == "1"
-EXAMPLES, ENGINE_EXAMPLES = (800, 300) if LONG else (10, 4)
+EXAMPLES, ENGINE_EXAMPLES = (800, 300) if LONG else (6, 2)
 
 
 @st.composite

@@ -127,7 +127,7 @@ def refused(plan: Plan) -> bool:
     return False
 
 
-@settings(max_examples=300 if LONG else 5)
+@settings(max_examples=300 if LONG else 3)
 @given(plan=plans(), kinds=st.sampled_from(KINDS))
 def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(plan: Plan, kinds: tuple[str, ...]) -> None:
     event(f"illegal: {plan.fault}" if plan.fault else "legal, with faults planted" if plan.mutate else "legal")

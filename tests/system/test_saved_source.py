@@ -62,6 +62,7 @@ def test_saved_source_trains_without_the_compiler_and_an_edit_changes_the_result
     assert run(tmp_path) != losses
 
 
+@pytest.mark.long  # the test above trains saved source
 def test_saved_source_drops_the_same_at_every_run(tmp_path: Path) -> None:
     policy = shardcomp.Policy.load("llama", tensor=2, precision="fp32", seed=3)
     shardcomp.lower(tiny(attention_dropout=0.1), policy, 2, seq=16).save_source(tmp_path)

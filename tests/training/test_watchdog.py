@@ -94,7 +94,7 @@ def test_a_rank_that_sleeps_in_its_own_code_is_named_with_the_line(start: Start)
 
 def test_a_rank_that_waits_in_another_collective_is_named(start: Start) -> None:
     first, *others = start("elsewhere", 3).whole
-    assert first.endswith("all wait, but rank 1 in another collective than the rest: their programs went apart")
+    assert first.endswith("all wait, but rank 1 in another collective than the rest: their programs diverged")
     assert [line.partition(";")[0] for line in others] == [
         f"  ranks 0 and 2 waiting in all_reduce over dp ({line_of('all_reduce')} in plain)",
         f"  rank 1 waiting in recv from rank 0 ({line_of('elsewhere')} in plain)",

@@ -33,7 +33,7 @@ def derive(program: Program, policy: Policy, mesh: Mesh, tp_plan: Mapping[str, s
     and sends less. Raises PolicyError where the degree does not fit the model.
     """
     context = Context(mesh, policy)
-    flat = split_packed_weights.take_apart(
+    flat = split_packed_weights.split_packed(
         unflatten.run(canonicalize.run(program, context), context), lambda name: True, mesh.tp
     )
     unit_kinds = unit_paths(flat)

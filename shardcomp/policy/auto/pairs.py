@@ -107,7 +107,7 @@ def _families(body: Body) -> Iterator[_Family]:
 
 
 def _same_factor(node: fx.Node) -> Iterator[list[Place]]:
-    """For each factor of a call, the dimensions that it stands for. A dimension that the call cannot split, and gives back
+    """For each factor of a call, the dimensions that have it. A dimension that the call cannot split, and gives back
     in the same place, stays one as well, as the features of a norm do: the weights around it are split, and it is gathered
     for the call."""
     rule = factoring(node)
@@ -143,7 +143,7 @@ class _Together:
         self.parent: dict[Place, Place] = {}
 
     def root(self, place: Place) -> Place:
-        """The one that stands for all that are joined with `place`."""
+        """The representative of all that are joined with `place`."""
         while (parent := self.parent.get(place, place)) != place:
             self.parent[place] = self.parent.get(parent, parent)  # halves the way for the next time
             place = parent
