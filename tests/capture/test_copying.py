@@ -345,7 +345,7 @@ def test_a_tensor_of_no_module_that_requires_a_gradient_is_refused() -> None:
     model = make(lambda model: None)
     scale = nn.Parameter(torch.ones(32))
     model.model.norm.register_forward_hook(lambda module, args, out: out * scale)
-    with pytest.raises(CaptureError, match=r"of shape \(32,\), used in model.norm, requires a gradient and is no param"):
+    with pytest.raises(CaptureError, match=r"of shape \(32,\), used in model.norm, requires a gradient and is not a param"):
         capture(model, TRAINING, precision="fp32")
     scale.requires_grad_(False)
     program = capture(model, TRAINING, precision="fp32")
