@@ -63,7 +63,7 @@ def serve(name: str, work: dict[str, Any]) -> None:
         trainer = contender.make(workload)
     except Absent as reason:
         return answer(absent=str(reason))
-    made = time.perf_counter() - BEGAN
+    built = time.perf_counter() - BEGAN
 
     def run(index: int) -> tuple[float, float, float]:
         tokens = workload.batch(index)
@@ -76,7 +76,7 @@ def serve(name: str, work: dict[str, Any]) -> None:
         return time.perf_counter() - wall, time.process_time() - cpu, loss
 
     _, _, loss = run(0)
-    answer(imported=imported, made=made, first=time.perf_counter() - BEGAN, loss=loss)
+    answer(imported=imported, built=built, first=time.perf_counter() - BEGAN, loss=loss)
     for line in sys.stdin:
         word, *numbers = line.split()
         if word == "steps":

@@ -91,8 +91,8 @@ def register(
     FUNCTIONS[function.__name__] = function
     operators.add(function, family, facts, **columns)
     if rule is not None:
-        made = Rule(line=parse(rule), forms=forms or {}) if isinstance(rule, str) else Rule(function=rule)
-        RULES[function if splits is None else splits] = made
+        registered = Rule(line=parse(rule), forms=forms or {}) if isinstance(rule, str) else Rule(function=rule)
+        RULES[function if splits is None else splits] = registered
     if cases is not None:
         small_cases.add(function.__name__.rstrip("_"), family, cases)
 
