@@ -17,6 +17,8 @@ import hypothesis
 import pytest
 import torch
 
+from support.selection import LONG
+
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,7 +26,6 @@ GOLDEN = Path(__file__).parent / "golden"
 # The same draws every time, so that a change is judged by what it did; `make long` draws others.
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 hypothesis.settings.load_profile("long" if LONG else "ci")
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,21 +17,24 @@ from checkpoint.legs import adamw, lowered_for, train
 
 from shardcomp import CheckpointError, checkpoint
 from shardcomp.checkpoint import directory
+from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.verification.thread_ranks import run_ranks
 from support.models import tiny
+from support.selection import LONG
 
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
-LOWERED = lowered_for(tiny(tie_word_embeddings=True), tensor=2)
-ONE = lowered_for(tiny(tie_word_embeddings=True))
+
+@cache
+def lowered(tensor: int) -> Lowered:
+    return lowered_for(tiny(tie_word_embeddings=True), tensor=tensor)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two checkpoints."""
     root = tmp_path_factory.mktemp("run")
-    train(LOWERED, 1, save=root / directory.name_of(1))
-    train(LOWERED, 2, load=root, save=root / directory.name_of(2))
+    train(lowered(2), 1, save=root / directory.name_of(1))
+    train(lowered(2), 2, load=root, save=root / directory.name_of(2))
     return root
 
 
@@ -102,8 +106,10 @@ WAYS: list[Callable[[Path, random.Random], str]] = [flip, flip, flip, shorten, l
 def attempt(path: Path) -> str | None:
     """What loading says; None where it loads."""
 
+    one_rank = lowered(1)
+
     def work(rank: int) -> str | None:
-        sharded = allocate(ONE, weights_of(ONE))
+        sharded = allocate(one_rank, weights_of(one_rank))
         before = {name: p.to_local().clone() for name, p in sharded.named_parameters()}
         optimizer = adamw(sharded)
         try:
@@ -149,7 +155,7 @@ def test_the_one_before_is_used_where_that_is_asked_for(name: str, run: Path) ->
     flip(newest / name, random.Random(0))
 
     def work(rank: int) -> tuple[checkpoint.Restored, list[str]]:
-        sharded = allocate(LOWERED, weights_of(LOWERED))
+        sharded = allocate(lowered(2), weights_of(lowered(2)))
         lines: list[str] = []
         found = checkpoint.load(run, sharded, adamw(sharded), fallback=True, say=lines.append)
         return found, lines
@@ -166,7 +172,7 @@ def test_where_none_is_good_the_last_problem_is_told(run: Path) -> None:
         lose(run / directory.name_of(step) / "config.json", random.Random(0))
 
     def work(rank: int) -> None:
-        sharded = allocate(LOWERED, weights_of(LOWERED))
+        sharded = allocate(lowered(2), weights_of(lowered(2)))
         checkpoint.load(run, sharded, fallback=True)
 
     with warnings.catch_warnings(), pytest.raises(CheckpointError, match=r"step-00000001/config.json is missing"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,8 @@ from checkpoint.legs import Leg, close, lowered_for, same, train
 from shardcomp.lowered import Lowered
 from support.families import tiny_config
 from support.models import tiny
+from support.selection import LONG
 
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 CHAIN: list[dict[str, Any]] = [
     {"tensor": 2, "data": 2},
     {"pipeline": 2, "tensor": 2},
@@ -64,13 +63,10 @@ def test_a_run_goes_through_five_topologies(tied: bool, tmp_path: Path) -> None:
         assert abs(loss - exact) <= 1e-9 * abs(exact)
 
 
-def drawn(count: int) -> list[tuple[int, int]]:
-    pairs = [(a, b) for a in range(len(PLANS)) for b in range(len(PLANS)) if a != b]
-    return random.Random(None if LONG else 7).sample(pairs, count)
-
-
-@pytest.mark.parametrize(("before", "after"), drawn(20 if LONG else 6), ids=str)
-def test_drawn_pairs_of_topologies(before: int, after: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(20 if LONG else 6))
+def test_drawn_pairs_of_topologies(number: int, tmp_path: Path) -> None:
+    before, after = random.Random(None if LONG else number).sample(range(len(PLANS)), 2)
+    print(f"from {PLANS[before]} to {PLANS[after]}")
     tied = (before + after) % 2 == 1
     train(lowered(tied, before), 2, save=tmp_path / "step-2")
     found = train(lowered(tied, after), 4, load=tmp_path)

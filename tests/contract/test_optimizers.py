@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +34,7 @@ from shardcomp.verification.dense_model import batches, in_dtype
 from shardcomp.verification.thread_ranks import run_ranks
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
+from support.selection import LONG
 
 Named = dict[str, nn.Parameter]
 Backward = Callable[[dict[str, Tensor]], Tensor]
@@ -377,7 +377,7 @@ def verdicts(plan: str, rows: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize("plan", PLANS)
 def test_an_optimizer_gives_the_dense_weights_or_torch_says_what_it_lacks(plan: str) -> None:
     _, unlike, rows = PLANS[plan]
-    if os.environ.get("SHARDCOMP_LONG") == "1":
+    if LONG:
         # Where parameters are sharded over two axes, torch's Adafactor does not fail on all ranks at one place, and they hang.
         rows = [row for row in ROWS if not row.startswith("Adafactor") or plan not in ("kv-copies", "tied")]
     expected = {row: ALWAYS.get(row, unlike.get(row, AGREES)) for row in rows}

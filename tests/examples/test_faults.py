@@ -12,8 +12,7 @@ import pytest
 
 from measure.kills import Job
 from shardcomp.checkpoint import directory
-
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+from support.selection import LONG
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
 import pytest
 
 from measure.kills import measure
-
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+from support.selection import LONG
 
 
 @pytest.mark.long  # verification/test_resumption.py kills one run and compares it

@@ -285,7 +285,7 @@ def test_what_cannot_be_built_ahead_of_time_is_one_clear_error(source: Path) -> 
 
 
 @built
-@pytest.mark.skipif(os.environ.get("SHARDCOMP_LONG") != "1", reason="compiles every level: make long")
+@pytest.mark.long
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
     code = """if True:
         import hashlib, sys, torch

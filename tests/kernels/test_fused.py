@@ -331,7 +331,7 @@ def ruled_factors() -> Iterator[tuple[str, str]]:
         yield from ((name, factor) for factor in rule.factors())
 
 
-@pytest.mark.parametrize(("name", "factor"), ruled_factors())
+@pytest.mark.parametrize(("name", "factor"), list(ruled_factors()))
 def test_pieces_of_the_operands_give_pieces_of_the_results(name: str, factor: str) -> None:
     function, args, kwargs = RULED[name]
     node, tensors = nodes(function, args, kwargs)

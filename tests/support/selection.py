@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+"""Whether every case runs, with many more draws: `make long`."""
+PARTS = 8 if LONG else 1
+"""Into how many tests the draws of one are cut, so that processes and slices share them."""
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 BUDGET = 1.0
 """CPU seconds for all cases of a test. One case runs in any case."""

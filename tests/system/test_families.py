@@ -3,7 +3,6 @@ shipped policies are no worse."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import shardcomp
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.verification.thread_ranks import run_ranks
 from support.families import GATE, families, tiny_config
+from support.selection import LONG
 
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 FAMILIES = {
     "bloom": "bloom",
     "cohere": "cohere",

@@ -16,8 +16,7 @@ from shardcomp import presets
 from shardcomp.verification.dense_model import batches, dense
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
-
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
+from support.selection import LONG
 
 SCRIPT = """
 import sys

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
 from typing import Any
 
+import pytest
 from hypothesis import event, given, note, settings, target
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from shardcomp import ShardError
 from shardcomp.ir.schedules import SCHEDULES
 from shardcomp.verification.verifier import Verification, verify
 from support.models import tiny
+from support.selection import LONG, PARTS
 
 Plan = tuple[dict[str, Any], dict[str, Any], int]
 """(changes of the configuration, options, data-parallel ranks)."""
@@ -24,8 +25,8 @@ Plan = tuple[dict[str, Any], dict[str, Any], int]
 DEGREES = list(itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 3)))  # pipeline, tensor, data
 MOST_RANKS = 8
 OFFLOAD = ["optimizer", "parameters", "all", "model.layers.*"]
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
-EXAMPLES, ENGINE_EXAMPLES = (800, 300) if LONG else (6, 2)
+EXAMPLES, ENGINE_EXAMPLES = (300, 120) if LONG else (6, 2)
+"""Draws of all parts of a test together."""
 
 
 @st.composite
@@ -141,18 +142,20 @@ def agrees_or_is_refused(plan: Plan, samples: int | None = None) -> Verification
     return found
 
 
-@settings(max_examples=EXAMPLES)
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(max_examples=EXAMPLES // PARTS)
 @given(plan=plans(), sequence_parallel=st.booleans())
-def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(plan: Plan, sequence_parallel: bool) -> None:
+def test_a_legal_plan_agrees_and_an_illegal_one_is_refused(plan: Plan, sequence_parallel: bool, part: int) -> None:
     model, options, data = plan
     found = agrees_or_is_refused((model, {**options, "sequence_parallel": sequence_parallel}, data))
     if found is not None:
         target(math.log10(max(found.deviation["gradients"], 1e-20)))
 
 
-@settings(max_examples=ENGINE_EXAMPLES)
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(max_examples=ENGINE_EXAMPLES // PARTS)
 @given(seed=st.integers(0, 2**32), samples=st.integers(1, 6))
-def test_so_it_is_with_pipelines_zero_recompute_and_offload(seed: int, samples: int) -> None:
+def test_so_it_is_with_pipelines_zero_recompute_and_offload(seed: int, samples: int, part: int) -> None:
     plan = engine_plan(seed)
     note(str(plan))
     agrees_or_is_refused(plan, samples)

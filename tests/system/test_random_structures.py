@@ -3,7 +3,6 @@ every fault planted in it is noticed; an illegal one is refused before anything 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 import shardcomp
 from shardcomp import ShardError
 from shardcomp.errors import InternalError
+from support.selection import LONG, PARTS
 from support.structures import CHOICES, Sizes, Structure, build, policy
-
-LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 
 KINDS = [("causal",)] * 4 + [("padded",), ("packed",)]
 FAULTS = ("heads", "kv", "intermediate", "vocabulary")
@@ -127,9 +125,12 @@ def refused(plan: Plan) -> bool:
     return False
 
 
-@settings(max_examples=300 if LONG else 3)
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(max_examples=160 // PARTS if LONG else 3)
 @given(plan=plans(), kinds=st.sampled_from(KINDS))
-def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(plan: Plan, kinds: tuple[str, ...]) -> None:
+def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(
+    plan: Plan, kinds: tuple[str, ...], part: int
+) -> None:
     event(f"illegal: {plan.fault}" if plan.fault else "legal, with faults planted" if plan.mutate else "legal")
     note(f"{plan.structure}")
     if plan.fault:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from support.families import tiny_config
 from support.models import tiny
 
 WHOLE = {"none": True}
-SLOW = pytest.mark.skipif(os.environ.get("SHARDCOMP_LONG") != "1", reason="runs for minutes: make long")
+SLOW = pytest.mark.long
 
 
 def check(config: Any, **options: Any) -> None:
