@@ -30,6 +30,8 @@ _NAMES = {  # name -> "module:name there", or "module:" for the module itself
     "tree_map_only": "torch.utils._pytree:tree_map_only",
     # Capture.
     "HigherOrderOperator": "torch._ops:HigherOrderOperator",
+    "OpOverload": "torch._ops:OpOverload",
+    "size_functions": "torch.utils._sympy.functions:",
     "TransformGetItemToIndex": "torch._dynamo._trace_wrapped_higher_order_op:TransformGetItemToIndex",
     # Modules.
     "DropoutNd": "torch.nn.modules.dropout:_DropoutNd",

@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import hypothesis
 import pytest
 import torch
+import torch._dynamo.config
 
 from support.selection import LONG
 
@@ -30,11 +31,11 @@ hypothesis.settings.load_profile("long" if LONG else "ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from support import exports, slices
+    from support import slices
 
     slices.slice_of_environment()  # a bad one is refused before anything is collected
-    if not LONG:
-        exports.share()
+    # The models of tests are small: torch's cache of what operators give for fake tensors costs more than it saves.
+    torch._dynamo.config.fake_tensor_cache_enabled = False
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -46,10 +47,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    from support import exports
-
-    exports.shared = item.get_closest_marker("exports_anew") is None
-    return (yield)
+    """Tests take captured calls from the cache, and so do processes that they start, but for tests of the capture itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("captures_anew") is not None:
+            patch.setenv("SHARDCOMP_CAPTURES", "anew")
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

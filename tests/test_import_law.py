@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAW = (
-    "errors torch_private",
+    "errors torch_private cache_dir",
     "ir",
     "policy presets",
     "sharding",

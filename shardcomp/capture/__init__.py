@@ -1,8 +1,9 @@
 """A HuggingFace model as a Program: one call of it, captured as a flat graph of ATen operators and one attention operator.
 
 The parts: `fake_model` copies the model without its data, `hf_attention` and `masks` record its attention, `vmap` a vmap,
-`export` traces the call, `flatten` makes a plain graph of the trace, `functionalize`
-replaces its writes in place by new values, `ir.interpreter` runs a graph, `check` compares it with the model.
+`export` traces the call, `flatten` makes a plain graph of the trace, `functionalize` replaces its writes in place by values,
+`ir.interpreter` runs a graph, `check` compares it with the model. `captured` is what is known of a call; `cache` keeps it on
+disk.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from shardcomp.capture import cache
+from shardcomp.capture.captured import Captured
 from shardcomp.capture.check import check_after_capture, self_check
 from shardcomp.capture.export import Export, explain, export, missing
 from shardcomp.capture.fake_model import Twin, buffers_of, experts_of_any_dtype, has_data, parameters_of
-from shardcomp.capture.flatten import flatten
+from shardcomp.capture.flatten import flatten, mark_gradients, with_results
 from shardcomp.capture.hf_attention import NAME, Recorder, registered
 from shardcomp.capture.refusals import (
     RealTensors,
@@ -84,21 +87,39 @@ def capture(
         shape, exports = sample or _SAMPLE, {} if exports is None else exports
         modes = None if signature.training is not None else tuple(module.training for module in model.modules())
         known = exports.get((call, modes, None)) or exports.get((call, modes, shape))
-        if known is None:
-            known = _first_that_exports(model, call, dtype, shape)
-            exports[call, modes, known.static_shape] = known
-        captured = replace(known, degraded=list(known.degraded))
-        if not set(signature.outputs) <= set(captured.export.outputs):
-            raise missing(model, signature, captured.export.outputs)
-        program = _program(model, signature, dtype, captured)
-        unchecked = check_after_capture(program, model)
-        if unchecked is not None:
-            program.degraded.append(unchecked)
+        if known is not None:
+            return _checked(model, signature, dtype, known)
+        entry = cache.entry(model, call, dtype, shape)
+        known = entry.load() if entry is not None else None
+        if entry is not None and known is not None:
+            try:
+                program = _checked(model, signature, dtype, known)
+            except CaptureError:
+                entry.remove()  # the model is not what it was taken for: its own export says what it is
+            else:
+                exports[call, modes, known.static_shape] = known
+                return program
+        known = _capture_anew(model, call, dtype, shape)
+        exports[call, modes, known.static_shape] = known
+        program = _checked(model, signature, dtype, known)
+        if entry is not None:
+            entry.save(known)
         return program
 
 
+def _checked(model: nn.Module, signature: Signature, dtype: torch.dtype, captured: Captured) -> Program:
+    """The Program of a captured call, compared with the model."""
+    if not set(signature.outputs) <= set(captured.outputs):
+        raise missing(model, signature, captured.outputs)
+    program = _program(model, signature, dtype, captured)
+    unchecked = check_after_capture(program, model)
+    if unchecked is not None:
+        program.degraded.append(unchecked)
+    return program
+
+
 @dataclass
-class Found:
+class _Found:
     """An export that holds, and what was given up for it."""
 
     export: Export
@@ -109,15 +130,22 @@ class Found:
     """The tensors outside of the model that it computes with and that require a gradient, by their memory."""
 
 
-Exports = dict[tuple[Signature, tuple[bool, ...] | None, tuple[int, int] | None], Found]
-"""A call, the mode of every module where the call leaves each in its own, and the shape that its export is for if that is only
-one -> the export."""
+Exports = dict[tuple[Signature, tuple[bool, ...] | None, tuple[int, int] | None], Captured]
+"""A call, the mode of every module where the call leaves each in its own, and the shape that its graph is for if that is only
+one -> what was captured."""
 
 
-def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> Found:
+def _capture_anew(model: nn.Module, call: Signature, dtype: torch.dtype, shape: tuple[int, int]) -> Captured:
+    found = _first_that_exports(model, call, dtype, shape)
+    body = flatten(found.export.program, parameters_of(model, dtype), _known_constants(found))
+    constants = _constants(model, found, body)
+    return Captured(body, found.export.outputs, found.export.kind, constants, found.static_shape, tuple(found.degraded))
+
+
+def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> _Found:
     """With attention as one operator, or else with the model's own."""
     exported = _export(model, signature, dtype, sample, NAME)
-    if isinstance(exported, Found):
+    if isinstance(exported, _Found):
         return exported
     violation, failure = exported, CaptureError("")
     for attention in _own_attention(model):
@@ -126,7 +154,7 @@ def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dty
         except CaptureError as error:
             failure = error
             continue
-        assert isinstance(exported, Found)
+        assert isinstance(exported, _Found)
         exported.degraded.insert(
             0, Degraded("attention", f"{violation}: the model's own attention and mask are captured instead")
         )
@@ -134,7 +162,9 @@ def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dty
     raise failure
 
 
-def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int], attention: str) -> Found | str:
+def _export(
+    model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int], attention: str
+) -> _Found | str:
     """Any shape before a single one. A string says why the attention that was recorded is not the model's."""
     first: str | None = None
     for shortest in _SHORTEST:
@@ -176,7 +206,7 @@ def _export(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: 
         if not dynamic:
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
         trained = {key: tensor for key, tensor in real.met.items() if tensor.requires_grad}
-        return Found(exported, twin, None if dynamic else sample, degraded, trained)
+        return _Found(exported, twin, None if dynamic else sample, degraded, trained)
     raise AssertionError("an export without dynamic shapes returns or raises")
 
 
@@ -191,14 +221,15 @@ def _own_attention(model: nn.Module) -> list[str]:
     return list(dict.fromkeys((preferred, "eager")))
 
 
-def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, exported: Found) -> Program:
-    """The exported graph as a Program of one unit."""
+def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, captured: Captured) -> Program:
+    """A captured graph as a Program of one unit, with the results that the signature asks for."""
     parameters = parameters_of(model, dtype)
-    is_output = [name in signature.outputs for name in exported.export.outputs]
-    body = flatten(exported.export.program, parameters, is_output, _known_constants(exported))
+    body = with_results(captured.body, [name in signature.outputs for name in captured.outputs])
+    mark_gradients(body, parameters)
     refuse_sparse_gradients(type(model).__name__, body)
     inputs = {path_of(node): value(node) for node in body.placeholders(INPUT)}
     outputs = {key: value(node) for key, node in zip(signature.outputs, body.results, strict=True)}
+    constants = {path_of(node): node for node in body.placeholders(BUFFER) if path_of(node) in captured.constants}
     unit = Unit(
         path="",
         kind="model",
@@ -216,11 +247,15 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, exporte
         outputs={key: key for key in outputs},
         values=inputs | outputs,
         parameters=parameters,
-        buffers=buffers_of(model, dtype) | _constants(model, exported, body),
-        output_type=exported.export.kind,
+        buffers=buffers_of(model, dtype)
+        | {
+            name: Buffer(name, captured.constants[name].detach().to("cpu", value(node).dtype, copy=True), persistent=False)
+            for name, node in constants.items()
+        },
+        output_type=captured.output_type,
         config=getattr(model, "config", None),
-        static_shape=exported.static_shape,
-        degraded=exported.degraded,
+        static_shape=captured.static_shape,
+        degraded=list(captured.degraded),
     )
 
 
@@ -229,7 +264,7 @@ def _owned(module: nn.Module) -> dict[int, str]:
     return {memory(parameter): name for name, parameter in reversed(list(module.named_parameters()))}
 
 
-def _known_constants(exported: Found) -> dict[str, tuple[str, str]]:
+def _known_constants(exported: _Found) -> dict[str, tuple[str, str]]:
     """The constants of an export that are parameters or buffers of the twin, which a function holds: name -> (role, name)."""
     module = exported.twin.module
     known = {_identity(buffer): (BUFFER, name) for name, buffer in module.named_buffers()}
@@ -243,7 +278,7 @@ def _identity(tensor: Tensor) -> Hashable:
     return memory(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype
 
 
-def _constants(model: nn.Module, exported: Found, body: Body) -> dict[str, Buffer]:
+def _constants(model: nn.Module, exported: _Found, body: Body) -> dict[str, Tensor]:
     """Tensors that the model makes or holds outside of its buffers and that its graph reads.
 
     Raises CaptureError, with every violation, for one that is a parameter or that has no data.
@@ -266,7 +301,4 @@ def _constants(model: nn.Module, exported: Found, body: Body) -> dict[str, Buffe
     absent = [name for name, constant in constants.items() if not has_data(constant)]
     advice = "is not a buffer and has no data: build the model off meta"
     raise_all(CaptureError, exported.twin.name, (f"the tensor {name} {advice}" for name in absent))
-    return {
-        name: Buffer(name, constant.detach().to("cpu", value(read[name]).dtype, copy=True), persistent=False)
-        for name, constant in constants.items()
-    }
+    return constants

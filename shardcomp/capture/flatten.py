@@ -40,17 +40,27 @@ _MAKES_NO_GRADIENT = {"detach", "zeros_like", "ones_like", "full_like", "empty_l
 def flatten(
     exported: ExportedProgram,
     parameters: Mapping[str, Parameter],
-    is_output: Sequence[bool],
     known: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> Body:
-    """The exported graph as a Body with the results that are asked for.
+    """The exported graph as a Body.
 
     Placeholders come inputs first, then parameters, then buffers; a tied weight is one placeholder under its first name. Every
     call has `value`, `path` (its module), `source` (the model's file and line) and, if it was made under no_grad, `no_grad`.
+    Nothing is known yet of gradients, see `mark_gradients`.
+
     known: the constants of the export that are parameters or buffers, name -> (role, name). Raises CaptureError for what has no
     place in such a graph.
     """
-    return _Flattening(exported, parameters, is_output, known).body
+    return _Flattening(exported, parameters, known).body
+
+
+def with_results(body: Body, wanted: Sequence[bool]) -> Body:
+    """A copy of a body that computes some of its results only."""
+    copy = body.copy()
+    output = copy.output
+    output.args = (tuple(compress(copy.results, wanted)),)
+    _drop_dead(copy.graph)
+    return copy
 
 
 class _Flattening:
@@ -58,7 +68,6 @@ class _Flattening:
         self,
         exported: ExportedProgram,
         parameters: Mapping[str, Parameter],
-        is_output: Sequence[bool],
         known: Mapping[str, tuple[str, str]],
     ) -> None:
         self.graph = fx.Graph()
@@ -68,10 +77,9 @@ class _Flattening:
         self.writes = Writes(self._emit)
         env = self._placeholders(exported, known)
         results = self._inline(exported.graph_module, env, {})
-        self.graph.output(tuple(compress(self._now(results), is_output)))
+        self.graph.output(tuple(self._now(results)))
         _drop_dead(self.graph)
         self.body = Body("Model", self.graph)
-        mark_gradients(self.body, parameters)
 
     def _placeholders(self, exported: ExportedProgram, known: Mapping[str, tuple[str, str]]) -> dict[fx.Node, Any]:
         first_names = {alias: p.name for p in self.parameters.values() for alias in p.aliases}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from shardcomp.cache_dir import cache_dir
 from shardcomp.errors import KernelError
 from shardcomp.kernels.build import BuildError, Recipe, build, own_level, recipe
 from shardcomp.torch_private import dispatch_has_kernel
@@ -62,13 +63,6 @@ def provides(name: str, device: str) -> bool:
     """Whether a kernel of an operator is registered for a kind of device, `cpu` or `cuda`."""
     load()
     return bool(dispatch_has_kernel(f"shardcomp::{name}", device.upper()))
-
-
-def cache() -> Path:
-    """The folder of libraries that were built just in time: $SHARDCOMP_CACHE, or `shardcomp` in the user's cache."""
-    if folder := os.environ.get("SHARDCOMP_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardcomp"
 
 
 def _load(word: str) -> Library:
@@ -134,7 +128,7 @@ def _built() -> tuple[Path, str]:
 
 
 def _path(how: Recipe) -> Path:
-    return cache() / f"kernels-{how.key()}.so"
+    return cache_dir() / f"kernels-{how.key()}.so"
 
 
 def _cached(how: Recipe) -> tuple[Path, str]:

@@ -29,7 +29,7 @@ from shardcomp.kernels.attention import _seen, attention
 from support.families import tiny_config
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 PACKS = hasattr(masking_utils, "find_packed_sequence_indices")
 """Whether this transformers takes positions that restart for packed sequences."""
@@ -567,7 +567,7 @@ def test_a_mask_that_is_not_known_is_never_guessed(name: str) -> None:
         classify(UNCLEAR[name], 2, LENGTH, None)
 
 
-@pytest.mark.exports_anew
+@pytest.mark.captures_anew
 def test_a_call_is_exported_once_whichever_of_its_results_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     exported = []
     true = capturing.export

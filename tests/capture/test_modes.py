@@ -13,7 +13,7 @@ from shardcomp.ir.program import Program, Signature
 from shardcomp.runtime.origin import mode_of
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 INPUTS = (("input_ids", 2), ("labels", 2))
 

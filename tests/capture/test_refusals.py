@@ -20,7 +20,7 @@ from shardcomp.ir.program import Signature
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss",))
 

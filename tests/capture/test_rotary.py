@@ -19,7 +19,7 @@ from shardcomp.ir.program import Signature
 from shardcomp.verification.dense_model import in_dtype
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 TRAINED = 16
 """The longest sequence that the models below keep their first frequencies for."""

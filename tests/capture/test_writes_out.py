@@ -19,7 +19,7 @@ from shardcomp.errors import CaptureError
 from shardcomp.ir.program import Signature
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 aten = torch.ops.aten
 LOGITS = Signature((("input_ids", 2),), ("logits",))

@@ -39,7 +39,7 @@ from shardcomp.passes import canonicalize
 from support.listings import before_and_after, lower_gated_model, pinned_torch
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 PACKS = hasattr(masking_utils, "find_packed_sequence_indices")
 """Whether this transformers takes positions that restart for packed sequences."""

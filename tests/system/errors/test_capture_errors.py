@@ -18,7 +18,7 @@ from shardcomp.ir.program import Context, Signature
 from shardcomp.passes import canonicalize
 from support.models import tiny
 
-pytestmark = pytest.mark.exports_anew
+pytestmark = pytest.mark.captures_anew
 
 TRAINING = Signature((("input_ids", 2), ("labels", 2)), ("loss",))
 
