@@ -1,5 +1,5 @@
-# make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"; a run that was
-#                 ended, in whatever way, is resumed by the same command; FRESH=1 begins it anew
+# make pretrain   train the tiny preset on this machine, under a plan: make pretrain PLAN="--tensor 2 --data 2"; Ctrl-C saves
+#                 and stops; the same command resumes a run, also one that was killed; FRESH=1 begins it anew
 # make test       everything that CI runs: lint, format, types, tests; of a test with many cases, those that fit in its time
 # make long       every case of every test, and many more draws; with SLICE=3/8 the third eighth of them
 # make matrix     every kind of model under every release of transformers that is supported; with VERSIONS="4.53.3 5.23.0"
@@ -26,6 +26,9 @@ READY := .venv/installed
 NOTHING :=
 RUN ?= runs/$(or $(subst $(NOTHING) ,_,$(strip $(subst --,,$(PLAN)))),one-rank)
 
+# The variables of a run that were given, so that the command can be given again.
+OVERRIDES = $(foreach name,TRAIN RUN,$(if $(filter command environment,$(word 1,$(origin $(name)))),$(name)="$($(name))"))
+
 # One process for each rank of the plan: the product of its degrees.
 RANKS = $(shell echo "$(PLAN)" | awk -F '[ =]+' '{n = 1; for (i = 1; i < NF; i++) if ($$i ~ /^--(tensor|data|pipeline)$$/) n *= $$(i + 1); print n}')
 THREADS = $(shell echo "$$(getconf _NPROCESSORS_ONLN) $(RANKS)" | awk '{n = int($$1 / $$2); print (n > 1 ? n : 1)}')
@@ -40,12 +43,19 @@ GPU_PYTHON = $(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 
 .PHONY: pretrain test long matrix gpu gpu-train compare docs docs-serve format clean
 
+# Ctrl-C would kill the ranks in the middle of a step. In the background they do not get it, and the trap sends them SIGTERM
+# instead: they end the step, save and stop. A second Ctrl-C ends torchrun. A signal also ends `wait`, hence the loop.
 pretrain: $(READY)
 	$(if $(FRESH),rm -rf $(RUN))
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/llama/pretrain.py $(TRAIN) $(PLAN) \
-		--checkpoint-dir $(RUN) --save-interval 25 --save-dir $(RUN)/model --log-file $(RUN)/log.jsonl
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --standalone --signals-to-handle SIGTERM --nproc-per-node $(RANKS) \
+		examples/llama/pretrain.py $(TRAIN) $(PLAN) \
+		--checkpoint-dir $(RUN) --save-interval 25 --save-dir $(RUN)/model --log-file $(RUN)/log.jsonl & \
+	run=$$!; trap 'trap "kill -TERM $$run" INT TERM HUP; kill -TERM $$(pgrep -P $$run || echo $$run)' INT TERM HUP; \
+	wait $$run; status=$$?; \
+	while kill -0 $$run 2>/dev/null; do wait $$run; status=$$?; done; exit $$status
 	@echo '            make pretrain PLAN="--data 2 --zero 3"   another plan'
-	@echo '            make pretrain PLAN="$(PLAN)" FRESH=1   this run anew'
+	@echo '            make pretrain PLAN="$(PLAN)" $(if $(OVERRIDES),$(OVERRIDES) )FRESH=1   this run anew'
+	@command -v shardcomp >/dev/null || echo '            source .venv/bin/activate   lets this shell find shardcomp'
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Pages that are made from the code whenever the site is built: a hook of mkdocs, which mkdocs.yml names.
+"""Generates pages from the code whenever the site is built. mkdocs.yml names this file as a hook of mkdocs.
 
-Nothing here is committed as a page. `pages()` gives their text; it needs shardcomp, but not mkdocs.
+The generated pages are not committed. `pages()` returns their text; it needs shardcomp, but not mkdocs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ COPIES = {
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> the text of a generated page."""
-    made = {target: copied(source, target) for source, target in COPIES.items()}
-    made["reference/options.md"] = options_page()
-    made["reference/cli.md"] = cli_page()
-    made["reference/api.md"] = api_page()
-    made["reference/passes.md"] = passes_page()
-    return made
+    texts = {target: copied(source, target) for source, target in COPIES.items()}
+    texts["reference/options.md"] = options_page()
+    texts["reference/cli.md"] = cli_page()
+    texts["reference/api.md"] = api_page()
+    texts["reference/passes.md"] = passes_page()
+    return texts
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -55,10 +55,10 @@ def mark(source: str) -> str:
 def copied(source: str, target: str) -> str:
     """A file of the repository, with its links as the site needs them. A link to anything but a page becomes plain text."""
 
-    def relink(found: re.Match[str]) -> str:
-        text, address = found[1], found[2]
+    def relink(link: re.Match[str]) -> str:
+        text, address = link[1], link[2]
         if re.match(r"https?:|#", address):
-            return found[0]
+            return link[0]
         address, hash_, anchor = address.partition("#")
         file = os.path.normpath(os.path.join(os.path.dirname(source), address))
         page = COPIES.get(file, file.removeprefix("docs/") if file.startswith("docs/") else None)

@@ -62,7 +62,9 @@ _EXPANSIONS = operators.becoming("expand")
 _PRODUCTS = operators.becoming("linear")
 _DROPPING = {aten.dropout: dropout, aten.scaled_dot_product_attention: dropped_attention}
 _SDPA = aten.scaled_dot_product_attention.default
+# Arguments that say where and how a tensor is stored, not what it contains.
 _PLACES = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
+# What torch.export writes for the end of `x[a:]`.
 _TO_THE_END = 2**63 - 1
 _TRIED = ((2, 17), (1, 2**20))
 """The (b, s) at which a mask that depends only on sizes is evaluated, the longest longer than any model's chunks."""
@@ -77,10 +79,13 @@ def run(program: Program, context: Context) -> Program:
     if "loss" in program.outputs:
         _count_labels(body, program)
         inputs[COUNT] = Value((), torch.int64)
+    # Now, because both steps above leave calls that nothing reads.
     _drop_dead(body)
     _name_provider(body, program, context.policy.options.attention)
+    # Calls that were made here do not say yet whether a gradient flows into them.
     mark_gradients(body, program.parameters)
     outputs = {name: value(node) for name, node in zip(unit.outputs, body.results, strict=True)}
+    # Persistent buffers are saved with the model, so they stay even where this call reads none of them.
     used = tuple(path_of(node) for node in body.placeholders(BUFFER))
     return replace(
         program,
@@ -96,6 +101,8 @@ def _random_numbers(program: Program) -> Iterator[str]:
     [unit] = program.units
     modules_of: dict[str, set[str]] = {}
     for node in unit.body.calls():
+        # Dropout draws from the streams of `runtime.random`, so that ranks agree and a recompute repeats it. Other operators
+        # draw from torch's generator and could do neither.
         if draws(node) and node.target is not attention and operator_of(node) not in _DROPPING:
             modules_of.setdefault(operator_name(node), set()).add(path_of(node) or "the model")
     for operator, modules in modules_of.items():
@@ -112,6 +119,7 @@ class _Rewriting:
         self.detached: dict[fx.Node, fx.Node] = {}
         needed = ancestors(old.results)
         for node in old.graph.nodes:
+            # All placeholders stay for now. `_drop_dead` removes unread buffers; unread parameters are still saved.
             if node.op == "placeholder":
                 self.copies[node] = self.graph.node_copy(node)
                 self.copies[node].meta = dict(node.meta)
@@ -132,17 +140,20 @@ class _Rewriting:
             before, after = value(source), value(node)
             unchanged = before.shape == after.shape and before.dtype == after.dtype
             drops = draws(node)
+            # An identity, such as a dropout in eval mode or with p = 0: its readers read its operand.
             if packet in _COPIES or (packet in DROPOUTS and not drops) or unchanged and _keeps(packet, args, after):
                 return source
             if packet is aten.detach and not before.requires_grad:
                 return source
             if drops:
+                # Our dropout(x, p) has no flag `train`: this one is known to drop. `tensor_parallel` may choose another stream.
                 target, kwargs = _DROPPING.get(packet, target), {**kwargs, "random": SHARED}
                 args = args[:2] if target is dropout else args
             elif packet in _PRODUCTS and (product := self._product(args, kwargs, node)) is not None:
                 return product
             elif packet in _CASTS:
                 target, args, kwargs = aten.to.dtype, (source, after.dtype), {}
+            # `view(dtype)` reinterprets bytes and has the same packet: that one is no reshape.
             elif packet in _SHAPES and before.dtype == after.dtype:
                 target, args, kwargs = aten.reshape.default, (source, list(after.shape)), {}
             elif packet is aten.numpy_T and len(after.shape) == 2:
@@ -151,6 +162,7 @@ class _Rewriting:
                 target, args, kwargs = aten.expand.default, (source, list(after.shape)), {}
             elif packet is aten.slice and len(args) == 4 and args[3] == _TO_THE_END:
                 args = args[:3]
+        # A tensor made of nothing, as by `ones`, would take torch's default dtype of the time when it runs.
         elif source is None and has_one_result(node) and value(node).floating and _takes_dtype(target):
             kwargs = {**kwargs, "dtype": value(node).dtype}
         return self._call(target, args, kwargs, node.meta["value"], node)
@@ -160,6 +172,7 @@ class _Rewriting:
         if operator_of(node) is aten.baddbmm:
             return self._scaled_sum(args, kwargs, node)
         bias, rows, matrix = args if operator_of(node) is aten.addmm else (None, *args)
+        # A weight, or a transposed matrix, makes a `linear`. Other products stay, as in attention that a model computes itself.
         if kwargs or not (_is_weight(matrix) or _is_transposed(matrix)) or bias is not None and len(value(bias).shape) != 1:
             return None
         weight = value(matrix)
@@ -168,6 +181,7 @@ class _Rewriting:
         if _is_transposed(matrix):
             turned = matrix.args[0]
         else:
+            # GPT-2's Conv1D stores its weight as [in, out].
             turned = self._call(aten.t.default, (matrix,), {}, replace(weight, shape=weight.shape[::-1]), node)
         return self._call(
             aten.linear.default, (rows, turned) if bias is None else (rows, turned, bias), {}, node.meta["value"], node
@@ -177,9 +191,11 @@ class _Rewriting:
         """beta · added + alpha · left @ right in steps. alpha scales `left`, the smaller, before sums can overflow."""
         added, left, right = args
         beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+        # With beta = 0, `added` has a gradient of zeros. Without this call it would have none.
         if beta == 0 and value(added).requires_grad:
             return None
         if alpha != 1:
+            # BLOOM computes its scores like this: added is alibi, and alpha is 1 / sqrt(d).
             left = self._call(aten.mul.Tensor, (left, alpha), {}, left.meta["value"], node)
         product = self._call(aten.bmm.default, (left, right), {}, node.meta["value"], node)
         if beta == 0:
@@ -224,6 +240,7 @@ def _keeps(packet: Any, args: Any, after: Value) -> bool:
         return len(args) < 5 or args[4] == 1
     if packet is aten.mul:
         return type(args[1]) in (int, float) and args[1] == 1
+    # Only for integers: -0.0 + 0 is 0.0.
     return packet in (aten.add, aten.sub) and type(args[1]) is int and args[1] == 0 and not after.floating
 
 
@@ -254,6 +271,7 @@ def _name_provider(body: Body, program: Program, provider: str) -> None:
         return
     calls = [node for node in body.calls() if node.target is attention]
     own = next((node for node in body.calls() if node.target in (dropped_attention, _SDPA)), None)
+    # `attention` runs on SDPA unless it is told otherwise, and a model's own call of SDPA is one already.
     if provider == "sdpa" and (calls or own is not None):
         return
     if own is not None or not calls:
@@ -268,11 +286,13 @@ def _name_provider(body: Body, program: Program, provider: str) -> None:
 def _is_idle(mask: fx.Node, program: Program) -> bool:
     """Whether a [b, s] mask is computed only from sizes and is constant along s; a bool one must be true as well."""
     roles = {role_of(node) for node in ancestors([mask]) if node.op == "placeholder"}
+    # Another batch may hide something.
     if roles & {INPUT, PARAMETER}:
         return False
     buffers = {name: buffer.value for name, buffer in program.buffers.items()}
     for rows, length in (program.static_shape,) if program.static_shape else _TRIED:
         numbers = compute([mask], buffers, {B: rows, S: length})[mask]
+        # A segment that is constant along s puts all tokens of a row into one segment.
         if not bool((numbers == (True if numbers.dtype == torch.bool else numbers[:, :1])).all()):
             return False
     return True
@@ -283,6 +303,7 @@ def _count_labels(body: Body, program: Program) -> None:
     loss = _mean_loss(body, program)
     logits, labels, ignored = _cross_entropy_arguments(loss, program)
     result = value(loss)
+    # The last of the inputs, because `run` adds it at the end of `Program.inputs`.
     with body.graph.inserting_after(body.placeholders(INPUT)[-1]):
         count = body.graph.placeholder(COUNT)
         count.meta = {"role": INPUT, "path": COUNT, "value": Value((), torch.int64)}
@@ -308,6 +329,7 @@ def _mean_loss(body: Body, program: Program) -> fx.Node:
     if len(losses) != 1:
         raise CaptureError(f"{program.name}: {len(losses)} cross entropies feed the loss; exactly one can be spread over ranks")
     loss = result
+    # A cast of the loss is harmless. Anything else, such as an added balancing loss of experts, is refused below.
     while loss.target is aten.to.dtype:
         loss = loss.args[0]  # type: ignore[assignment]
     if loss is not losses[0]:
@@ -321,6 +343,7 @@ def _mean_loss(body: Body, program: Program) -> fx.Node:
 def _cross_entropy_arguments(loss: fx.Node, program: Program) -> tuple[fx.Node, fx.Node, int]:
     """Logits [t, v], labels [t] and the label that does not count."""
     names = [argument.name for argument in loss.target._schema.arguments]  # type: ignore[union-attr]
+    # torch's defaults; reduction = 1 is the mean.
     plain = {"weight": None, "reduction": 1, "ignore_index": -100, "label_smoothing": 0.0}
     arguments = {**plain, **dict(zip(names, loss.args, strict=False)), **loss.kwargs}
     odd = [f"{key} = {arguments[key]}" for key in ("weight", "reduction", "label_smoothing") if arguments[key] != plain[key]]
@@ -334,6 +357,7 @@ def _cross_entropy_arguments(loss: fx.Node, program: Program) -> tuple[fx.Node, 
 
 def _drop_dead(body: Body) -> None:
     needed = ancestors(body.results)
+    # Readers before what they read: a node with users cannot be erased.
     for node in reversed(list(body.graph.nodes)):
         unread_buffer = is_buffer(node)
         if (node.op == "call_function" or unread_buffer) and node not in needed:

@@ -39,6 +39,7 @@ def run(program: Program, context: Context) -> Program:
     missed: dict[Missed, None] = {}
     for unit in program.units:
         if id(unit.body) not in rewritten:
+            # Once per body, since alike units share it; a miss is still reported for each unit.
             rewritten[id(unit.body)] = _Rewriting(unit, program, context)
         rewriting = rewritten[id(unit.body)]
         units.append(replace(unit, body=rewriting.body))
@@ -55,6 +56,7 @@ def _shortfalls(program: Program, context: Context) -> Iterator[str]:
     for name, expected in context.policy.expected_kernels(layers).items():
         placed = counts[name]["count"] if name in counts else 0
         if placed < expected and context.policy.options.places(name):
+            # A miss that names this kernel says most. Any other is better than none.
             near = [f"{miss.where}: {miss.reason}" for miss in program.missed if f" {name}" in miss.reason] or [
                 f"{miss.where}: {miss.reason}" for miss in program.missed
             ]
@@ -71,9 +73,11 @@ class _Rewriting:
         options = context.policy.options
         self.places, self.bits = options.places, options.numerics == "hf"
         self.ranks = context.mesh.tp
+        self.tokens = context.batch * context.length
         names = dict(zip((path_of(node) for node in self.body.placeholders("parameter")), unit.parameters, strict=True))
         words = context.policy.weight_entries(program.parameters, program.canonical_names())
         self.words = {path: words.get(program.resolve(name)) for path, name in names.items()}
+        # First, because two rotations become one call only where both read the same tables.
         _share_tables(self.body)
         self.alive = set(self.body.graph.nodes)
         for matcher in MATCHERS:
@@ -92,7 +96,7 @@ class _Rewriting:
                 self.missed.append((head.losses, f"it is no linear_cross_entropy: {head.violation}"))
                 continue
             head = loss_head.move_views_before_projection(self.body, head)
-            subgraph, replacement = loss_head.propose_kernel(head, early)
+            subgraph, replacement = loss_head.propose_kernel(head, early, self.tokens)
             result = check_equivalent(subgraph, [replacement], bits=False)  # one number, whose last bit is the order of a sum
             if result.chosen is None:
                 self.missed.append((head.losses, result.reason))
@@ -118,12 +122,14 @@ class _Rewriting:
                 misses += [(anchor, why)] if (why := self._put(matcher, *proven)) else []
             elif not self._join(matcher, proven, waiting):
                 waiting[anchor] = f"it is {proven[1].name}, but nothing else is turned by the same tables"
+        # A call that is gone by now became part of another kernel, and was no miss.
         self.missed += [(anchor, why) for anchor, why in (*misses, *waiting.items()) if anchor in self.alive]
 
     def _join(self, matcher: Matcher, proven: Proven, waiting: dict[fx.Node, str]) -> bool:
         """Put one kernel in the place of two subgraphs that do the same: this one, and one that waits for another."""
         assert matcher.join is not None
         for anchor in waiting:
+            # Matched again: kernels placed since then may have given the waiting call other operands.
             site = matcher.match(anchor) if anchor in self.alive else None
             other = None if site is None else self._best(site)[0]
             joined = None if other is None else matcher.join(other, proven)
@@ -140,6 +146,7 @@ class _Rewriting:
             result = self._prove(match)
             if result.chosen is not None:
                 subgraph, replacement = match.subgraph, match.replacements[result.chosen]
+                # A value inside that is read outside must stay. A smaller match may still leave it out.
                 if not (escaped := subgraph.escapes()):
                     return (subgraph, replacement), ""
                 result = MatchResult(
@@ -151,6 +158,7 @@ class _Rewriting:
     def _prove(self, match: Match) -> MatchResult:
         replacements = match.replacements
         if not self.bits:
+            # Without a need for the model's bits, the variants that copy its rounding are not wanted.
             rounding_once = [p for p in replacements if not (p.kwargs.get("round_first") or p.kwargs.get("round_each"))]
             result = check_equivalent(match.subgraph, rounding_once, bits=False)
             return result if result.chosen is None else replace(result, chosen=replacements.index(rounding_once[result.chosen]))
@@ -160,6 +168,7 @@ class _Rewriting:
         """Put a kernel in the place of a subgraph, or of a larger one. Returns why it cannot be, empty where it can."""
         x = replacement.args[0]
         assert x is not None
+        # OLMo 2 normalizes all heads of q at once, and tensor parallelism splits these heads over ranks.
         if matcher.whole_features and self.ranks > 1 and self._is_sharded(x):
             return f"it is {replacement.name}, but tensor = {self.ranks} splits the features that it is taken over"
         larger = matcher.extend(subgraph, replacement) if matcher.extend is not None else None
@@ -182,6 +191,7 @@ class _Rewriting:
     def _is_sharded(self, x: fx.Node) -> bool:
         """Whether the policy shards the features of a value: it is the product of a weight that is split by its outputs."""
         width = value(x).shape[-1]
+        # A reshape that changes the last dimension, as into heads, gives each rank whole heads: a norm per head is not sharded.
         while operator_of(x) in (aten.reshape, aten.to) and value(x).shape[-1] == width:
             x = x.args[0]  # type: ignore[assignment]
         weight = stored(x.args[1]) if x.target is aten.linear.default else None
@@ -221,6 +231,7 @@ def _replace(body: Body, subgraph: Subgraph, replacement: Replacement) -> None:
     else:
         fused.meta["value"] = tuple(out.meta["value"] for out in subgraph.outputs)
         results = []
+        # Each item goes right after the call, so the last one is inserted first.
         for index, out in reversed(list(enumerate(subgraph.outputs))):
             with graph.inserting_after(fused):
                 item = graph.call_function(operator.getitem, (fused, index))
@@ -231,6 +242,7 @@ def _replace(body: Body, subgraph: Subgraph, replacement: Replacement) -> None:
     for node in reversed(subgraph.nodes):  # readers first, so that what they read loses its users
         if not node.users:
             graph.erase_node(node)
+    # A reader of one output may still stand before an operand that only another output needs.
     _in_order(graph)
 
 

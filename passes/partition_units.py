@@ -37,8 +37,10 @@ def run(program: Program, context: Context) -> Program:
     every = [
         _UnitDraft(path, kinds.get(path, "first"), [n for n in calls if unit_index[n] == i]) for i, path in enumerate(order)
     ]
+    # The `first` that `_assign` adds may have got no calls.
     drafts = [draft for draft in every if draft.nodes]
     idle = _idle(program, model.body)
+    # Before the boundaries, which count a unit's unused parameters among its inputs.
     _keep_idle(idle, drafts, kinds)
     values = dict(program.values)
     bodies: dict[Hashable, Body] = {}
@@ -46,6 +48,7 @@ def run(program: Program, context: Context) -> Program:
     names = _value_names(drafts, model, program)
     for draft in drafts:
         inputs, outputs = _boundary(draft, model.body)
+        # All layers of a model usually have one key: later passes then rewrite one body, whatever the depth.
         body_key = draft.key(program, entries, inputs, outputs)
         if body_key not in bodies:
             bodies[body_key] = _body(_class_name(draft, bodies), draft, inputs, outputs)
@@ -78,6 +81,7 @@ def run(program: Program, context: Context) -> Program:
 def _idle(program: Program, body: Body) -> list[fx.Node]:
     """The parameters that the call does not use, a tied one by its first name."""
     used = {program.resolve(path_of(node)) for node in body.placeholders(PARAMETER) if node.users}
+    # Each tied weight once, by the placeholder of its first name.
     first: dict[str, fx.Node] = {}
     for node in body.placeholders(PARAMETER):
         first.setdefault(program.resolve(path_of(node)), node)
@@ -104,6 +108,7 @@ def _tokens(body: Body) -> Unit | None:
         return None
     labels, ignored = losses[0].args[1:3]
     assert isinstance(labels, fx.Node)
+    # The model may shift the labels itself. Then those that are shifted out must not count.
     needed = ancestors([labels])
     draft = _UnitDraft("", "tokens", [node for node in body.calls() if node in needed])
     inputs = [node for node in body.graph.nodes if node.op == "placeholder" and node in needed]
@@ -135,9 +140,11 @@ class _UnitDraft:
             lines.append((role, node.meta["value"]))
             if role == PARAMETER:
                 parameter = program.parameters[program.resolve(path_of(node))]
+                # A tied weight is one certain weight: only units that use that same one are alike.
                 tied = parameter.aliases and parameter.name
                 lines.append((relative(path_of(node), _naming_root(self)), entries.get(parameter.name), tied))
             elif role == BUFFER:
+                # Not its numbers: each unit is given its own buffer.
                 buffer = program.buffers[path_of(node)].value
                 lines.append((relative(path_of(node), _naming_root(self)), tuple(buffer.shape), buffer.dtype))
         for node in self.nodes:
@@ -165,11 +172,13 @@ def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[li
     claimed = {node: path for node in calls if (path := _claim(path_of(node), kinds)) is not None}
     order = list(dict.fromkeys(claimed.values()))
     first = next((i for i, path in enumerate(order) if kinds[path] == "first"), None)
+    # What comes before the layers needs a unit, even where the policy names none for it.
     if first is None:
         order.insert(0, "first")
         first = 0
     last = len(order) - 1
     unit_index = {node: order.index(path) for node, path in claimed.items()}
+    # For each call, the last unit that it gets values from; -1 where it reads placeholders alone.
     fed: dict[fx.Node, int] = {}
     for node in calls:
         feeds = [unit_index[a] if a in unit_index else fed[a] for a in tensor_arguments(node) if a in unit_index or a in fed]
@@ -185,6 +194,8 @@ def _assign(calls: list[fx.Node], kinds: dict[str, str], body: Body) -> tuple[li
             target = first
         unit_index[node] = target
     for node in calls:
+        # An unclaimed call joined its first reader and so runs early enough. A module that runs again after another unit has
+        # read its result cannot be one unit.
         for read in tensor_arguments(node):
             if unit_index.get(read, -1) > unit_index[node]:
                 violation = f"{order[unit_index[node]]} reads what {order[unit_index[read]]} gives, which runs after it"
@@ -210,7 +221,9 @@ def _boundary(draft: _UnitDraft, body: Body) -> tuple[list[fx.Node], list[fx.Nod
     own = set(draft.nodes)
     read = list(dict.fromkeys(a for node in draft.nodes for a in tensor_arguments(node) if a not in own)) + draft.idle
     ranks = {INPUT: 0, PARAMETER: 1, BUFFER: 2}
+    # The sort is stable. Within a role, values stay in the order of first use, which is the same in alike units.
     read.sort(key=lambda n: ranks[_role(n)])
+    # The graph's output counts as a user from outside.
     results = [node for node in draft.nodes if any(user not in own for user in node.users)]
     return read, results
 
@@ -218,6 +231,7 @@ def _boundary(draft: _UnitDraft, body: Body) -> tuple[list[fx.Node], list[fx.Nod
 def _value_names(drafts: list[_UnitDraft], model: Unit, program: Program) -> dict[fx.Node, str]:
     """A short unique name for every value that crosses a boundary: an input's own, the caller's for a result, else its
     module's."""
+    # Values that cross a boundary have one name in the whole program, so that units can be wired by names.
     names = {n: path_of(n) for n in model.body.placeholders(INPUT)}
     results = {node: key for key, node in zip(program.outputs, model.body.results, strict=True)}
     taken = set(names.values())
@@ -268,6 +282,7 @@ def _body(name: str, draft: _UnitDraft, inputs: list[fx.Node], outputs: list[fx.
         copy = graph.node_copy(node, lambda n: copies[n])
         copy.meta = dict(node.meta)
         copy.meta["path"] = relative(path_of(node), draft.path) if path_of(node) != draft.path else ""
+        # `relative` left the path as it is: the call comes from a module outside of the unit.
         copy.meta["elsewhere"] = path_of(copy) == path_of(node) != ""
         copies[node] = copy
     graph.output(tuple(copies[n] for n in outputs))

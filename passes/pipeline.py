@@ -46,6 +46,7 @@ def run(program: Program, context: Context) -> Program:
         return program
     atoms = _atoms(program.units)
     asked = context.policy.options.stage_layers
+    # `_atoms` gives one group even where there is no layer to put into a stage.
     _check(len(atoms) if any(unit.kind == LAYER for unit in program.units) else 0, context.policy.options)
     if asked is None:
         costs = _costs(program, context)
@@ -70,6 +71,7 @@ def _atoms(units: list[Unit]) -> list[list[Unit]]:
             atoms.append(waiting)
             waiting = []
     if atoms:
+        # The final norm and the head stay with the last layer.
         atoms[-1] += waiting
     return atoms or [waiting]
 
@@ -82,10 +84,12 @@ def _check(layers: int, options: Any) -> None:
         few = f"{layers} layer{'' if layers == 1 else 's'}"
         schedule = SCHEDULES[options.schedule]
         chosen = schedule.interleaves and virtual > 1
+        # With virtual stages, pipeline = 1 is a hint of its own, at the end of the list.
         least, most = 2 if chosen else 1, max(1, layers // virtual)
         hints = [f"pipeline = {_listed(range(least, most + 1))}"] if most >= least else []
         if chosen and layers >= pipeline:
             hints.append(f"virtual_stages = {_listed(range(1, layers // pipeline + 1))}")
+        # A V-shaped schedule always has two stages per rank. One with a single stage per rank needs half as many layers.
         elif schedule.v_shaped and layers >= pipeline:
             hints.append(f"schedule = {next(name for name, other in SCHEDULES.items() if other.stages_per_rank == 1)}")
         hints += ["pipeline = 1 without virtual_stages"] if chosen else []
@@ -112,6 +116,7 @@ def _costs(program: Program, context: Context) -> dict[int, float]:
     sizes = {B: batch, S: length}
 
     def operations(work: Any) -> float:
+        # A call is bound by arithmetic or by memory: time ∝ max(flops, INTENSITY · bytes).
         flops, traffic = (float(sympy.sympify(amount).subs(sizes)) for amount in (work.flops, work.bytes))
         return max(flops, INTENSITY * traffic)
 
@@ -144,12 +149,14 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
         begins = [[0] * (count + 1) for _ in range(stages + 1)]
         table[0][0] = 0.0
         for stage in range(1, stages + 1):
+            # At least one cost for each run before this one, and for each run after it.
             for end in range(stage, count - (stages - stage) + 1):
                 for begin in range(stage - 1, end):
                     segment = sums[end] - sums[begin]
                     if segment > limit:
                         continue
                     before = table[stage - 1][begin]
+                    # For sums that add up to the same total, the smallest sum of squares is the most even split.
                     total = max(before, segment) if power == 0 else before + segment * segment
                     if total < table[stage][end]:
                         table[stage][end], begins[stage][end] = total, begin
@@ -159,6 +166,7 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
             at = begins[stage][at]
         return table[stages][count], ends[::-1]
 
+    # First the smallest possible maximum, then the most even split that keeps to it.
     least, _ = best(float("inf"), 0)
     return best(least, 2)[1]
 
@@ -180,6 +188,7 @@ def _recompute(program: Program) -> Program:
         units_here = program.in_stages((stage,))
         names: dict[str, str] = {}
         preludes = builder.preludes(stage, [name for unit in units_here for name in unit.inputs], names)
+        # The units of this stage read the recomputed values under their new names.
         rewired = [replace(unit, inputs=tuple(names.get(name, name) for name in unit.inputs)) for unit in units_here]
         units += [*preludes, *rewired]
     return replace(program, units=units, values=builder.values)
@@ -214,11 +223,13 @@ class _PreludeBuilder:
             if name in needed or not self._from_before(name, stage) or not self._is_free(name):
                 continue
             needed.add(name)
+            # What the value is computed from in its unit may be a value of an earlier stage, too.
             source = self.sources[name]
             results = source.unit.body.results
             nodes = ancestors([results[source.index]])
             pending += [n for n, p in _named_placeholders(source.unit.inputs, source.unit.body, INPUT) if p in nodes]
         preludes = []
+        # In the order of the units, so that a prelude comes after the preludes that it reads.
         for unit in self.program.units:
             names_here = [name for name in unit.outputs if name in needed]
             if names_here:
@@ -230,6 +241,7 @@ class _PreludeBuilder:
 
     def _is_free(self, name: str) -> bool:
         """Whether a value needs no gradient and comes from the caller's inputs and buffers by calculation only."""
+        # The caller's inputs are given to every stage that reads them.
         if name not in self.sources:
             return name in self.program.inputs
         if name not in self.free:
@@ -241,6 +253,7 @@ class _PreludeBuilder:
 
     def _prelude(self, stage: int, unit: Unit, names_here: list[str], names: dict[str, str]) -> Unit:
         """A copy of `unit` that makes only the values `names_here`."""
+        # Stages that recompute the same results of the same body share the code.
         key = (id(unit.body), tuple(unit.outputs.index(name) for name in names_here))
         if key not in self.bodies:
             self.bodies[key] = self._body(unit, key[1])
@@ -267,6 +280,7 @@ class _PreludeBuilder:
         inputs, buffers = ([p for p in unit.body.placeholders(role) if p in nodes] for role in (INPUT, BUFFER))
         for node in inputs:
             copies[node] = _copy(graph, node, copies)
+        # Code takes b and s from its inputs. `arange(s)` reads none, so an input of the model is passed for its size alone.
         known = {size for node in inputs for size in value(node).shape}
         size_inputs: list[str] = []
         for symbol in sorted(_symbols(nodes) - known, key=str):
@@ -277,6 +291,7 @@ class _PreludeBuilder:
                 size_inputs.append(name)
                 node = graph.placeholder(name)
                 node.meta = {"role": INPUT, "path": name, "value": self.program.inputs[name]}
+        # After the inputs, `size_inputs` among them: `Unit` wants its inputs in the order of the placeholders.
         for node in (*buffers, *(call for call in unit.body.calls() if call in nodes)):
             copies[node] = _copy(graph, node, copies)
         graph.output(tuple(copies[node] for node in results_kept))
@@ -286,6 +301,7 @@ class _PreludeBuilder:
         )
 
     def _new_name(self, name: str) -> str:
+        # cos_1 becomes cos_2, not cos_1_1.
         stem, _, number = name.rpartition("_")
         base = stem if stem and number.isdigit() else name
         count = 1
@@ -309,11 +325,14 @@ def _is_calculation(node: fx.Node) -> bool:
     if requires_grad(node):
         return False
     if node.op == "placeholder":
+        # A parameter is only on the ranks of its own stage.
         return bool(role_of(node) != PARAMETER)
     if "random" in node.kwargs or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
     if node.target in EXCHANGES:
+        # No gradient flows here, so its backward never runs: without a message in the forward it sends nothing.
         return EXCHANGES[node.target].forward is None
+    # A split form sends messages of its own.
     return form_of(node) is None
 
 
@@ -337,6 +356,7 @@ def _module(unit: Unit, body: Body) -> str:
     """The module whose values a body recomputes: the innermost one with all of them."""
     paths = [path_of(node) for node in body.results]
     parts = paths[0].split(".")
+    # With the dot, so that `layers.1` does not hold `layers.10`.
     while parts and not all((path + ".").startswith(".".join(parts) + ".") for path in paths):
         parts.pop()
     inner = ".".join(parts)

@@ -56,6 +56,7 @@ def kinds(program: Program, asked: str) -> dict[int, str]:
         return {}
     kind, _, number = asked.partition(":")
     layers = [unit for unit in program.units if unit.kind == LAYER]
+    # every:2 takes layers 0, 2, 4, …
     return {id(unit): "full" if number else kind for unit in layers[:: int(number or 1)] if _differentiable(unit)}
 
 
@@ -84,6 +85,7 @@ def is_dear(node: fx.Node) -> bool:
     if not requires_grad(node) or len(values(node)) > 1:
         return False
     if node.target in EXCHANGES:
+        # To repeat a reduction of partial results would be to send its message again.
         operand = value(tensor_arguments(node)[0])
         return EXCHANGES[node.target].forward is not None and bool(operand.layout.partial_axes())
     return bool(of_node(node).forward.products)
@@ -95,4 +97,5 @@ def _reads(user: fx.Node, dear: set[fx.Node], needed: set[fx.Node]) -> bool:
         return False
     if user in dear:
         return user.target not in EXCHANGES  # the backward of a product or of attention needs its operands
+    # A call whose backward reads no operand is repeated only where its own result is needed.
     return not passes_on(user) or user in needed

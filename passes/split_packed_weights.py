@@ -51,6 +51,7 @@ def split_packed(program: Program, should_split: Callable[[str], bool], ranks: i
     for node in list(body.calls()):
         if node.target is not aten.linear.default:
             continue
+        # The weight and, where there is one, the bias. One that something else reads as well stays packed.
         weights = [_source(a) for a in node.args[1:]]
         if any(w is None or not should_split(path_of(w)) or len(w.users) > 1 for w in weights):
             continue
@@ -81,16 +82,20 @@ class _Slice:
 def _slices(product: fx.Node, buffers: dict[fx.Node, Tensor], ranks: int) -> list[_Slice]:
     """The slices that a product is split into; empty where its weight can stay packed."""
     sliced = list(_sliced_values(product))
+    # Something reads the product in full: it is needed as it is.
     if len(sliced) < 2 or any(node is None for node, _ in sliced):
         return []
     traced = [_trace_rows(node, product, buffers) for node, _ in sliced if node is not None]
     rows = [features for features, _ in traced]
     width = int(value(product).shape[-1])
+    # Slices that overlap or leave rows out are no parameters of their own.
     if sorted(row for rows_of_one in rows for row in rows_of_one) != list(range(width)):
         return []
+    # None where the rows are no runs at one stride, such as a permutation.
     groups = [PackedSlice.of_rows("", (width,), 0, rows_of_one) for rows_of_one in rows]
     if any(part is None for part in groups):
         return []
+    # count is 1 for [q; k; v]. It is the number of heads for [q0; k0; v0; q1; k1; v1; …], as GPT-NeoX packs them.
     counts = {part.count for part in groups if part is not None}
     within_a_head = any(innermost for _, innermost in sliced)
     if counts != {1} and (within_a_head or all(count % ranks == 0 for count in counts)):
@@ -111,6 +116,7 @@ def _sliced_values(node: fx.Node) -> Iterator[tuple[fx.Node | None, bool]]:
         if user.args and user.args[0] is node and packet in _MOVES:
             yield from _sliced_values(user)
         elif user.args and user.args[0] is node and packet in _SELECTS:
+            # `split` and `chunk` give a tuple, whose items are the slices.
             results = [user] if has_one_result(user) else list(user.users)
             width = value(node).shape[-1]
             yield from ((result, value(result).shape[-1] != width) for result in results)
@@ -131,8 +137,10 @@ def _trace_rows(node: fx.Node, product: fx.Node, buffers: dict[fx.Node, Tensor])
     token = torch.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1).expand(shape)
     features, tokens = (_run(chain, {**buffers, product: numbers}) for numbers in (feature, token))
     steps = {dim: int((tokens.narrow(dim, 1, 1) - tokens.narrow(dim, 0, 1)).max()) for dim in _longer_than_one(tokens)}
+    # The larger the step from one token to the next, the further left the dimension is in the product.
     samples = sorted((dim for dim, step in steps.items() if step), key=lambda dim: -steps[dim])
     for dim in sorted(samples, reverse=True):
+        # All tokens have the same features: look at the first.
         features = features.select(dim, 0)
     return [int(row) for row in features.flatten()], samples
 
@@ -175,6 +183,7 @@ def _place(start: fx.Node) -> str | None:
 
 def _gate(nodes: list[fx.Node]) -> int | None:
     """Which of two values goes through a function before it is multiplied with the other."""
+    # `up` goes straight into the product. `gate` goes through an activation before it.
     direct = [any(user.target is aten.mul.Tensor and len(tensor_arguments(user)) == 2 for user in p.users) for p in nodes]
     alone = [len(node.users) == 1 for node in nodes]
     if direct.count(True) == 1 and alone[direct.index(True)]:
@@ -186,6 +195,8 @@ def _replace(
     body: Body, product: fx.Node, weights: list[fx.Node], slices: list[_Slice], parameters: dict[str, Parameter]
 ) -> None:
     """Replace each slice by a product of its own, and the weights by their slices."""
+    # The weight is stored as [in, out] (GPT-2), and the product reads its transpose. Rows of the product are then its columns.
+    # A bias has one dimension either way.
     transposed = product.args[1] is not weights[0]
     for sliced in slices:
         operands: list[fx.Node] = []
@@ -231,6 +242,7 @@ def _in_shape(body: Body, slice_product: fx.Node, sliced: _Slice) -> fx.Node:
     """[b, s, features] in the shape that the slice had."""
     like = sliced.node
     target = value(like).shape
+    # The product has samples first and features last. So: reshape to that order, then permute to the slice's own.
     order = [*sliced.samples, *(i for i in range(len(target)) if i not in sliced.samples)]
     result = slice_product
     shape = tuple(target[i] for i in order)
@@ -259,6 +271,7 @@ def _erase(body: Body, nodes: list[fx.Node]) -> None:
     """Remove nodes that nothing reads, and what only they read."""
     for node in nodes:
         if node.op == "call_function" and not node.users and node in node.graph.nodes:
+            # Noted before the node goes: its operands may have lost their last reader.
             operands = list(node.all_input_nodes)
             body.graph.erase_node(node)
             _erase(body, operands)

@@ -43,12 +43,14 @@ def run(program: Program, context: Context) -> Program:
     size = context.mesh.size(AXIS)
     layouts, unsplit_weights = weight_layouts(program, context.policy, AXIS, size)
     raise_all(PlanError, f"{program.name} with {context.policy.source}", _partly_counted(program, context, layouts))
+    # Weights of several units, such as a tied embedding and head. A rewrite of one unit does not know the uses in the others.
     shared = {name for unit in program.units for name in unit.parameters if _owners(program, name) > 1}
     rewrite = _Rewrite(program, context, layouts, shared)
     layouts_of = {name: Layout() for name in program.inputs}
     memo: dict[Any, tuple[Body, tuple[Layout, ...]]] = {}
     units = []
     for unit in program.units:
+        # Units that share a body may get their inputs in different layouts. Each combination has its own rewritten body.
         key = (id(unit.body), tuple(layouts_of[name] for name in unit.inputs), _finals(unit, program))
         if key not in memo:
             memo[key] = rewrite.body(unit, [layouts_of[name] for name in unit.inputs], len([k for k in memo if k[0] == key[0]]))
@@ -58,14 +60,18 @@ def run(program: Program, context: Context) -> Program:
         rewrite.record_parameters(unit, body)
     violations = rewrite.violations()
     reported_modules = tuple(violations)
+    # `weight_layouts` looks at rows alone. A weight that got copies of fewer shards, such as two key-value heads on four ranks,
+    # need not have rows for every rank.
     if not violations and not rewrite.stuck:
         unsplit_weights = {name: text for name, text in unsplit_weights.items() if name not in rewrite.copied}
+    # One message for one cause: the modules that cannot keep their split have theirs already.
     unsplit_messages = [
         text for name, text in unsplit_weights.items() if not any(name.startswith(where + ".") for where in reported_modules)
     ]
     raise_all(PolicyError, f"{context.policy.source} with tensor = {size}", [*violations.values(), *unsplit_messages])
     if rewrite.stuck:
         raise InternalError(f"tensor: no layout of the operands of {', '.join(rewrite.stuck)}")
+    # From here on, tp has two factors where weights have copies (see `Mesh`).
     mesh = replace(context.mesh, copies=rewrite.copies())
     parameters = {
         name: replace(p, layout=rewrite.layouts.get(name, Layout()), partial_gradient=rewrite.partial.get(name, ()))
@@ -91,6 +97,7 @@ def _partly_counted(program: Program, context: Context, layouts: dict[str, Layou
             what = names[weight] if weight is not None else module_of(unit, node)
             start = f"{what}: scale_grad_by_freq = True divides a row's gradient by how often the batch has it, and"
             at = layouts.get(what, Layout()).on(AXIS).dim
+            # Split by columns, each rank still looks up and counts all tokens.
             if weight is not None and at is not None and _is_row(node, weight, at):
                 violations.append(
                     f'{start} its rows are split over tensor = {mesh.size(AXIS)}: use "whole" for it, or tensor = 1'
@@ -129,6 +136,7 @@ class _Rewrite:
 
     def __init__(self, program: Program, context: Context, layouts: dict[str, Layout], shared: set[str]) -> None:
         self.program, self.size = program, context.mesh.size(AXIS)
+        # The dimension of this length is the sequence: the symbol s, or the one length that the model exports for.
         length = program.static_shape[1] if program.static_shape else S
         self.axis_split = AxisSplit(self.size, length if context.policy.options.sequence_parallel else None)
         self.layouts, self.shared = dict(layouts), shared
@@ -143,6 +151,7 @@ class _Rewrite:
         """The unit's body with layouts and collectives for these input layouts, and the layouts of its results."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
+        # graph_copy returns the results and makes no output node.
         results = graph.graph_copy(unit.body.graph, copied)
         for old, new in copied.items():
             new.meta = dict(old.meta)
@@ -154,12 +163,14 @@ class _Rewrite:
         heads = {weight: count for _, weight, count in key_value_weights(body)}
         for node, name in zip(body.placeholders(PARAMETER), unit.parameters, strict=True):
             placements[node] = self._initial(node, name, heads.get(node))
+        # Before propagation, since the calls that it makes need choices as well.
         self._separate_additions(body, placements)
         propagation = self._propagate(unit, body, placements)
         added: set[fx.Node] = set()
         # Adding partial terms first makes new calls, which need choices, and may let further sums be reordered.
         while _add_partial_first(body, propagation, added):
             propagation = self._propagate(unit, body, placements)
+        # Only now: `_propagate` may have given a weight fewer shards than the policy asks for.
         for node, placement in placements.items():
             node.meta["value"] = _at(value(node), placement)
         self._convert(unit, body, propagation)
@@ -170,7 +181,9 @@ class _Rewrite:
         placement = self.layouts.get(name, Layout()).on(AXIS)
         if placement.dim is None or self.words.get(name) in UNEVEN:
             return placement
+        # The largest number of equal shards that the ranks can share evenly.
         shards = math.gcd(int(value(node).shape[placement.dim]), self.size)
+        # Two heads of 16 rows would divide over four ranks, but attention needs full heads: one shard for each head.
         if heads is not None and self.size % heads == 0:
             shards = heads
         if shards == 1 and heads != 1:  # a single head is the one shard that every rank has
@@ -182,6 +195,7 @@ class _Rewrite:
         ranks have the same shard, and `placements` says so afterwards."""
         propagation = first = propagate(body, self.axis_split, placements)
         tried = dict(placements)
+        # Each round gives the weights behind a lost split fewer shards, one per head (`lost.size`), until nothing changes.
         while propagation.indivisible:
             before = dict(tried)
             for lost in propagation.indivisible:
@@ -192,6 +206,7 @@ class _Rewrite:
                 break
             propagation = propagate(body, self.axis_split, tried)
         if propagation.indivisible or propagation.stuck:
+            # The first attempt speaks of the split that the policy asks for; the later ones of splits that were tried here.
             self._report(unit, first)
             self.stuck += [f"{module_of(unit, node)}: {operator_name(node)}" for node in propagation.stuck]
             return first
@@ -212,6 +227,7 @@ class _Rewrite:
                 for operand, dims in zip(tensor_arguments(node), rule.operands, strict=True)
             ]
             split_factors = [dims[at.dim] for at, dims in placed if at.dim is not None]
+            # No contracted factor is split, so the result is not partial and the bias may stay.
             if all(factor in result_factors for factor in split_factors):
                 continue
             target, arguments, added = product
@@ -239,11 +255,13 @@ class _Rewrite:
     def _named_sizes(self, size: int) -> str:
         """The size with the names of the configuration's keys that hold it, such as a number of heads."""
         settings = self.program.config.to_dict() if hasattr(self.program.config, "to_dict") else {}
+        # `type`, because isinstance takes True for a number.
         keys = [key for key, setting in settings.items() if type(setting) is int and setting == size and "head" in key]
         return " = ".join([*keys, str(size)]) if keys else f"a dimension of {size}"
 
     def _convert(self, unit: Unit, body: Body, propagation: Propagation) -> None:
         """Insert the collectives, set every node's layout, and replace the calls that have a split form by it."""
+        # Calls that need the same of the same value share one collective. The cost model counts it once, too.
         cache: dict[tuple[fx.Node, Placement, bool], fx.Node] = {}
         mixed = self._mixed_parameters(unit, body, propagation)
         for node in list(body.graph.nodes):
@@ -254,6 +272,7 @@ class _Rewrite:
                 results = []
                 for result, final in zip(body.results, finals, strict=True):
                     target = boundary_placement(value(result), propagation.placements[result][0], final, self.axis_split)
+                    # At a boundary, the gradient that comes back is never partial.
                     results.append(self._reshard(body, result, propagation, _Use(target, False), node, cache, mixed))
                 node.args = (tuple(results),)
                 continue
@@ -262,17 +281,21 @@ class _Rewrite:
             graded = requires_grad(node)
             resharded = []
             for operand, placement, partial in zip(operands, choice.operands, choice.partial_gradient, strict=True):
+                # Only `getitem` reads a tuple, and it takes each result in the placement that it has.
                 has_several_results = not has_one_result(operand)
                 use = _Use(placement, partial and graded)
                 resharded.append(
                     operand if has_several_results else self._reshard(body, operand, propagation, use, node, cache, mixed)
                 )
             self._note_degraded(unit, node, operands, propagation)
+            # map_arg visits the nodes in the order of `tensor_arguments`.
             in_order = iter(resharded)
             node.args, node.kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda _, order=in_order: next(order))
             _set_layouts(node, choice.results)
+            # Only now is it known whether a dropout draws one mask on all ranks, or each rank a mask for its own shard.
             if "random" in node.kwargs:
                 node.kwargs = {**node.kwargs, "random": stream_for(node, choice.results[0])}
+            # A split form sends its own messages. `cost.communication` looks for their axis in the last argument.
             if choice.form is not None:
                 node.args = (*choice.form.arguments(node), AXIS)
                 node.kwargs = {}
@@ -291,6 +314,7 @@ class _Rewrite:
                 for i, operand in enumerate(tensor_arguments(user))
                 if operand is node and propagation.choices[user].operands[i].is_replicated
             ]
+            # Uses with a partial gradient then get an `identity_allreduce`, in place of one reduction per step.
             if name in self.shared or len(set(uses)) > 1:
                 mixed.add(node)
         return mixed
@@ -321,6 +345,7 @@ class _Rewrite:
         key = (operand, use.placement, partial)
         if key not in cache:
             resharded = operand
+            # Before the first user. Users come in the graph's order, so the later ones find the collective before them.
             for target, arguments, placement in reshard_steps(now, use.placement, partial, tensor.requires_grad, self.size):
                 with body.graph.inserting_before(user):
                     node = body.graph.call_function(target, (resharded, *arguments, AXIS))
@@ -356,6 +381,7 @@ class _Rewrite:
             axes = node.meta.get("partial_gradient", ())
             if placement.copies > 1:
                 self.copied.add(name)
+                # All ranks of tp have summands of the gradient of a single shard. Of several, only ranks with the same one.
                 axes = (AXIS if placement.is_copied else COPIES,)
             self.layouts[name] = Layout().put(AXIS, REPLICATED if placement.is_copied else placement)
             if axes:
@@ -363,6 +389,7 @@ class _Rewrite:
 
     def copies(self) -> int:
         """How many ranks have the same shard, of the weights with copies. Raises PolicyError where weights differ in that."""
+        # The mesh factors tp only once, so all weights with copies must agree.
         counts = {layout.on(AXIS).copies for layout in self.layouts.values()} - {1}
         if len(counts) > 1:
             raise PolicyError(f"tensor = {self.size}: weights in {', '.join(map(str, sorted(counts)))} copies in one model")
@@ -381,18 +408,22 @@ def _add_partial_first(body: Body, propagation: Propagation, added: set[fx.Node]
     graph changed. A sum of such sums waits until these have layouts. added: the sums that were made so, each of them once."""
     changed = False
     for root in list(body.calls()):
+        # Start at the outermost sum of a chain: the inner sums are found as its terms.
         if root in added or not _is_sum(root) or any(_is_sum(user) and len(root.users) == 1 for user in root.users):
             continue
         terms, inner = _terms(root)
+        # A sum that this round made has no placement yet. The next round looks at it again.
         if any(t not in propagation.placements for t in terms) or any(user not in propagation.choices for _, user, _ in inner):
             continue
         partial = [t for t in terms if propagation.placements[t][0].partial and value(t).shape == value(root).shape]
+        # How many terms are reduced just before they are added. With fewer than two there is nothing to save.
         reduced = sum(
             propagation.placements[t][0].partial and not propagation.choices[user].operands[i].partial for t, user, i in inner
         )
         if reduced < 2 or len(partial) < 2:
             continue
         changed = True
+        # A layer with a parallel residual: x + attention + mlp becomes (attention + mlp) + x, with one reduction and not two.
         total = partial[0]
         for term in (*partial[1:], *(t for t in terms if t not in partial)):
             with body.graph.inserting_before(root):
@@ -407,6 +438,7 @@ def _add_partial_first(body: Body, propagation: Propagation, added: set[fx.Node]
 
 
 def _is_sum(node: fx.Node) -> bool:
+    # With `alpha`, with a number, or with a cast in it, an addition is no plain sum, and its terms keep their places.
     if node.target is not torch.ops.aten.add.Tensor or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
         return False
     return all(value(a).dtype == value(node).dtype for a in tensor_arguments(node))
@@ -418,6 +450,7 @@ def _terms(root: fx.Node) -> tuple[list[fx.Node], list[tuple[fx.Node, fx.Node, i
     uses: list[tuple[fx.Node, fx.Node, int]] = []
     for i, operand in enumerate(tensor_arguments(root)):
         uses.append((operand, root, i))
+        # A sum that something else reads as well is needed as it is, and so is a term.
         if _is_sum(operand) and len(operand.users) == 1 and value(operand).shape == value(root).shape:
             more, inner = _terms(operand)
             terms += more
@@ -439,6 +472,7 @@ def _set_layouts(node: fx.Node, placements: tuple[Placement, ...]) -> None:
 def _stored_placement(operand: fx.Node, placements: dict[fx.Node, Placement]) -> Placement:
     """The placement of an operand that is a placeholder, maybe transposed."""
     if operand.target is torch.ops.aten.t.default and operand.args[0] in placements:
+        # A transpose exchanges dimensions 0 and 1.
         at = placements[operand.args[0]]  # type: ignore[index]
         return at if at.dim is None else replace(at, dim=1 - at.dim)
     return placements.get(operand, REPLICATED)

@@ -74,6 +74,7 @@ class _Unflattening:
             return _merged(self._shape(node.args[0]), value(node).shape)
         if packet is aten.repeat:
             return _repeated(node)
+        # Operands that were merged from different sizes say nothing about the result.
         leads = [self.leads[row] for row in row_operands(node) if row in self.leads]
         return leads[0] if leads and all(_alike(leads[0], other) for other in leads) else None
 
@@ -86,6 +87,7 @@ class _Unflattening:
         """Whether a call divides a dimension that was merged."""
         if operator_of(node) is not aten.reshape or node.args[0] not in self.leads:
             return False
+        # [b·s, h] -> [b·s, n, d] keeps the merge, and [b·s, h] -> [b, s, h] undoes it.
         before, after = self.leads[node.args[0]], self.leads.get(node, ())  # type: ignore[index]
         return not _alike(before, after[: len(before)])
 
@@ -98,6 +100,7 @@ class _Unflattening:
         pending = [node.args[0] for node in ends]
         while pending:
             node = pending.pop()
+            # Back along the operands whose dimension 0 is the result's, up to the merge itself.
             if isinstance(node, fx.Node) and node in self.leads and node not in merged:
                 merged.add(node)
                 pending += [node.args[0]] if operator_of(node) is aten.reshape else row_operands(node)
@@ -109,8 +112,10 @@ class _Unflattening:
         packet = operator_of(node)
         source: Any = node.args[0]
         if packet is aten.reshape:
+            # The merge reads a value that was never merged. A reshape after it reads the twin.
             return self._reshaped(self.twins.get(source, source), self._shape(node), node)
         if packet is aten.repeat:
+            # [k·b, …] by repetition is [k, b, …] by broadcasting.
             return self._call(aten.expand.default, (source, list(self._shape(node))), {}, node)
         unmerged = unmerge(node, lead)
         assert unmerged is not None
@@ -134,6 +139,7 @@ class _Unflattening:
 
     def _reshape(self, source: fx.Node, shape: tuple[Size, ...], like: fx.Node) -> fx.Node:
         """A value in another shape; itself, or what it is a reshape of, where that has the shape."""
+        # Step back through reshapes: what one of them reads may have the shape already.
         while not _alike(value(source).shape, shape):
             if operator_of(source) is not aten.reshape:
                 reshaped = self.graph.call_function(aten.reshape.default, (source, list(shape)))
@@ -163,6 +169,7 @@ def _merged(source: tuple[Size, ...], target: tuple[Size, ...]) -> LeadingSizes 
     product: Size = 1
     lead: list[Size] = []
     for size in source if target else ():
+        # Enough sizes: their product is the merged dimension. Dimensions of one are no factors and are left out.
         if same(product, target[0]):
             break
         product *= size

@@ -26,12 +26,14 @@ CONTRACT = Contract(requires=frozenset({"units", "layouts", "stages"}), provides
 def run(program: Program, context: Context) -> Program:
     options = context.policy.options
     reshard = options.zero == 3
+    # Only some schedules ask for the two halves of a backward.
     stages = range(program.stages if SCHEDULES[options.schedule].splits_backward else 0)
     unsplit = {stage: why for stage in stages if (why := reason_not_split(program, stage, reshard)) is not None}
     offloaded = _offloaded(program, options.offload)
     units = []
     for unit in program.units:
         plan = replace(unit.plan, whole_backward=unit.plan.stage in unsplit)
+        # A prelude has none, and so there is nothing to gather.
         if unit.parameters:
             plan = replace(plan, reshard=reshard, offload=unit.path in offloaded)
         units.append(replace(unit, plan=plan))

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "env", "show versions, devices, and what runs each operator here", _env)
 
     completion = _command(commands, "completion", "print a script that completes these commands in a shell", _completion)
-    completion.add_argument("shell", choices=sorted(SCRIPTS), help="the shell; for bash: source <(shardcomp completion bash)")
+    completion.add_argument("shell", choices=sorted(SCRIPTS), help=_LOAD_SCRIPT)
     return parser
 
 
@@ -286,6 +286,7 @@ def _verify(args: argparse.Namespace) -> tuple[int, str]:
     if args.json:
         keys = ["ok", "precision", "deviation", "worst", "reproduce", "batches"]
         keys += ["mutants"] * args.mutate + ["dropout"] * bool(answer.dropout)
+        keys += ["disagreements"] * bool(answer.disagreements)
         return status, _json({key: getattr(answer, key) for key in keys})
     return status, _verdict(answer)
 
@@ -367,11 +368,14 @@ def _verdict(answer: Verification) -> str:
     """The answer of `verify` as text."""
     agrees = "agrees with" if answer.ok else "does NOT agree with"
     lines = [f"in {answer.precision}, the plan {agrees} the dense model"]
+    lines += _disagreements(answer)
     lines.append(f"largest deviations, {', '.join(answer.batches)} batches:")
     lines += [f"  {quantity:<10} {value:.2e}" for quantity, value in answer.deviation.items()]
     if answer.worst:
         worst = answer.worst
         where = f" of {worst['parameter']}" if worst["parameter"] else ""
+        if worst["parameter"] in answer.batches:
+            where = f" of the {worst['parameter']} batch"
         lines.append(f"nearest to its tolerance: {worst['quantity']}{where}, {worst['value']:.2e} of {worst['tolerance']:.2e}")
     if answer.dropout:
         zeroed = ", ".join(f"{key} = {probability}" for key, probability in answer.dropout.items())
@@ -381,6 +385,30 @@ def _verdict(answer: Verification) -> str:
         lines += [f"  not noticed: {survivor}" for survivor in answer.mutants["survivors"]]
     lines.append(f"reproduce with: {answer.reproduce}")
     return "\n".join(lines) + "\n"
+
+
+_SHOWN = 5
+"""How many values that ranks disagree about are printed."""
+
+
+def _disagreements(answer: Verification) -> list[str]:
+    """The lines about values that ranks disagree about, if there are any."""
+    if not answer.disagreements:
+        return []
+    count = len(answer.disagreements)
+    lines = [f"the ranks disagree with each other about {count} value{'s' * (count > 1)}:"]
+    for disagreement in answer.disagreements[:_SHOWN]:
+        of = f" of {disagreement['parameter']}" if disagreement["parameter"] else ""
+        batch = f", {disagreement['batch']} batch" if disagreement["batch"] else ""
+        lines.append(f"  {disagreement['quantity']}{of}{batch}: {disagreement['apart']:.2e} apart")
+        for copy in disagreement["copies"]:
+            ranks = ", ".join(map(str, copy["ranks"]))
+            rank = f"rank{'s' * (len(copy['ranks']) > 1)} {ranks}"
+            stage = "" if copy["stage"] is None else f", stage {copy['stage']}"
+            lines.append(f"    {rank}{stage}: {copy['deviation']:.2e} from the dense model")
+    if count > _SHOWN:
+        lines.append(f"  and {count - _SHOWN} more, which --json lists")
+    return lines
 
 
 def _env(args: argparse.Namespace) -> tuple[int, str]:
@@ -405,6 +433,9 @@ def _completion(args: argparse.Namespace) -> tuple[int, str]:
     return GOOD, _json({"script": script}) if args.json else script
 
 
+_LOAD_SCRIPT = (
+    "the shell. In bash or zsh, load it with: source <(shardcomp completion bash). In fish: shardcomp completion fish | source"
+)
 SCRIPTS = {
     "bash": """_shardcomp() {
     local IFS=$'\\n'
@@ -413,22 +444,34 @@ SCRIPTS = {
 }
 complete -F _shardcomp shardcomp
 """,
+    # The last lines are for both ways to load it: sourced, or as a file _shardcomp in fpath, which is then the function's body.
     "zsh": """#compdef shardcomp
 _shardcomp() {
     local -a candidates
     candidates=("${(@f)$(shardcomp --complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
     if [[ -n "$candidates" ]]; then compadd -- "${candidates[@]}"; else _files; fi
 }
-compdef _shardcomp shardcomp
+if [[ "$funcstack[1]" == _shardcomp ]]; then
+    _shardcomp "$@"
+else
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+    compdef _shardcomp shardcomp
+fi
 """,
     "fish": """function __shardcomp
     set -l words (commandline -opc) (commandline -ct)
-    shardcomp --complete $words[2..] 2>/dev/null
+    set -l candidates (shardcomp --complete $words[2..] 2>/dev/null)
+    if set -q candidates[1]
+        printf '%s\\n' $candidates
+    else
+        __fish_complete_path (commandline -ct)
+    end
 end
-complete -c shardcomp -a '(__shardcomp)'
+complete -c shardcomp -f -a '(__shardcomp)'
 """,
 }
-"""Shell -> the script that completes a command line. It calls `shardcomp --complete WORD...`, which imports nothing heavy."""
+"""Shell -> the script that completes a command line. It calls `shardcomp --complete WORD...`, which imports nothing heavy. If
+that prints nothing, the shell completes names of files."""
 
 
 def complete(words: Sequence[str]) -> list[str]:

@@ -36,6 +36,7 @@ _NAMES = {  # name -> "module:name there", or "module:" for the module itself
     # Modules.
     "DropoutNd": "torch.nn.modules.dropout:_DropoutNd",
     # Operators.
+    "cpu_multiplies_bf16": "torch:ops.mkldnn._is_mkldnn_bf16_supported",
     "dispatch_has_kernel": "torch._C:_dispatch_has_kernel_for_dispatch_key",
     "assert_async": "torch:_assert_async",
     "foreach_mul_": "torch:_foreach_mul_",

@@ -12,6 +12,8 @@ from pathlib import Path
 # Before torch and transformers are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Captured calls of tests, some of which patch the capture, are never taken for those of the user.
+os.environ["SHARDCOMP_CAPTURES"] = str(Path(__file__).parents[1] / "build" / "test-captures")
 
 import hypothesis
 import pytest
@@ -135,3 +137,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(), f"differs from {path}: {how}"
 
     return compare
+
+
+@pytest.fixture
+def chunked_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are computed in chunks, as those of models with many tokens are."""
+    from shardcomp.fusion import loss_head
+
+    monkeypatch.setattr(loss_head, "_LEAST_ROWS", 2)

@@ -224,6 +224,35 @@ def test_faults_that_nobody_noticed_are_named(capsys: pytest.CaptureFixture[str]
     assert json.loads(out)["mutants"]["survivors"] == ["layer 0: not sent"]
 
 
+def test_verify_says_which_ranks_disagree_about_what_and_prints_the_deviations(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(ranks: list[int], deviation: float, stage: int | None = None) -> dict[str, Any]:
+        return {"ranks": ranks, "stage": stage, "deviation": deviation}
+
+    norm = {"quantity": "gradients", "parameter": "model.norm.weight", "batch": "causal", "apart": 0.5}
+    norm["copies"] = [copy([0, 1], 1e-16), copy([2], 0.5)]
+    tied = {"quantity": "weights", "parameter": "lm_head.weight", "batch": "", "apart": 0.25}
+    tied["copies"] = [copy([1], 1e-16, 1), copy([1], 0.25, 2)]
+    answer(monkeypatch, ok=False, deviation={"gradients": 0.5}, worst=WORST, disagreements=[norm, tied, *[norm] * 5])
+    status, out, _ = run(capsys, "verify", "tiny")
+    assert status == 1
+    assert out.startswith(
+        """in fp64, the plan does NOT agree with the dense model
+the ranks disagree with each other about 7 values:
+  gradients of model.norm.weight, causal batch: 5.00e-01 apart
+    ranks 0, 1: 1.00e-16 from the dense model
+    rank 2: 5.00e-01 from the dense model
+  weights of lm_head.weight: 2.50e-01 apart
+    rank 1, stage 1: 1.00e-16 from the dense model
+    rank 1, stage 2: 2.50e-01 from the dense model
+"""
+    )
+    assert "  and 2 more, which --json lists\nlargest deviations" in out and "  gradients  5.00e-01" in out
+    _, out, _ = run(capsys, "verify", "tiny", "--json")
+    assert json.loads(out)["disagreements"][1]["copies"][1] == {"ranks": [1], "stage": 2, "deviation": 0.25}
+
+
 def test_verify_says_what_it_turned_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, dropout={"attn_pdrop": 0.1, "resid_pdrop": 0.2})
     _, out, _ = run(capsys, "verify", "tiny")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +192,52 @@ def test_bash_completes_with_the_script() -> None:
     ask = "COMP_WORDS=(shardcomp inspect tiny --numerics ''); COMP_CWORD=4; _shardcomp; echo ${COMPREPLY[@]}"
     answer = subprocess.run(["bash", "-c", script + ask], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["hf", "fp32"]
+
+
+LINES = {
+    "ins": ["inspect"],
+    "inspect tiny --prec": ["--precision"],
+    "inspect tiny --precision ": ["bf16", "fp16", "fp32", "fp64"],
+    "verify tiny --policy lla": ["llama"],
+    "inspect ti": ["tiny"],
+}
+"""What is typed after `shardcomp ` -> what the shell offers, sorted."""
+
+
+@pytest.fixture
+def with_command(tmp_path: Path) -> dict[str, str]:
+    """An environment whose path has the command `shardcomp` of this Python."""
+    command = tmp_path / "bin" / "shardcomp"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m shardcomp.cli "$@"\n')
+    command.chmod(0o755)
+    return {**os.environ, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+def test_fish_completes_with_the_script(with_command: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    asks = "; ".join(f"complete -C 'shardcomp {line}'; echo" for line in [*LINES, "convert note"])
+    command = ["fish", "--no-config", "-c", f"shardcomp completion fish | source; {asks}"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=with_command, cwd=tmp_path)
+    offered = [sorted(block.split()) for block in answer.stdout.split("\n\n")]
+    assert offered[: len(LINES)] == list(LINES.values())
+    assert offered[len(LINES)] == ["notes.txt"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_zsh_completes_with_the_script(with_command: dict[str, str], tmp_path: Path) -> None:
+    """`compadd` offers words only while someone types, so a stand-in prints what it is called with."""
+    asks = [
+        f"words=(shardcomp {line}{chr(39) * 2 if line.endswith(' ') else ''}); CURRENT=$#words; _shardcomp" for line in LINES
+    ]
+    stubs = 'compadd() { shift; print -r -- "${(o)@}"; }; _files() { print files; }'
+    files = "words=(shardcomp convert note); CURRENT=3; _shardcomp"
+    script = "; ".join(["source <(shardcomp completion zsh)", stubs, *asks, files])
+    answer = subprocess.run(
+        ["zsh", "-f", "-c", script], capture_output=True, text=True, check=True, env=with_command, cwd=tmp_path
+    )
+    assert [line.split() for line in answer.stdout.splitlines()] == [*LINES.values(), ["files"]]
 
 
 @pytest.mark.parametrize(

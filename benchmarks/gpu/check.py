@@ -1,17 +1,17 @@
-"""What `make gpu` runs: is everything right on this GPU, and how fast are its kernels?
+"""`make gpu`: check that everything is right on this GPU, and measure its kernels.
 
     python benchmarks/gpu/check.py [--dry-run] [--minutes 8] [--results DIR]
 
-The parts run one after the other, the most important first, in processes with time limits of their own:
+The parts run one after the other, the most important first. Each has a process and a time limit:
 
-    build      the library of kernels is built
-    operators  every operator is compared with float64, and with the bits of HuggingFace's modules
-    kernels    the operators are measured beside HuggingFace, torch.compile, torch's own and Liger-Kernel
-    verify     `shardcomp verify` runs on the GPU
-    sanitizer  compute-sanitizer, if it is installed, watches every operator at small sizes
+    build      build the library of kernels
+    operators  compare every operator with float64, and with the bits of HuggingFace's modules
+    kernels    measure the operators beside HuggingFace, torch.compile, torch's operators and Liger-Kernel
+    verify     run `shardcomp verify` on the GPU
+    sanitizer  run every operator at small sizes under compute-sanitizer, if that is installed
 
-A part that was not reached in time is reported. A table comes last, and everything is in one JSON file. The exit status is 0 if
-all was right, 1 if something was not right or not reached, and 2 if this cannot run here.
+The report also lists the parts for which no time was left. It ends with a table, and one JSON file has all results. The exit
+status is 0 if everything is right, 1 if something is wrong or was not reached, and 2 if the check cannot run here.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from parts import Budget, Ended, Part, Refused
 SECONDS = {"build": 150.0, "operators": 75.0, "kernels": 180.0, "verify": 100.0, "sanitizer": 90.0}
 """Part -> its time limit, in the order in which they run."""
 MEANING = {
-    "build": "builds the library of kernels, and asks what runs each operator (shardcomp env)",
+    "build": "builds the library of kernels, and lists what runs each operator (shardcomp env)",
     "operators": "every operator, forward and backward, against float64 and against the bits of HuggingFace's modules",
     "verify": "the plan against the dense model on the GPU: loss, gradients, weights",
-    "kernels": "every operator beside HuggingFace, torch.compile, torch's own and Liger-Kernel",
+    "kernels": "every operator beside HuggingFace, torch.compile, torch's operators and Liger-Kernel",
     "sanitizer": "every operator at small sizes under compute-sanitizer's memcheck",
 }
 ROWS = 8192
@@ -45,15 +45,16 @@ MEASURED = (
     ("7b", ("linear_cross_entropy", "layer_norm")),
     ("llama3", ("linear_cross_entropy",)),
 )
-"""Shapes of the benchmark and their operators, in order: 8192 rows of 4096 and 11008, and vocabularies of 32000 and 128256."""
+"""(shape of the benchmark, its operators), in the order in which they are measured. 7b has rows of 4096 and 11008 features.
+Its vocabulary is 32000, that of llama3 is 128256."""
 VERIFIED = ("fp64", "fp32", "bf16")
-"""Precisions."""
+"""The precisions that `verify` runs in."""
 REPEATED = 0.15
-"""For how many seconds a call is repeated."""
+"""How long the benchmark repeats a call, in seconds."""
 
 
 def build(out: Path) -> None:
-    """Load the library, which builds it, and call every operator."""
+    """Load the library, which builds it if necessary, and ask what runs each operator."""
     from shardcomp.inspect.environment import environment
     from shardcomp.kernels import library
 
@@ -70,7 +71,7 @@ def operators(out: Path, small: bool) -> None:
 
     for check in checks(torch.device("cuda"), ("tiny",) if small else tuple(SHAPES)):
         parts.write(out, asdict(check))
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # an error of a kernel is raised beside the check that caused it
 
 
 def verify(out: Path) -> None:
@@ -78,12 +79,12 @@ def verify(out: Path) -> None:
     import shardcomp
 
     for precision in VERIFIED:
-        for more in ({}, {"recompute": "full", "zero": 3}):
-            policy = shardcomp.Policy.load("llama", precision=precision, **more)
+        for options in ({}, {"recompute": "full", "zero": 3}):
+            policy = shardcomp.Policy.load("llama", precision=precision, **options)
             try:
                 answer = shardcomp.verify("tiny", policy, 1, device="cuda").as_dict()
-            except Exception as error:  # the other precisions are still worth knowing
-                text = f"{precision} {more}: {type(error).__name__}: {str(error).strip()[-parts.TAIL :]}"
+            except Exception as error:  # the other precisions run all the same
+                text = f"{precision} {options}: {type(error).__name__}: {str(error).strip()[-parts.TAIL :]}"
                 parts.write(out, {"ok": False, "precision": precision, "reproduce": text})
                 continue
             keys = ("ok", "precision", "deviation", "worst", "reproduce", "batches")
@@ -107,7 +108,7 @@ def kernels(out: Path) -> None:
 
 
 def planned(folder: Path) -> list[Part]:
-    """All parts, in order. The sanitizer is among them if its program is installed."""
+    """All parts, in order. The sanitizer is one of them if compute-sanitizer is installed."""
     script = str(Path(__file__).resolve())
     result = []
     for name, seconds in SECONDS.items():
@@ -125,7 +126,9 @@ def planned(folder: Path) -> list[Part]:
 
 def one_part(name: str, out: Path) -> None:
     """Run a part in this process."""
-    if name == "sanitizer":  # every tensor is an allocation of its own, so that an access beyond it is seen
+    if name == "sanitizer":
+        # Torch's allocator puts many tensors into one block. Only where each has its own allocation does the tool see an access
+        # beyond a tensor.
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     runs: dict[str, Callable[[Path], None]] = {
         "build": build,
@@ -138,7 +141,7 @@ def one_part(name: str, out: Path) -> None:
 
 
 def judged(ended: Sequence[Ended]) -> list[tuple[str, bool, str]]:
-    """A verdict on every part: its name, whether it was reached and right, and its results in words."""
+    """A verdict for every part: its name, whether it ran and all its results are right, and a summary of them in words."""
     return [(part.part.name, *_judge(part)) for part in ended]
 
 
@@ -146,13 +149,13 @@ def _judge(ended: Ended) -> tuple[bool, str]:
     results, name, text = ended.found, ended.part.name, ""
     ok = ended.state == "done"
     if name == "build":
-        results = results or [{"library": "reference", "why": "nothing was found out"}]
+        results = results or [{"library": "reference", "why": "the part wrote no result"}]
         kernels: list[dict[str, Any]] = next((result["kernels"] for result in results if "kernels" in result), [])
         fused = [kernel for kernel in kernels if kernel["name"] not in ("attention", "embedding")]
-        run = [kernel["name"] for kernel in fused if kernel["ok"] and kernel["runs"] != "reference"]
+        running = [kernel["name"] for kernel in fused if kernel["ok"] and kernel["runs"] != "reference"]
         library = results[0]
-        ok = ok and library["library"] != "reference" and bool(run) and all(kernel["ok"] for kernel in fused)
-        text = f"{library['library']}: {library['why']}; on this GPU it runs {len(run)} of {len(fused)} operators"
+        ok = ok and library["library"] != "reference" and bool(running) and all(kernel["ok"] for kernel in fused)
+        text = f"{library['library']}: {library['why']}; on this GPU it runs {len(running)} of {len(fused)} operators"
     elif name in ("operators", "sanitizer"):
         wrong = [
             f"{check['operator']} {check['shape']} {check['dtype']}: {check['why']}" for check in results if not check["ok"]
@@ -166,7 +169,7 @@ def _judge(ended: Ended) -> tuple[bool, str]:
     elif name == "kernels":
         rows = [row for row in results if "operator" in row]
         text = f"{len(rows)} measured"
-        own = [row for row in rows if row["implementation"] == "shardcomp"]  # another implementation may fail
+        own = [row for row in rows if row["implementation"] == "shardcomp"]  # the others may fail
         failed = [f"{row['operator']} {row['shape']}: {row['failed']}" for row in own if row["failed"]]
         ok = ok and not failed and bool(rows)
         text = "; ".join([text, *failed])
@@ -176,13 +179,13 @@ def _judge(ended: Ended) -> tuple[bool, str]:
 
 
 def summary(ended: Sequence[Ended], about: dict[str, Any], path: Path) -> Any:
-    """The tables that come last: the times of every operator, and the results of the parts."""
+    """The tables at the end of the report: the times of every operator, and the verdicts of the parts."""
     from rich.console import Group
     from rich.table import Table
 
     rows = [row for part in ended if part.part.name == "kernels" for row in part.found if "operator" in row]
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    title = f"{about['device']}, bf16, {ROWS} rows: forward / backward in µs, in brackets the share of a copy's bandwidth"
+    title = f"{about['device']}, bf16, {ROWS} rows: forward / backward in µs, in brackets their shares of a copy's bandwidth"
     times = Table(title=title, title_justify="left")
     for column in ("operator", "shape", *names):
         times.add_column(column, justify="left" if column in ("operator", "shape") else "right")
@@ -207,7 +210,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def say_plan(minutes: float) -> None:
-    """Print what would run."""
+    """Print what would run on a GPU."""
     import torch
 
     import benchmark
@@ -222,17 +225,18 @@ def say_plan(minutes: float) -> None:
                 print(f"{'':13}{shape}: {', '.join(f'{operator} {_sizes(shape, operator)}' for operator in names)}")
         if name == "sanitizer" and shutil.which("compute-sanitizer") is None:
             print(f"{'':13}compute-sanitizer is not installed here")
-    largest, where = 0, ""
+    largest, largest_case = 0, ""
     setting = benchmark.Setting(torch.device("meta"), torch.bfloat16, ROWS, REPEATED)
     for shape, names in MEASURED:
         for case in benchmark.cases(shape, setting, set(names) - {"adamw"}):
             nbytes = sum(operand.nbytes for operand in case.make())
-            largest, where = max((largest, where), (nbytes, f"{case.operator} {shape}"))
-    print(f"operands take up to {largest / 1e9:.1f} GB ({where}), about ten times that with what a backward needs")
+            largest, largest_case = max((largest, largest_case), (nbytes, f"{case.operator} {shape}"))
+    print(f"operands take up to {largest / 1e9:.1f} GB ({largest_case}), and about ten times as much with a backward")
     print("nothing was measured")
 
 
 def _sizes(shape: str, operator: str) -> str:
+    """The sizes of an operator's operands, as the dry run prints them."""
     import benchmark
 
     sizes = benchmark.SHAPES[shape]
@@ -278,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {'right' if ok else 'NOT RIGHT'}, {part.seconds:.0f} s: {text}", flush=True)
         if part.state == "failed":
             print(part.why, flush=True)
-        parts.save(path, {**about, "parts": [{**e.as_dict(), "found": e.found} for e in ended]})
+        parts.save(path, {**about, "parts": [{**part.as_dict(), "found": part.found} for part in ended]})
 
     with tempfile.TemporaryDirectory() as folder:
         Budget(args.minutes * 60).run(planned(Path(folder)), after)

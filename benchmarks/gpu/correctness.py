@@ -1,4 +1,4 @@
-"""Every fused operator on a device, compared with float64 and with the bits of HuggingFace's modules on that device."""
+"""Compare every fused operator on a device with float64, and with the bits of HuggingFace's modules on that device."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from shardcomp.fusion.equivalence import EQUAL_BITS, equal_bits
 from shardcomp.ir.precision import Widened
 
 FURTHER = 1.05
-"""By what factor an operator may be further from float64 than HuggingFace's modules, in every result and gradient."""
+"""The largest factor by which a result or gradient may be further from float64 than that of HuggingFace's module."""
 BITS = {"rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu"}
-"""The operators that have the model's own bits in 16 bits. A loss, which adds many numbers, is compared with float64 alone. So
-is everything in float32, where two exponentials of the same number may differ."""
+"""The operators whose results have the bits of HuggingFace's modules in bf16 and fp16.
+
+The losses are compared with float64 alone, since they add many numbers in some order. So is everything in float32: there two
+implementations of the exponential may differ in the last bit."""
 SHAPES = {
     "7b": (Shape(4096, 11008, 32, 32, 128, 32000), 256),
     "odd": (Shape(1027, 517, 5, 5, 34, 1013), 67),
     "tiny": (Shape(64, 48, 4, 2, 16, 257), 33),
 }
-"""Name -> sizes, and how many tokens."""
+"""Name -> (sizes of the model, number of tokens). No size of `odd` is a multiple of a vector's or a warp's width."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -34,8 +36,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Check:
     """The comparison of one operator.
 
-    bits: the smallest share of equal bits among its results. further: the largest factor, among results and gradients, by which
-    it is further from float64 than HuggingFace's module.
+    bits: the smallest share of equal numbers among its results. further: the largest factor, among results and gradients, by
+    which it is further from float64 than HuggingFace's module. why: what is wrong, "" if nothing is.
     """
 
     operator: str
@@ -48,7 +50,7 @@ class Check:
 
 
 def checks(device: torch.device, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[Check]:
-    """All operators at these shapes, in every dtype."""
+    """Yield a comparison of every operator at these shapes, in every dtype."""
     for name in shapes:
         shape, tokens = SHAPES[name]
         for dtype in DTYPES:
@@ -63,6 +65,7 @@ def checks(device: torch.device, shapes: tuple[str, ...] = tuple(SHAPES)) -> Ite
 
 
 def _guarded(operator: str, shape: str, dtype: torch.dtype, check: Any) -> Check:
+    """Run one comparison. An exception becomes its `why`, so that the other comparisons still run."""
     result = Check(operator, shape, str(dtype).removeprefix("torch."), False)
     try:
         result.bits, result.further, result.why = check()
@@ -73,7 +76,7 @@ def _guarded(operator: str, shape: str, dtype: torch.dtype, check: Any) -> Check
 
 
 def _run(call: Call, operands: list[Tensor], exact: bool = False) -> list[Tensor]:
-    """Results and gradients. exact: everything is computed in float64, also inside a module."""
+    """The results of a call, and the gradients of its operands. exact: compute in float64, also inside a module that casts."""
     inputs = [tensor.detach().double() if exact and tensor.is_floating_point() else tensor.detach() for tensor in operands]
     for tensor, operand in zip(inputs, operands, strict=True):
         tensor.requires_grad_(operand.requires_grad)
@@ -82,11 +85,12 @@ def _run(call: Call, operands: list[Tensor], exact: bool = False) -> list[Tensor
             results = benchmark.results(call(*inputs))
     else:
         results = benchmark.results(call(*inputs))
-    draw = torch.Generator(inputs[0].device).manual_seed(1)
-    seeds = [torch.randn(out.shape, generator=draw, device=out.device, dtype=torch.float64) for out in results]
-    seeds = [seed.to(operands[0].dtype).to(out.dtype) if out.dim() else seed.new_ones((), dtype=out.dtype)
-             for seed, out in zip(seeds, results, strict=True)]  # fmt: skip
-    return results + list(torch.autograd.grad(results, [tensor for tensor in inputs if tensor.requires_grad], seeds))
+    generator = torch.Generator(inputs[0].device).manual_seed(1)
+    # Every run has the same output gradients. They are drawn in float64, and always rounded to the operands' dtype.
+    drawn = [torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float64) for out in results]
+    gradients = [grad.to(operands[0].dtype).to(out.dtype) if out.dim() else grad.new_ones((), dtype=out.dtype)
+                 for grad, out in zip(drawn, results, strict=True)]  # fmt: skip
+    return results + list(torch.autograd.grad(results, [tensor for tensor in inputs if tensor.requires_grad], gradients))
 
 
 def _against(case: Case, dtype: torch.dtype) -> tuple[float | None, float, str]:
@@ -105,11 +109,11 @@ def _against(case: Case, dtype: torch.dtype) -> tuple[float | None, float, str]:
 
 
 def _furthest(actual: list[Tensor], expected: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> float:
-    """The largest ratio of the distances from float64, beyond what chance explains.
+    """The largest ratio of two distances from float64, ours over HuggingFace's, less what chance explains.
 
-    The norms of n independent roundings differ by a share of 1 / √n: three times that is allowed. HuggingFace's result may be
-    closer than the rounding of `dtype` by luck: then that rounding counts as its distance. For a loss in float32, which adds
-    many numbers in some order, several roundings do.
+    The norms of n independent roundings differ by a share of about 1 / √n, so three times that share is allowed. By luck,
+    HuggingFace may be closer to float64 than one rounding of `dtype`. Then half a rounding counts as its distance. A loss in
+    float32 adds many numbers, so four roundings count there.
     """
     ratios = []
     for ours, theirs, true in zip(actual, expected, exact, strict=True):
@@ -122,7 +126,8 @@ def _furthest(actual: list[Tensor], expected: list[Tensor], exact: list[Tensor],
 
 
 MOST_GATES = 4
-"""How many bf16 numbers may differ: their silu is so close to halfway between two bf16 numbers that float32 cannot decide."""
+"""How many bf16 numbers may have another silu than in torch. Their silu is so close to halfway between two bf16 numbers that
+float32 cannot decide."""
 
 
 def _every_gate(device: torch.device) -> tuple[float, None, str]:
@@ -130,24 +135,25 @@ def _every_gate(device: torch.device) -> tuple[float, None, str]:
     gates = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).to(device)
     ones = torch.ones_like(gates)
     bits = equal_bits(kernels.swiglu(gates, ones, round_first=True), nn.functional.silu(gates) * ones)
-    other = round((1 - bits) * gates.numel())
-    return bits, None, "" if other <= MOST_GATES else f"{other} of all {gates.numel()} gates have other bits than in torch"
+    differing = round((1 - bits) * gates.numel())
+    why = f"{differing} of all {gates.numel()} gates have other bits than in torch"
+    return bits, None, "" if differing <= MOST_GATES else why
 
 
 def _adamw(device: torch.device, dtype: torch.dtype) -> tuple[None, float, str]:
     """Compare three steps of AdamW with torch's in float32, and both with torch's in float64."""
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = [(1000, 33), (4097,), (3,), (128, 128), ()]
-    start = [torch.randn(shape, generator=draw) for shape in shapes]
-    gradients = [[torch.randn(shape, generator=draw).to(dtype) for shape in shapes] for _ in range(3)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(3)]
     options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
-    def run(kind: Any, wide: torch.dtype, **more: Any) -> list[Tensor]:
-        weights = [nn.Parameter(tensor.to(device, wide)) for tensor in start]
-        optimizer = kind(weights, **options, **more)
-        for step in gradients:
-            for weight, gradient in zip(weights, step, strict=True):
-                weight.grad = gradient.to(device, wide)
+    def run(optimizer_class: Any, dtype: torch.dtype, **more_options: Any) -> list[Tensor]:
+        weights = [nn.Parameter(tensor.to(device, dtype)) for tensor in start]
+        optimizer = optimizer_class(weights, **options, **more_options)
+        for step_gradients in gradients:
+            for weight, gradient in zip(weights, step_gradients, strict=True):
+                weight.grad = gradient.to(device, dtype)
             optimizer.step()
         return [weight.detach() for weight in weights]
 
@@ -157,8 +163,9 @@ def _adamw(device: torch.device, dtype: torch.dtype) -> tuple[None, float, str]:
 
 
 def _grad_norm(device: torch.device, dtype: torch.dtype) -> tuple[None, float, str]:
-    draw = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(shape, generator=draw).to(device, dtype) for shape in ((1000, 1001), (33,), (1,), (4, 5, 6))]
+    """Compare the squared norm of a list of gradients with float64."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((1000, 1001), (33,), (1,), (4, 5, 6))]
     exact = sum(gradient.double().square().sum() for gradient in gradients)
     deviation = abs(float((kernels.grad_norm(gradients).double() - exact) / exact))
     return None, deviation / 1e-6, "" if deviation <= 1e-6 else f"the square of the norm is off by {deviation:.1e}"

@@ -1,5 +1,7 @@
-"""What the commands of this folder share: the packages that they need, parts that run in processes of their own within a time
-limit, and the file of results. It imports only Python's own library, since the other packages may be missing."""
+"""Shared by the commands of this folder: a check for missing packages, parts with time limits, the file of results.
+
+At first it imports only Python's standard library, since other packages may be missing.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PATHS = [ROOT, ROOT / "benchmarks" / "gpu", ROOT / "benchmarks" / "kernels"]
-"""Where the processes of these commands import from. A checkout is enough, nothing has to be installed."""
+"""Where the processes of these commands import from. shardcomp need not be installed: a checkout is enough."""
 TAIL = 2000
 """How many characters of a failed part's output are reported."""
 
 
 class Refused(Exception):
-    """These commands cannot run here. The text says why, and what would do."""
+    """A command cannot run here. The message says why, and what to do."""
 
 
 def prepare() -> None:
@@ -64,10 +66,10 @@ def need_gpu(dry_run: bool) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that runs in a process of its own.
+    """A part of a check or benchmark. It runs in its own process.
 
-    name: for people. command: its words after `python`. seconds: its time limit. out: the file for its results, one JSON value
-    a line, written as soon as it is known. program: what starts Python, such as a sanitizer.
+    name: for the report. command: the words after `python`. seconds: its time limit. out: the file that it writes its results
+    to, one JSON value on a line, each as soon as it is known. program: the words before `python`, such as a sanitizer's.
     """
 
     name: str
@@ -81,7 +83,7 @@ class Part:
 class Ended:
     """How a part ended.
 
-    state: done, failed, cut off (its time was up) or not begun. why: the end of a failed part's output. found: its results.
+    state: done, failed, cut off (at its time limit) or not begun. why: the end of a failed part's output. found: its results.
     """
 
     part: Part
@@ -96,11 +98,11 @@ class Ended:
 
 @dataclass
 class Budget:
-    """The seconds that all parts together may take, from now on."""
+    """The seconds that all parts together may take. They count from the moment when the budget is created."""
 
     seconds: float
     least: float = 5.0
-    """A part begins only if this many seconds are left."""
+    """A part begins only if this many seconds are left, or its own limit if that is shorter."""
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -110,7 +112,7 @@ class Budget:
         return self.seconds - (time.monotonic() - self.began)
 
     def run(self, parts: Sequence[Part], after: Callable[[Ended], None]) -> list[Ended]:
-        """Run parts one after the other, within their own limits and what is left of the budget. Call `after` with each."""
+        """Run parts one after the other, within their limits and the budget. Call `after` when each one has ended."""
         ended = []
         for part in parts:
             limit = min(part.seconds, self.left)
@@ -123,7 +125,7 @@ class Budget:
 
 
 def run(part: Part, limit: float) -> Ended:
-    """Run one part for at most `limit` seconds. The processes that it started end with it."""
+    """Run one part for at most `limit` seconds. Then end it, and every process that it started."""
     part.out.unlink(missing_ok=True)
     log = part.out.with_suffix(".log")
     began = time.monotonic()
@@ -145,33 +147,33 @@ def run(part: Part, limit: float) -> Ended:
             _end(process)
     why = ""
     if state == "cut off":
-        why = f"it was not done after {limit:.0f} s"
+        why = f"it had not ended after {limit:.0f} s"
     elif state == "failed":
         why = log.read_text(errors="replace").strip()[-TAIL:] or f"exit status {process.returncode}"
     return Ended(part, state, time.monotonic() - began, why, read(part.out))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """Kill a process and every process that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def write(out: Path, result: Any) -> None:
-    """Add one result of a part."""
+    """Append one result of a part to its file."""
     with out.open("a") as file:
         file.write(json.dumps(result) + "\n")
 
 
 def read(out: Path) -> list[Any]:
-    """The results of a part, without a last line that is cut off."""
+    """The results in the file of a part. An incomplete last line is ignored: the part may have been killed while it wrote."""
     text = out.read_text() if out.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def about() -> dict[str, Any]:
-    """What a reader needs to judge numbers: device, driver, versions, date, commit."""
+    """What a reader needs to judge the numbers: device, driver, versions, date, commit."""
     import torch
 
     from shardcomp.inspect.environment import versions
@@ -210,8 +212,10 @@ def driver() -> str | None:
 
 
 def commit() -> str:
-    """The commit: $COMMIT, for a copy of a checkout; else that of this checkout, with a + if files differ from it, or `unknown`
-    outside of git."""
+    """The commit of this checkout, with a + if tracked files differ from it, or `unknown` outside of git.
+
+    $COMMIT comes before both: a copy of a checkout, without git's files, can say what it is a copy of.
+    """
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
@@ -220,7 +224,7 @@ def commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; "" if it does not exist or fails."""
+    """The output of a program, or "" if it does not exist or fails."""
     try:
         process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -229,7 +233,7 @@ def _output(*command: str) -> str:
 
 
 def result_file(folder: Path, what: str, about: dict[str, Any]) -> Path:
-    """The file for results, named by date and device. Further ones of a day are numbered."""
+    """A new file for results, named by date and device. Further files of the same day are numbered."""
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     stem = f"{about['date'][:10]}-{device}-{what}"
     numbered = (folder / f"{stem}{f'-{n}' if n > 1 else ''}.json" for n in range(1, 1000))
@@ -237,7 +241,7 @@ def result_file(folder: Path, what: str, about: dict[str, Any]) -> Path:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write a file of results, which is complete at any moment."""
+    """Write a file of results. Whoever reads it meanwhile sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(results, indent=1) + "\n")

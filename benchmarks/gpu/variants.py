@@ -1,7 +1,7 @@
-"""The variants: HuggingFace as it is, compiled, or patched by Liger-Kernel; FSDP2; and shardcomp.
+"""The variants of the benchmark: HuggingFace unmodified, compiled or patched by Liger-Kernel; FSDP2; and shardcomp.
 
-All train on one rank, with products in bf16, float32 masters, AdamW, and gradients clipped to a norm of 1. Also where the time
-of a step goes.
+Each trains on one rank, with matrix products in bf16, float32 masters, AdamW, and gradients clipped to a norm of 1.
+`time_shares` measures how long each kind of kernel takes in a step.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ MAX_NORM = 1.0
 
 
 class Absent(Exception):
-    """What a variant needs is not there; its text says what."""
+    """A variant needs a package that is not installed. The message names it."""
 
 
 @dataclass
 class Trainer:
-    """One way to train. gradients: forward and backward of a batch [sequences, seq], returns the mean loss, []. update: one
-    optimizer step, which leaves no gradients behind. attention: what computes it."""
+    """A model and what trains it.
+
+    gradients: runs forward and backward of a batch, `int64[sequences, seq]`, and returns the mean loss, a scalar. update: runs
+    an optimizer step, and then drops the gradients. parameters: how many numbers are trained. attention: its implementation.
+    """
 
     gradients: Callable[[Tensor], Tensor]
     update: Callable[[], None]
@@ -44,7 +47,7 @@ class Trainer:
 
 
 def trainer(variant: str, shape: Shape, setting: Setting, device: torch.device) -> Trainer:
-    """Make a model with random weights and what trains it. Raises Absent, and what the variant itself raises."""
+    """Build a variant with random weights. Raises Absent, and whatever the variant itself raises."""
     if variant.startswith("shardcomp"):
         return _shardcomp(shape, setting, device, compiled=variant.endswith("compile"))
     if variant == "fsdp2":
@@ -52,34 +55,37 @@ def trainer(variant: str, shape: Shape, setting: Setting, device: torch.device) 
     return _huggingface(variant, shape, setting, device)
 
 
-def drawn(shape: tuple[int, ...] | torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Initial weights: ones for what scales, small random numbers for the rest, the same in every dtype but for rounding."""
+def random_weight(shape: tuple[int, ...] | torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """An initial weight: ones for a norm's vector, small random numbers for a matrix. All dtypes round the same numbers."""
     tensor = torch.empty(shape, device=device)
     return (tensor.fill_(1) if len(shape) < 2 else tensor.normal_(0, 0.02)).to(dtype)
 
 
 def dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """HuggingFace's model, built on the device."""
+    """HuggingFace's model with random weights, built on the device."""
     model = presets.build(shape.config(), dtype)
-    drawn_params: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
+    real_params: dict[nn.Parameter, nn.Parameter] = {}  # by the meta parameter, so that a tied weight stays one parameter
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
-                drawn_params[param] = drawn_params.get(param) or nn.Parameter(drawn(param.shape, device, dtype))
-                module._parameters[name] = drawn_params[param]
+                if param not in real_params:
+                    real_params[param] = nn.Parameter(random_weight(param.shape, device, dtype))
+                module._parameters[name] = real_params[param]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.train()
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers."""
+    """The list of decoder layers: the longest list of modules."""
     return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 class MasterAdamW:
-    """AdamW on float32 masters of weights in bf16, with torch's fused kernel: one group of parameters after the other, so that
-    gradients in float32 are there for one group at a time."""
+    """AdamW on float32 masters of bf16 weights, with torch's fused kernel.
+
+    It updates one group of parameters after the other, so that only one group at a time has float32 gradients.
+    """
 
     def __init__(self, groups: list[list[nn.Parameter]]) -> None:
         self.groups = []
@@ -89,7 +95,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update, and round the masters into the weights."""
+        """Update the masters, round them into the weights, and drop the gradients."""
         for weights, masters, optimizer in self.groups:
             for weight, master in zip(weights, masters, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
@@ -99,8 +105,8 @@ class MasterAdamW:
                 weight.grad = master.grad = None
 
 
-def _mean_loss(model: nn.Module, setting: Setting) -> Callable[[Tensor], Tensor]:
-    """Forward and backward of a HuggingFace model, in micro-batches."""
+def _gradients(model: nn.Module, setting: Setting) -> Callable[[Tensor], Tensor]:
+    """`Trainer.gradients` of a HuggingFace model: forward and backward of one micro-batch after the other."""
 
     def gradients(tokens: Tensor) -> Tensor:
         micro_batches, losses = tokens.split(setting.micro_batch), []
@@ -119,7 +125,7 @@ def _recompute(model: Any, setting: Setting) -> None:
 
 
 def _backend(device: torch.device) -> str:
-    """What compiles: on the CPU, where only the way there is tried, nothing is generated."""
+    """The backend of torch.compile. On the CPU nothing is measured, so no code is generated there."""
     return "inductor" if device.type == "cuda" else "aot_eager"
 
 
@@ -137,22 +143,23 @@ def _huggingface(variant: str, shape: Shape, setting: Setting, device: torch.dev
         for layer in layers:
             layer.compile(backend=_backend(device), dynamic=False)
         model.loss_function = torch.compile(model.loss_function, backend=_backend(device), dynamic=False)
-    inside = {p for layer in layers for p in layer.parameters()}
-    rest = [[p] for p in model.parameters() if p not in inside]
-    optimizer = MasterAdamW([*rest, *(list(layer.parameters()) for layer in layers)])
+    of_layers = {param for layer in layers for param in layer.parameters()}
+    others = [[param] for param in model.parameters() if param not in of_layers]
+    optimizer = MasterAdamW([*others, *(list(layer.parameters()) for layer in layers)])
 
     def update() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=True)
         optimizer.step()
 
-    return Trainer(_mean_loss(model, setting), update, _count(model), model.config._attn_implementation)
+    return Trainer(_gradients(model, setting), update, _count(model), model.config._attn_implementation)
 
 
 def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    return sum(param.numel() for param in model.parameters())
 
 
 def _one_rank(device: torch.device) -> None:
+    """Make this process the only rank of a process group, unless it has one."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -167,8 +174,8 @@ def _fsdp2(shape: Shape, setting: Setting, device: torch.device) -> Trainer:
     _recompute(model, setting)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (1,))
-    for part in (*layers_of(model), model):
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=not setting.gathered)
+    for module in (*layers_of(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not setting.gathered)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
 
@@ -177,24 +184,24 @@ def _fsdp2(shape: Shape, setting: Setting, device: torch.device) -> Trainer:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trainer(_mean_loss(model, setting), update, _count(model), model.config._attn_implementation)
+    return Trainer(_gradients(model, setting), update, _count(model), model.config._attn_implementation)
 
 
 def _shardcomp(shape: Shape, setting: Setting, device: torch.device, compiled: bool) -> Trainer:
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "micro_batch": setting.micro_batch,
         "recompute": setting.recompute,
         "zero": 0 if setting.gathered else 3,
     }
     if compiled:
-        asked["compile"] = True
+        options["compile"] = True
         unit.BACKEND = _backend(device)
     _one_rank(device)
-    policy = shardcomp.Policy.load("llama", **asked)
+    policy = shardcomp.Policy.load("llama", **options)
     lowered = lower(presets.build(shape.config()), policy, 1, seq=shape.seq, micro_batch=setting.micro_batch)
 
     def weights(name: str, index: tuple[slice, ...]) -> Tensor:
-        return drawn(torch.Size(slice_.stop - slice_.start for slice_ in index), device, torch.float32)
+        return random_weight(torch.Size(slice_.stop - slice_.start for slice_ in index), device, torch.float32)
 
     sharded = allocate(lowered, weights)
     optimizer = shardcomp.AdamW(sharded.parameters(), **ADAMW)
@@ -203,8 +210,10 @@ def _shardcomp(shape: Shape, setting: Setting, device: torch.device, compiled: b
         sharded.optimizer_step(optimizer, max_norm=MAX_NORM)
         optimizer.zero_grad()
 
-    count = sum(p.numel() for p in sharded.parameters())
-    return Trainer(lambda tokens: sharded.train_step(input_ids=tokens, labels=tokens).loss, update, count, "auto")
+    def gradients(tokens: Tensor) -> Tensor:
+        return sharded.train_step(input_ids=tokens, labels=tokens).loss
+
+    return Trainer(gradients, update, _count(sharded), "auto")
 
 
 KINDS = (
@@ -214,40 +223,44 @@ KINDS = (
     ("loss", r"cross_entropy|nll_loss|log_?softmax|soft_?max"),
     ("norms", r"norm|rsqrt"),
 )
-"""Kind -> what the names of its kernels have in them; the first that fits counts. What is left over is elementwise."""
+"""(kind, a pattern in the names of its kernels). The first that matches counts. A kernel that matches none is elementwise."""
 
 
 def kind(name: str) -> str:
-    """What a kernel of this name does."""
+    """The kind of the kernel with this name: a kind of KINDS, or elementwise."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "elementwise")
 
 
 LONGEST = 40
-"""Kernels that are told by name."""
+"""How many kernels are reported by name."""
 
 
-def where(run: Trainer, tokens: Tensor, device: torch.device) -> dict[str, Any]:
-    """Where the time of one step goes. time: kind of kernels -> seconds; `optimizer` is all of an update, with the norm of the
-    gradients. longest: the kernels that take longest, each with its seconds and how often it runs."""
-    time: defaultdict[str, float] = defaultdict(float)
-    named: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-    for call, of_all in ((lambda: run.gradients(tokens), None), (run.update, "optimizer")):
-        for name, seconds in _seen(call, device):
-            time[of_all or kind(name)] += seconds
-            named[name][0] += seconds
-            named[name][1] += 1
-    longest = sorted(named.items(), key=lambda entry: -entry[1][0])[:LONGEST]
-    return {"time": dict(time), "longest": [[name[:200], *total] for name, total in longest]}
+def time_shares(run: Trainer, tokens: Tensor, device: torch.device) -> dict[str, Any]:
+    """Profile one step.
+
+    Returns:
+        `time`: kind of kernel -> seconds. The kind `optimizer` is the whole update, the norm of the gradients included.
+        `longest`: [name, seconds, number of calls] of the kernels that take longest.
+    """
+    seconds_by_kind: defaultdict[str, float] = defaultdict(float)
+    totals: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for call, only_kind in ((lambda: run.gradients(tokens), None), (run.update, "optimizer")):
+        for name, seconds in _profiled(call, device):
+            seconds_by_kind[only_kind or kind(name)] += seconds
+            totals[name][0] += seconds
+            totals[name][1] += 1
+    longest = sorted(totals.items(), key=lambda entry: -entry[1][0])[:LONGEST]
+    return {"time": dict(seconds_by_kind), "longest": [[name[:200], *total] for name, total in longest]}
 
 
-def _seen(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
-    """The kernels that a call runs, or on the CPU its operators, with their own seconds."""
+def _profiled(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
+    """(name, seconds) of every kernel that a call runs. On the CPU: of every operator, without the operators inside it."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
-    events: Any = seen.events()
+    events: Any = profiled.events()
     if not on_gpu:
         return [(event.name, event.self_cpu_time_total / 1e6) for event in events]
     return [
@@ -258,7 +271,7 @@ def _seen(call: Callable[[], Any], device: torch.device) -> list[tuple[str, floa
 
 
 def _is_annotation(event: Any) -> bool:
-    """Whether an event is a region that a program has named, which holds kernels and is none."""
+    """Whether an event is a named region of a program. Such a region contains kernels, and is not a kernel itself."""
     return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(
         ("FSDP::", "## ", "ProfilerStep", "Torch-")
     )

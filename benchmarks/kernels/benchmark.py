@@ -1,17 +1,20 @@
-"""How fast the fused operators are, beside others that compute the same: forward and backward, in one run.
+"""Time every fused operator beside other implementations of it: forward and backward, in one run.
 
     python benchmarks/kernels/benchmark.py [--device cpu] [--dtype bf16] [--shapes 7b 65b llama3] [--operators rms_norm ...]
                                          [--rows 2048] [--json FILE] [--chart FILE] [--seconds 0.5]
 
-For every operator, shape and implementation: the median time and its spread, the fewest bytes that have to be moved (each
-operand and result once, in its dtype), and what share that is of what a plain copy moves in the same time, measured here as
-well. Products of matrices have no such share. `peak` is the most memory that a forward and a backward hold at a time beside
-their operands, results and gradients included.
+A row is one implementation of an operator at one shape. It has:
 
-On a GPU a time is the device's own, from events: the device is kept waiting until the host has handed it the whole call, so
-that launching does not count, and what its cache holds is replaced before each call.
+    ms         the median time of a call
+    ±          the distance between the quartiles of its times
+    of copy    its share of a plain copy's bandwidth, which is measured in the same run. The operator's bytes are the fewest
+               possible: each operand and result once, in its dtype. An operator that multiplies matrices has no such share.
+    peak MB    the most memory that one forward and one backward take at a time. Results and gradients count, operands do not.
 
-An implementation that is not installed or does not run here is listed with the reason.
+On a GPU, events on the device take the time. The device waits until the host has launched the whole call, so the time has no
+launching in it. The cache of the GPU is overwritten before each call.
+
+An implementation that is not installed, or does not run here, is listed with the reason.
 """
 
 from __future__ import annotations
@@ -52,7 +55,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model: features, those of its MLP, heads of queries and of keys, their features, words."""
+    """The sizes of a model.
+
+    hidden, inner: features of a layer and of its MLP. heads, key_heads: heads of queries and of keys. head: features of a head.
+    words: size of the vocabulary.
+    """
 
     hidden: int
     inner: int
@@ -74,8 +81,11 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """An operator at one shape. make: its operands. least: bytes forward and backward, None where products decide. calls: what
-    computes it, by name, or why that does not run."""
+    """An operator at one shape.
+
+    make: returns new operands. least: the fewest bytes that forward and backward move, or None if the operator multiplies
+    matrices. calls: name of an implementation -> its function, or the reason why it does not run.
+    """
 
     operator: str
     shape: str
@@ -87,8 +97,11 @@ class Case:
 
 @dataclass
 class Row:
-    """What one implementation took. forward, backward: medians in seconds; spreads: between their quartiles. shares: of the
-    bandwidth of a copy that the fewest bytes in this time are. peak: bytes, see above. failed: why there is none of these."""
+    """The measurements of one implementation.
+
+    forward, backward: medians in seconds. *_spread: the distance between the quartiles. *_share: the share of a copy's
+    bandwidth. peak: bytes. failed: why there are no measurements. The docstring of this module defines them.
+    """
 
     operator: str
     shape: str
@@ -106,7 +119,10 @@ class Row:
 
 @dataclass
 class Setting:
-    """Where and how long it is measured."""
+    """The conditions of a measurement.
+
+    rows: tokens. seconds: how long each call is repeated.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -115,9 +131,8 @@ class Setting:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def draw(setting: Setting, *shape: int, graded: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    tensor = torch.randn(shape, device=setting.device, dtype=dtype or setting.dtype)
-    return tensor.requires_grad_(graded)
+def random_tensor(setting: Setting, *shape: int, requires_grad: bool = True) -> Tensor:
+    return torch.randn(shape, device=setting.device, dtype=setting.dtype).requires_grad_(requires_grad)
 
 
 def hf_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +142,7 @@ def hf_norm(x: Tensor, weight: Tensor) -> Tensor:
     return norm(x)
 
 
-def added_norm(norm: Call, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def norm_after_add(norm: Call, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
     return norm(total, weight), total
 
@@ -149,7 +164,7 @@ def f_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def liger(name: str, device: torch.device) -> Call | str:
-    """An operator of Liger-Kernel, or why there is none."""
+    """An operator of Liger-Kernel, or the reason why it cannot run here."""
     if device.type == "cpu":
         return "Liger-Kernel needs a GPU"
     try:
@@ -173,7 +188,7 @@ def liger(name: str, device: torch.device) -> Call | str:
         try:
             from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
         except ImportError as error:
-            return f"this Liger-Kernel has none ({error})"
+            return f"this release of Liger-Kernel has no add_rms_norm ({error})"
         return lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)
     return calls.get(name, "Liger-Kernel has no such operator")
 
@@ -183,11 +198,14 @@ def compiled(call: Call) -> Call:
 
 
 def cases(name: str, setting: Setting, operators: set[str], shape: Shape | None = None) -> Iterator[Case]:
-    """The operators at one shape, those that are asked for. shape: one that SHAPES has not, of this name."""
+    """Yield the cases of some operators at one shape.
+
+    name: a key of SHAPES, or the name of `shape` if that is given.
+    """
     shape, device, rows = shape or SHAPES[name], setting.device, setting.rows
     size = torch.empty((), dtype=setting.dtype).itemsize
     h, f, v, d = shape.hidden, shape.inner, shape.words, shape.head
-    make = partial(draw, setting)
+    make = partial(random_tensor, setting)
 
     def labels() -> Tensor:
         return torch.randint(0, v, (rows,), device=device)
@@ -208,7 +226,7 @@ def cases(name: str, setting: Setting, operators: set[str], shape: Shape | None 
         yield case(
             "add_rms_norm", lambda: [make(rows, h), make(rows, h), make(h)], (4 * rows * h * size, 4 * rows * h * size),
             lambda x, r, w: kernels.add_rms_norm(x, r, w, eps=EPS, round_first=True),
-            HuggingFace=partial(added_norm, hf_norm), F_rms_norm=partial(added_norm, f_norm),
+            HuggingFace=partial(norm_after_add, hf_norm), F_rms_norm=partial(norm_after_add, f_norm),
         )  # fmt: skip
     if "layer_norm" in operators:
         yield case(
@@ -217,15 +235,15 @@ def cases(name: str, setting: Setting, operators: set[str], shape: Shape | None 
             HuggingFace=lambda x, w, b: functional.layer_norm(x, (h,), w, b, EPS),
         )  # fmt: skip
     if "rotary" in operators:
-        moved = rows * d * (shape.heads + shape.key_heads) * size
+        nbytes = rows * d * (shape.heads + shape.key_heads) * size  # cos and sin, which all heads share, are not counted
 
-        def turned() -> Operands:
+        def rotary_operands() -> Operands:
             q, k = (make(1, rows, n, d).transpose(1, 2) for n in (shape.heads, shape.key_heads))
             angles = torch.rand(1, rows, d // 2, device=device).mul_(6.28).repeat(1, 1, 2)
             return [q, k, angles.cos().to(setting.dtype), angles.sin().to(setting.dtype)]
 
         yield case(
-            "rotary", turned, (2 * moved, 2 * moved),
+            "rotary", rotary_operands, (2 * nbytes, 2 * nbytes),
             lambda q, k, cos, sin: kernels.rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1), round_each=True),
             HuggingFace=apply_rotary_pos_emb,
         )  # fmt: skip
@@ -243,7 +261,8 @@ def cases(name: str, setting: Setting, operators: set[str], shape: Shape | None 
     if "linear_cross_entropy" in operators:
         chunks = math.ceil(v / (2 * h))
         yield case(
-            "linear_cross_entropy", lambda: [make(rows, h), (make(v, h, graded=False) / h**0.5).requires_grad_(), labels()],
+            "linear_cross_entropy",
+            lambda: [make(rows, h), (make(v, h, requires_grad=False) / h**0.5).requires_grad_(), labels()],
             None,
             lambda x, w, labels: kernels.linear_cross_entropy(
                 x, w, labels, labels.numel(), ignore_index=-100, chunks=chunks, early=setting.dtype != torch.float16
@@ -256,13 +275,13 @@ def cases(name: str, setting: Setting, operators: set[str], shape: Shape | None 
 
 
 def adamw(name: str, setting: Setting, numbers: int) -> Case:
-    """A step of the optimizer on a layer's attention weights, in float32 whatever the dtype of the others."""
+    """One optimizer step on the attention weights of a layer: `numbers` float32 numbers, whatever the setting's dtype is."""
 
-    def step(kind: Any, **options: Any) -> Call:
+    def step(optimizer_class: Any, **options: Any) -> Call:
         weights = [nn.Parameter(torch.randn(numbers // 4, device=setting.device)) for _ in range(4)]
         for weight in weights:
             weight.grad = torch.randn_like(weight)
-        optimizer = kind(weights, lr=1e-4, weight_decay=0.1, **options)
+        optimizer = optimizer_class(weights, lr=1e-4, weight_decay=0.1, **options)
         return lambda: optimizer.step()
 
     calls: dict[str, Call | str] = {
@@ -270,11 +289,15 @@ def adamw(name: str, setting: Setting, numbers: int) -> Case:
         "torch foreach": step(torch.optim.AdamW, foreach=True),
         "torch fused": step(torch.optim.AdamW, fused=True),
     }
+    # Seven float32 numbers each: weight, gradient and two moments are read, weight and moments are written.
     return Case("adamw", name, list, (28 * numbers, 0), calls, backward=False)
 
 
-def several(case: Case, setting: Setting) -> list[Operands]:
-    """So many sets of operands that none is still in a cache when its turn comes again; on the CPU they are large enough."""
+def operand_sets(case: Case, setting: Setting) -> list[Operands]:
+    """Several sets of operands to call in turn. On a GPU they exceed the cache, so that no call finds its operands there.
+
+    On the CPU one set is enough: it is larger than the cache.
+    """
     first = case.make()
     if setting.device.type == "cpu" or not first:
         return [first]
@@ -284,37 +307,40 @@ def several(case: Case, setting: Setting) -> list[Operands]:
 
 
 LEAST, MOST, AT_ONCE = 10, 200, 5
-"""Of a call on a GPU: how often it is timed, and how many are handed to the device at a time."""
+"""How often a call on a GPU is timed, at least and at most, and how many calls are launched between two synchronizations."""
 
 
 def timed_on_gpu(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
-    """As `timed`, by events on the device. What the cache holds is replaced by reading, so that nothing waits to be written."""
+    """As `timed`, with events on the device."""
+    # A sum over a large tensor evicts the operands from the cache. It only reads, so no dirty lines remain whose write-back the
+    # timed call would have to wait for.
     size = max(4 * torch.cuda.get_device_properties(setting.device).L2_cache_size, 2**28)
-    other, read = torch.ones(size // 4, device=setting.device), torch.empty((), device=setting.device)
+    evicting, total = torch.ones(size // 4, device=setting.device), torch.empty((), device=setting.device)
     for _ in range(2):
         torch.cuda.synchronize(setting.device)
         began = time.perf_counter()
         call()
         launching = time.perf_counter() - began
-    wait = int((3 * launching + 1e-4) * 2e9)  # in cycles, of which there are no more than so many a second
-    took: list[float] = []
+    # `_sleep` takes cycles, and no GPU here has more than 2e9 a second. The device sleeps longer than the host needs to launch.
+    wait = int((3 * launching + 1e-4) * 2e9)
+    times: list[float] = []
     end = time.perf_counter() + setting.seconds
-    while len(took) < LEAST or (len(took) < MOST and time.perf_counter() < end):
+    while len(times) < LEAST or (len(times) < MOST and time.perf_counter() < end):
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(AT_ONCE)]
         for first, last in events:
-            torch.sum(other, dim=0, out=read)
+            torch.sum(evicting, dim=0, out=total)
             torch.cuda._sleep(wait)
             first.record()
             call()
             last.record()
         torch.cuda.synchronize(setting.device)
-        took += [first.elapsed_time(last) / 1e3 for first, last in events]
-    low, median, high = statistics.quantiles(took, n=4)
+        times += [first.elapsed_time(last) / 1e3 for first, last in events]
+    low, median, high = statistics.quantiles(times, n=4)
     return median, high - low
 
 
 def timed(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
-    """The median of a call in seconds, and the spread between quartiles."""
+    """The median time of a call in seconds, and the distance between its quartiles."""
     if setting.device.type == "cuda":
         return timed_on_gpu(call, setting)
     call()
@@ -324,31 +350,34 @@ def timed(call: Callable[[], Any], setting: Setting) -> tuple[float, float]:
 
 
 def results(output: Any) -> list[Tensor]:
+    """The tensors of an output that have a gradient."""
     outputs = output if isinstance(output, (tuple, list)) else (output,)
     return [tensor for tensor in outputs if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
-def seed(output: Tensor) -> Tensor:
-    """A gradient for a result: that of a loss is 1."""
+def output_gradient(output: Tensor) -> Tensor:
+    """The gradient to start a backward with: 1 for a loss, random numbers for any other result."""
     return torch.randn_like(output) if output.dim() else torch.ones_like(output)
 
 
 def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: float) -> Row:
-    """One implementation of a case; whatever it cannot do is told of in the row."""
+    """Measure one implementation of a case. An exception of the implementation becomes the row's `failed`."""
     row = Row(case.operator, case.shape, str(setting.dtype).removeprefix("torch."), name)
-    sets = several(case, setting)
+    sets = operand_sets(case, setting)
     try:
-        turn = itertools.cycle(sets)
-        row.forward, row.forward_spread = timed(lambda: call(*next(turn)), setting)
+        next_operands = itertools.cycle(sets)
+        row.forward, row.forward_spread = timed(lambda: call(*next(next_operands)), setting)
         if case.backward:
             graphs = []
             for operands in sets:
                 outputs = results(call(*operands))
-                graded = [operand for operand in operands if operand.requires_grad]
-                graphs.append((outputs, graded, [seed(output) for output in outputs]))
-            turned = itertools.cycle(graphs)
-            row.backward, row.backward_spread = timed(lambda: torch.autograd.grad(*next(turned), retain_graph=True), setting)
-            del graphs, outputs, turned
+                inputs = [operand for operand in operands if operand.requires_grad]
+                graphs.append((outputs, inputs, [output_gradient(output) for output in outputs]))
+            next_graph = itertools.cycle(graphs)
+            row.backward, row.backward_spread = timed(
+                lambda: torch.autograd.grad(*next(next_graph), retain_graph=True), setting
+            )
+            del graphs, outputs, next_graph  # `peak` must not see what these graphs keep alive
             row.peak = peak(call, sets[0], setting.device)
         if case.least is not None:
             row.forward_share = case.least[0] / row.forward / bandwidth
@@ -359,32 +388,32 @@ def measure(case: Case, name: str, call: Call, setting: Setting, bandwidth: floa
 
 
 def peak(call: Call, operands: Operands, device: torch.device) -> int:
-    """The most that a forward and a backward hold at a time beside their operands, results and gradients included."""
-    graded = [operand for operand in operands if operand.requires_grad]
+    """The most bytes that one forward and one backward take at a time. Results and gradients count, operands do not."""
+    inputs = [operand for operand in operands if operand.requires_grad]
 
     def run() -> None:
         outputs = results(call(*operands))
-        torch.autograd.grad(outputs, graded, [seed(output) for output in outputs])
+        torch.autograd.grad(outputs, inputs, [output_gradient(output) for output in outputs])
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    # What the table of events attributes to operators is here in the order of time: bytes, negative where they are freed.
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    # One event per allocation, in the order of time. Its bytes are negative where memory is freed.
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(changes), default=0)
 
 
 def rows(
-    every: list[Case], setting: Setting, bandwidth: float, show: Callable[[str], None] = lambda text: None
+    all_cases: list[Case], setting: Setting, bandwidth: float, show: Callable[[str], None] = lambda text: None
 ) -> Iterator[Row]:
-    """All implementations of all cases, one after the other. `show` is told which is next."""
+    """Measure all implementations of all cases, one after the other. `show` is called with the name of the next one."""
     dtype = str(setting.dtype).removeprefix("torch.")
-    for case in every:
+    for case in all_cases:
         for name, call in case.calls.items():
             show(f"{case.operator} {case.shape} {name}")
             if isinstance(call, str):
@@ -394,7 +423,7 @@ def rows(
 
 
 def copied(setting: Setting) -> float:
-    """The bytes per second that a copy of a large tensor reads and writes."""
+    """The bandwidth of a copy of a large tensor, in bytes per second. Bytes that are read and bytes that are written count."""
     size = 2**28 if setting.device.type == "cpu" else 2**30
     source = torch.ones(size, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
@@ -405,17 +434,18 @@ OPERATORS = ("rms_norm", "add_rms_norm", "layer_norm", "rotary", "swiglu", "cros
 
 
 def table(rows: list[Row], title: str) -> Table:
+    """The rows as a table. Those that failed are left out."""
     result = Table(title=title, title_justify="left")
     result.add_column("operator")
     result.add_column("shape")
     result.add_column("implementation")
     for column in ("forward ms", "±", "of copy", "backward ms", "±", "of copy", "peak MB"):
         result.add_column(column, justify="right")
-    before = None
+    previous = None
     for row in (row for row in rows if not row.failed):
-        if before not in (None, (row.operator, row.shape)):
+        if previous not in (None, (row.operator, row.shape)):
             result.add_section()
-        before = row.operator, row.shape
+        previous = row.operator, row.shape
         numbers = [
             _number(row.forward, 1e3, 3), _number(row.forward_spread, 1e3, 3), _number(row.forward_share, 100, 0, "%"),
             _number(row.backward, 1e3, 3), _number(row.backward_spread, 1e3, 3), _number(row.backward_share, 100, 0, "%"),
@@ -430,7 +460,7 @@ def _number(value: float | None, times: float, digits: int, unit: str = "") -> s
 
 
 def chart(rows: list[Row], path: str, title: str) -> None:
-    """Bars: forward and backward of every implementation, relative to HuggingFace's, a panel for each operator and shape."""
+    """Draw the times as bars: forward and backward of every implementation, with a panel for each operator and shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -449,11 +479,11 @@ def chart(rows: list[Row], path: str, title: str) -> None:
     )
     for panel in axes.flat[len(groups) :]:
         panel.axis("off")
-    for panel, ((operator, shape), some) in zip(axes.flat, groups.items(), strict=False):
-        names = [row.implementation for row in some]
-        forward = [(row.forward or 0) * 1e3 for row in some]
+    for panel, ((operator, shape), members) in zip(axes.flat, groups.items(), strict=False):
+        names = [row.implementation for row in members]
+        forward = [(row.forward or 0) * 1e3 for row in members]
         panel.barh(names, forward, label="forward")
-        panel.barh(names, [(row.backward or 0) * 1e3 for row in some], left=forward, label="backward")
+        panel.barh(names, [(row.backward or 0) * 1e3 for row in members], left=forward, label="backward")
         panel.invert_yaxis()
         panel.set_title(f"{operator}, {shape}", fontsize=9)
         panel.set_xlabel("ms", fontsize=8)
@@ -464,8 +494,8 @@ def chart(rows: list[Row], path: str, title: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def described(setting: Setting, bandwidth: float) -> dict[str, Any]:
-    """What a reader needs to judge the numbers by."""
+def conditions(setting: Setting, bandwidth: float) -> dict[str, Any]:
+    """The machine, the versions and the setting of a measurement, for its file of results."""
     name = (
         torch.cuda.get_device_name(setting.device)
         if setting.device.type == "cuda"
@@ -486,36 +516,36 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--rows", type=int, default=2048, help="tokens (default 2048)")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long each call is repeated (default 0.5)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows and what they were measured on")
-    parser.add_argument("--chart", metavar="FILE", help="write a PNG with bars (needs matplotlib)")
-    asked = parser.parse_args()
-    if asked.chart and importlib.util.find_spec("matplotlib") is None:
+    parser.add_argument("--json", metavar="FILE", help="write the rows, the machine and the versions as JSON")
+    parser.add_argument("--chart", metavar="FILE", help="draw the times as a PNG (needs matplotlib)")
+    args = parser.parse_args()
+    if args.chart and importlib.util.find_spec("matplotlib") is None:
         parser.error("--chart needs matplotlib: pip install matplotlib")
-    console, written = Console(), []
+    console, results_by_dtype = Console(), []
     if not console.is_terminal:
         console = Console(width=140)
-    for dtype in asked.dtype:
-        setting = Setting(torch.device(asked.device), DTYPES[dtype], asked.rows, asked.seconds)
+    for dtype in args.dtype:
+        setting = Setting(torch.device(args.device), DTYPES[dtype], args.rows, args.seconds)
         bandwidth = copied(setting)
-        every = [case for name in asked.shapes for case in cases(name, setting, set(asked.operators))]
+        all_cases = [case for name in args.shapes for case in cases(name, setting, set(args.operators))]
         measured = []
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=sum(len(case.calls) for case in every))
-            for row in rows(every, setting, bandwidth, lambda text: progress.update(task, description=text)):  # noqa: B023
+            task = progress.add_task("", total=sum(len(case.calls) for case in all_cases))
+            for row in rows(all_cases, setting, bandwidth, lambda text: progress.update(task, description=text)):  # noqa: B023
                 measured.append(row)
                 progress.advance(task)
-        about = described(setting, bandwidth)
-        where = f"{about['device']}, {about['threads']} threads, {dtype}, {asked.rows} rows"
-        title = f"{where}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
+        about = conditions(setting, bandwidth)
+        machine = f"{about['device']}, {about['threads']} threads, {dtype}, {args.rows} rows"
+        title = f"{machine}, a copy moves {bandwidth / 1e9:.0f} GB/s, kernels: {about['kernels']}"
         console.print(table(measured, title))
         for row in (row for row in measured if row.failed):
             console.print(f"{row.operator}, {row.shape}, {row.implementation}: {row.failed}", highlight=False)
-        written.append({**about, "rows_measured": [asdict(row) for row in measured]})
-        if asked.chart:
-            stem, dot, suffix = asked.chart.rpartition(".")
-            chart(measured, asked.chart if len(asked.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(written, indent=1) + "\n")
+        results_by_dtype.append({**about, "rows_measured": [asdict(row) for row in measured]})
+        if args.chart:
+            stem, dot, suffix = args.chart.rpartition(".")
+            chart(measured, args.chart if len(args.dtype) == 1 else f"{stem}-{dtype}{dot}{suffix}", title)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results_by_dtype, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def capture(
         call = replace(signature, outputs=outputs) if "loss" in signature.outputs else signature
         shape, exports = sample or _SAMPLE, {} if exports is None else exports
         modes = None if signature.training is not None else tuple(module.training for module in model.modules())
+        # A capture with free sizes serves every shape. One of a single shape serves only that shape.
         known = exports.get((call, modes, None)) or exports.get((call, modes, shape))
         if known is not None:
             return _checked(model, signature, dtype, known)
@@ -136,6 +137,7 @@ one -> what was captured."""
 
 
 def _capture_anew(model: nn.Module, call: Signature, dtype: torch.dtype, shape: tuple[int, int]) -> Captured:
+    # The graph and its constants, without parameters: those are looked up anew for every caller.
     found = _first_that_exports(model, call, dtype, shape)
     body = flatten(found.export.program, parameters_of(model, dtype), _known_constants(found))
     constants = _constants(model, found, body)
@@ -148,6 +150,7 @@ def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dty
     if isinstance(exported, _Found):
         return exported
     violation, failure = exported, CaptureError("")
+    # The recorded attention is not the model's, so try the attention that the model is set to, and then eager.
     for attention in _own_attention(model):
         try:
             exported = _export(model, signature, dtype, sample, attention)
@@ -169,6 +172,7 @@ def _export(
     first: str | None = None
     for shortest in _SHORTEST:
         dynamic = shortest is not None
+        # Everything anew for each attempt: a failed export leaves guards on sizes and a changed twin behind.
         recorder, real = Recorder(), RealTensors(_owned(model))
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         twin = Twin(model, dtype, mode, signature.training)
@@ -178,9 +182,11 @@ def _export(
             with registered(recorder):
                 shape = _SAMPLE if dynamic else sample  # a size of one would be taken for a constant
                 exported = export(twin.module, mode, signature, shape, shortest, dtype == torch.float64, real)
+        # Our own refusals hold for every shape.
         except CaptureError:
             raise
         except Exception as error:
+            # The model misused the mask it was given, and so failed. Its own attention may still export.
             if recorder.violation is not None:
                 return recorder.violation
             why = explain(error, twin.module)
@@ -188,6 +194,7 @@ def _export(
                 violations = foreign_parameters(((tensor, ()) for tensor in real.met.values()), _owned(model))
                 lines = "".join(f"\n  {violation}" for violation in violations)
                 raise CaptureError(f"{type(model).__name__} cannot be exported: {why}{lines}") from error
+            # The first failure says most: later attempts allow less and may fail for that.
             first = first or why
             continue
         violation = recorder.check(_layers(model)) if attention == NAME else None
@@ -261,6 +268,7 @@ def _program(model: nn.Module, signature: Signature, dtype: torch.dtype, capture
 
 def _owned(module: nn.Module) -> dict[int, str]:
     """The memory of every parameter -> its name."""
+    # Reversed, so that the first of several names for one memory stays.
     return {memory(parameter): name for name, parameter in reversed(list(module.named_parameters()))}
 
 
@@ -284,6 +292,7 @@ def _constants(model: nn.Module, exported: _Found, body: Body) -> dict[str, Tens
     Raises CaptureError, with every violation, for one that is a parameter or that has no data.
     """
     specs = exported.export.program.graph_signature.input_specs
+    # Of the constants, only those that the graph still reads: `flatten` dropped dead code.
     names = {str(spec.target) for spec in specs if spec.kind == InputKind.CONSTANT_TENSOR}
     constants: dict[str, Tensor] = {}
     read: dict[str, fx.Node] = {}

@@ -2,7 +2,8 @@
 
 An export takes seconds for a small model and minutes for a deep one, and gives the same graph for the same configuration, code
 and versions. Only models whose code is all of transformers, torch and Python's library are kept. A file is found by a digest of
-everything that an export reads; `captured` says what is in it. SHARDCOMP_CAPTURES=anew neither reads nor writes any.
+everything that an export reads; `captured` says what is in it. SHARDCOMP_CAPTURES=anew neither reads nor writes any, and
+SHARDCOMP_CAPTURES=folder keeps them there.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Entry:
 
 def entry(model: nn.Module, signature: Signature, dtype: torch.dtype, shape: tuple[int, int]) -> Entry | None:
     """Where a call of `model` is kept, whether it is there or not; None for a model that has code or state of its own."""
-    if os.environ.get(VARIABLE) == "anew":
+    place = os.environ.get(VARIABLE)
+    if place == "anew":
         return None
     try:
         parts = [_versions(), repr((signature, dtype, torch.get_default_dtype())), *_describe_model(model, signature)]
@@ -102,7 +104,7 @@ def entry(model: nn.Module, signature: Signature, dtype: torch.dtype, shape: tup
         _log.info("the capture is not kept: %s", unknown)
         return None
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
-    return Entry(cache_dir() / "captures", key, shape)
+    return Entry(Path(place) if place else cache_dir() / "captures", key, shape)
 
 
 class _Unknown(Exception):

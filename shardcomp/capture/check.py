@@ -42,6 +42,7 @@ def check_after_capture(program: Program, model: nn.Module) -> Degraded | None:
     except _ModelFailure as failure:
         return Degraded("self-check", f"the captured graph was not compared with the model, which fails on its own: {failure}")
     tolerance = _TOLERANCE[_dtype(program)]
+    # `not <=`, because a NaN must fail as well.
     if not deviation <= tolerance:
         raise CaptureError(
             f"{program.name}{program.signature}: the captured graph is off from the model by {deviation:.1e} (relative, of "
@@ -93,6 +94,7 @@ def draws(node: fx.Node) -> bool:
     if not is_aten(node):
         return bool(node.kwargs.get("dropout"))
     packet = operator_of(node)
+    # dropout(x, p, train) draws nothing in eval mode or for p = 0.
     if packet in DROPOUTS:
         return bool(node.args[1] and node.args[2])
     if packet is aten.scaled_dot_product_attention:
@@ -103,6 +105,7 @@ def draws(node: fx.Node) -> bool:
 def _reference(model: nn.Module, dtype: torch.dtype, program: Program) -> nn.Module:
     """A copy of the model on the CPU that computes in `dtype`: random parameters, the Program's buffers."""
     draw = torch.Generator().manual_seed(0)
+    # `copy_model` puts these in the place of the model's tensors, which may be on meta.
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(_random_weight(parameter, dtype, draw), requires_grad=False)
@@ -129,6 +132,7 @@ def _random_weight(like: Tensor, dtype: torch.dtype, draw: torch.Generator) -> T
         return torch.zeros(like.shape, dtype=like.dtype)
     if like.dim() < 2:
         return (0.5 + torch.rand(like.shape, generator=draw)).to(dtype)
+    # A row of n numbers with deviation 2 / √n: a product with it doubles the size of x.
     return (2 * like.shape[-1] ** -0.5 * torch.randn(like.shape, generator=draw)).to(dtype)
 
 
@@ -141,7 +145,9 @@ def _random_input(program: Program, model: nn.Module) -> dict[str, Tensor]:
     batch = {
         "input_ids": ids,
         "labels": torch.where(torch.rand((rows, length), generator=draw) < 0.2, _IGNORED, ids),
+        # Row i ends in i tokens of padding, after at least two real ones.
         "attention_mask": (torch.arange(length) < torch.arange(length, length - rows, -1).clamp(min=2).unsqueeze(1)).long(),
+        # Positions start again after half a row: two packed sequences.
         "position_ids": (torch.arange(length) % max(2, length // 2 + 1)).expand(rows, -1).contiguous(),
     }
     return {name: batch.get(name, torch.zeros_like(ids)) for name, _ in program.signature.inputs}
@@ -157,10 +163,12 @@ def _label_count(program: Program, batch: dict[str, Tensor]) -> dict[str, Tensor
     labels, ignored = losses[0].args[1:3]
     assert isinstance(labels, fx.Node)
     rows, length = next(iter(batch.values())).shape
+    # The labels as the loss sees them, since the model may shift them.
     counted = compute([labels], batch, {B: rows, S: length})[labels] != ignored
     return {extra[0]: counted.sum()}
 
 
 def _deviation(got: Tensor, expected: Tensor) -> float:
+    # An output of zeros must not divide by zero.
     scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return float(((got - expected).abs().max() / scale).double())

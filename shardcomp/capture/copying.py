@@ -97,6 +97,7 @@ class _Copier:
             return x.__deepcopy__(self._memo)
         reduce = copyreg.dispatch_table.get(type(x))
         how = reduce(x) if reduce is not None else x.__reduce_ex__(4)
+        # A string names a global, which is not copied.
         return x if isinstance(how, str) else self._rebuild(x, *how)
 
     def _rebuild(
@@ -117,6 +118,7 @@ class _Copier:
             if hasattr(result, "__setstate__"):
                 result.__setstate__(state)
             else:
+                # A class with __slots__ gives (attributes, slots).
                 attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
                 vars(result).update(attributes or {})
                 for name, content in (slots or {}).items():
@@ -161,6 +163,7 @@ class _Copier:
         try:
             return self.copy(content)
         except Exception:
+            # What was copied before the failure may refer to copies that were never finished.
             for key in self._memo.keys() - before:
                 del self._memo[key]
             return content
@@ -169,6 +172,7 @@ class _Copier:
         """Whether one of the model's modules, parameters or buffers can be reached from an object."""
         if id(x) not in self._leads:
             self._alive.append(x)
+            # Breadth first, since a module is usually near and the objects behind it are many.
             seen, reached = {id(x): x}, [x]
             while reached and not self._own & seen.keys():
                 reached = [content for item in reached for content in _held_by(item) if id(content) not in seen]

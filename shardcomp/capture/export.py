@@ -57,8 +57,10 @@ def export(
     dynamic = shortest is not None
     if dynamic:
         dims = {0: Dim("b", min=1), 1: Dim("s", min=shortest)}
+        # All inputs are [b, s], and share one b and one s.
         shapes = {name: dict(dims) for name in arguments}
     parameters = inspect.signature(module.forward).parameters
+    # A cache would be a further result, and a tuple has no names for the results.
     for name, setting in (("use_cache", False), ("return_dict", True)):
         if name in parameters:
             arguments[name] = setting
@@ -72,6 +74,7 @@ def export(
         quiet = warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO())
         modes = _NoLayerDrop(), Widened() if widened else nullcontext(), patch.object(nn.functional, _SDPA.__name__, _sdpa)
         free = shapes if shortest is not None else None
+        # enable_grad, because a caller under no_grad must get the same graph.
         with broadcast(), modes[0], modes[1], modes[2], real, torch.enable_grad(), quiet[0], quiet[1]:
             program = torch.export.export(module, (), arguments, strict=False, dynamic_shapes=free)
     finally:
@@ -112,6 +115,7 @@ class _NoLayerDrop(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, or answer whether a drawn number is below zero."""
+        # `torch.rand([]) < self.layerdrop`, as OPT has it: a question about data, which no graph can answer.
         below = getattr(func, "__name__", "") in ("lt", "__lt__") and isinstance(args[1], (int, float)) and args[1] <= 0
         if below and any(args[0] is number for number in self.drawn):
             return False
@@ -131,6 +135,7 @@ class _Results:
 
     def __call__(self, module: nn.Module, args: Any, result: Any) -> tuple[Tensor, ...]:
         self.kind = type(result)
+        # HuggingFace's outputs are mappings. The graph must return tensors alone, so they are taken out here.
         results = result if isinstance(result, Mapping) else {}
         self.outputs = tuple(name for name in self.signature.outputs if isinstance(results.get(name), Tensor))
         if not self.outputs:
@@ -150,6 +155,7 @@ def explain(error: BaseException, module: nn.Module) -> str:
     """Where in the model an export failed and why: the innermost module and source line that are the model's own."""
     names = {id(child): name for name, child in module.named_modules()}
     where, line = type(module).__name__, ""
+    # From the outermost frame inwards: the last one that fits is the innermost.
     for frame, number in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and id(owner) in names:
@@ -158,6 +164,7 @@ def explain(error: BaseException, module: nn.Module) -> str:
         if _is_model_code(file):
             line = f", {Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
     lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    # torch lists violated constraints as bullets, and the first says most.
     reason = next((text.removeprefix("- ") for text in lines if text.startswith("- ")), lines[0])
     return f"{where}{line}: {reason}"
 

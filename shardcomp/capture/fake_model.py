@@ -27,6 +27,7 @@ class Twin:
     def __init__(self, model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode, training: bool | None) -> None:
         self.name = type(model).__name__
         self._originals: dict[int, Tensor] = {}
+        # `copy_model` puts what is in here in the place of the model's tensors.
         memo: dict[int, Any] = {}
         with mode:
             for parameter in model.parameters():
@@ -40,10 +41,12 @@ class Twin:
             self.module = copy_model(model, memo)
         except Exception as error:
             raise CaptureError(f"{type(model).__name__} cannot be copied, which a capture needs: {error}") from error
+        # `_originals` goes by id, so the fake tensors must live as long as it.
         self._keep = memo
         if training is not None:
             self.module.train(training)
         for module in self.module.modules():
+            # It changes no number, and a graph has no place for it. The policy's option `recompute` does the same.
             if getattr(module, "gradient_checkpointing", False) is True:
                 module.gradient_checkpointing = False
         for config in configs(self.module):
@@ -91,6 +94,7 @@ def parameters_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Parameter]:
     """Every parameter once, under its first name."""
     names: dict[int, list[str]] = {}
     params: dict[int, nn.Parameter] = {}
+    # With duplicates, so that a tied weight has all its names: the first is its own, the others are aliases.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
         params[id(parameter)] = parameter
@@ -110,6 +114,7 @@ def buffers_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Buffer]:
             if tensor is None:
                 continue
             name = f"{path}.{short}" if path else short
+            # A model on meta: rotary frequencies and the like follow from its configuration.
             if not has_data(tensor):
                 computed = presets.buffers_of(model) if computed is None else computed
                 if name not in computed:

@@ -82,6 +82,7 @@ class _Flattening:
         self.body = Body("Model", self.graph)
 
     def _placeholders(self, exported: ExportedProgram, known: Mapping[str, tuple[str, str]]) -> dict[fx.Node, Any]:
+        # A tied weight may come under any of its names.
         first_names = {alias: p.name for p in self.parameters.values() for alias in p.aliases}
         nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
         env: dict[fx.Node, Any] = {}
@@ -90,6 +91,7 @@ class _Flattening:
             if spec.kind not in _ROLES:
                 raise CaptureError(f"the model takes {node.name}, which is not a tensor ({spec.kind.name})")
             role = _ROLES[spec.kind]
+            # use_cache = False and the like are numbers in the graph.
             if role == INPUT and not isinstance(node.meta.get("val"), Tensor):
                 env[node] = node.meta.get("val")
                 continue
@@ -98,6 +100,7 @@ class _Flattening:
                 role, name = known.get(name, (role, name))
             entries_of[role].append((node, first_names.get(name, name)))
         for node, _ in entries_of[INPUT]:
+            # torch has symbols of its own, such as s0. All inputs are [b, s].
             for size, symbol in zip(node.meta["val"].shape, (B, S), strict=False):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                     self.sizes.setdefault(size.node.expr, symbol)
@@ -115,6 +118,7 @@ class _Flattening:
         for node in module.graph.nodes:
             if node.op == "output":
                 return [self._map(result, env) for result in node.args[0]]
+            # The graph inside a wrapper such as no_grad.
             if node.op == "get_attr":
                 env[node] = getattr(module, str(node.target))
             elif node.op == "call_function":
@@ -130,11 +134,14 @@ class _Flattening:
         known = node.meta.get("val")
         if known is None:
             return None  # an assertion about shapes or metadata
+        # Arithmetic on sizes, such as s // 2, is an expression and no call.
         if not _has_tensor(known):
             return self._size(known, node)
         source = self._map(node.args[0], env) if node.args else None
+        # One of the results of a wrapper, which is inlined already, or of a call with several `out=`.
         if name == "getitem" and isinstance(source, (list, tuple)):
             return source[node.args[1]]  # type: ignore[index]
+        # For all calls that this one becomes: a write in place may become several.
         self.meta = {"path": _module_path(node), "source": _source(node), **extra}
         try:
             changed = written(node.target)
@@ -142,6 +149,7 @@ class _Flattening:
                 return self._write_out(node, env, changed)
             args, kwargs = (self._now(self._map(arguments, env)) for arguments in (node.args, node.kwargs))
             if changed:
+                # `Writes` knows operators that change only their first argument, as `add_` does.
                 if changed != (node.target._schema.arguments[0].name,):  # type: ignore[union-attr]
                     raise NoValue
                 self.writes.write(node.target, source, args[1:], kwargs)
@@ -188,12 +196,14 @@ class _Flattening:
     def _wrapper(self, node: fx.Node, env: dict[fx.Node, Any], extra: dict[str, Any], name: str) -> list[Any]:
         """The body of `with torch.set_grad_enabled(…)` or `with torch.autocast(…)`."""
         if name == "wrap_with_autocast":
+            # A model may turn autocast off, as GPT-2 does around its scores. That changes nothing here.
             _, _, enabled, _, inner, *operands = (self._map(argument, env) for argument in node.args)
             if enabled:
                 first = next((n for n in inner.graph.nodes if n.op == "call_function"), node)
                 raise CaptureError(f"{_where(first)}: the model turns autocast on, which leaves no trace in a graph")
         else:
             enabled, inner, *operands = (self._map(argument, env) for argument in node.args)
+            # enable_grad inside no_grad ends it.
             extra = {key: setting for key, setting in extra.items() if key != "no_grad"} | (
                 {} if enabled else {"no_grad": True}
             )
@@ -234,6 +244,7 @@ def mark_gradients(body: Body, parameters: Mapping[str, Parameter]) -> None:
         elif node.op == "call_function":
             packet = operator_of(node)
             name = getattr(packet, "__name__", "")
+            # new_zeros(x, …) takes dtype and device from x, but no numbers.
             blocked = node.meta.get("no_grad") or name in _MAKES_NO_GRADIENT or name.startswith("new_")
             flows = not blocked and any(_needs_gradient(argument) for argument in tensor_arguments(node))
         else:
@@ -279,6 +290,7 @@ def _what_it_changes(placeholder: fx.Node | None) -> str:
 
 def _drop_dead(graph: fx.Graph) -> None:
     """Remove calls that nothing reads."""
+    # Readers first, so that what only they read is dead as well.
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
@@ -288,6 +300,7 @@ def _module_path(node: fx.Node) -> str:
     """The innermost module that a call was made in; the root is ""."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
+    # torch writes `layer@1` where a module is called a second time.
     path = re.sub(r"@\d+", "", path)
     return "" if path.startswith("_empty_nn_module_stack") else path
 

@@ -40,6 +40,7 @@ def pure_form(target: Any) -> Any:
     packet = without_overload(target)
     for name in packet.overloads():
         other = getattr(packet, name)
+        # add.out(self, other, *, alpha, out) -> add.Tensor(self, other, *, alpha)
         if not written(other) and [(a.name, str(a.type)) for a in other._schema.arguments] == arguments:
             return other
     return None
@@ -73,6 +74,7 @@ class Writes:
         """`target`, an operator in place, is called on the tensor `changed` and `args`. Raises NoValue."""
         if not isinstance(changed, fx.Node):
             raise NoValue
+        # `newest` refuses a tensor whose memory may have changed unseen.
         before = value(self.newest(changed))
         if changed.op == "placeholder":
             raise NoValue(changed)
@@ -88,6 +90,7 @@ class Writes:
         if not _alike(value(new).shape, before.shape) and (shared or changed.op == "placeholder"):
             raise NoValue  # `out=` gives a tensor of another size new memory, which its views do not have
         self._newest[changed] = new
+        # Upwards: each tensor that this is a view of gets the new numbers where the view lies.
         on_the_way = {changed}
         while changed in self._parents:
             parent = self._parents[changed]
@@ -96,9 +99,11 @@ class Writes:
             changed = parent
         if changed.op == "placeholder":
             raise NoValue(changed)
+        # Downwards: all other views of that memory are taken anew from what it holds now.
         for view in self._views_of(changed):
             if view in on_the_way:
                 continue
+            # A reshape may be a view or a copy. Nothing is wrong unless it is read again, so only `newest` refuses it.
             if _unclear(view) or self._parents[view] in self._lost:
                 self._lost.add(view)
             else:
@@ -107,10 +112,12 @@ class Writes:
 
     def _result(self, target: Any, old: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], before: Value) -> fx.Node:
         """What an operator in place leaves in its first argument."""
+        # add_.Tensor -> add.Tensor
         packet = getattr(aten, str(without_overload(target).__name__).removesuffix("_"), None)
         pure = getattr(packet, target._overloadname, None) if packet is not None else None
         if pure is None:
             raise NoValue
+        # `x.copy_(y)` holds y afterwards, cast and broadcast to x.
         if packet is not aten.copy or not isinstance(args[0], fx.Node):
             return self.emit(pure, (old, *args), kwargs, before)
         new = args[0]
@@ -125,6 +132,7 @@ class Writes:
         packet = operator_of(view)
         if _unclear(view) or not has_one_result(parent):
             raise NoValue
+        # The inverse of each kind of view: it puts `new` where the view took its numbers from.
         base, args = value(parent), view.args[1:]
         if packet in (aten.alias, aten.slice, aten.to) and value(view).shape == base.shape:
             return new
@@ -144,6 +152,7 @@ class Writes:
 
     def _views_of(self, root: fx.Node) -> Iterator[fx.Node]:
         """All views of a tensor, and views of these, in the order of their making."""
+        # Parents are noted before their views, so one pass over the views finds all of them.
         known = {root}
         for view, parent in self._parents.items():
             if parent in known:

@@ -47,6 +47,7 @@ class Recorder:
 
     def mask(self, batch_size: Any = None, kv_length: Any = None, **options: Any) -> MaskToken:
         """In place of a mask of [b, 1, q, k]: a token that says what it would be."""
+        # With an offset, key 0 is no longer the first token of the row.
         for offset in (options.get("q_offset", 0), options.get("kv_offset", 0)):
             if isinstance(offset, int) and offset != 0:
                 raise self._refuse("its mask has an offset, as with a cache")
@@ -54,6 +55,7 @@ class Recorder:
             mask = classify(options["mask_function"], batch_size, kv_length, options.get("attention_mask"))
         except UnclearMask as unclear:
             raise self._refuse(str(unclear)) from None
+        # Positions given once for all rows make one row of segments, and attention takes [b, s].
         if mask.segment is not None:
             mask = replace(mask, segment=mask.segment.expand(batch_size, -1))
         token = MaskToken(mask, lambda what: self._misused(what))
@@ -81,9 +83,11 @@ class Recorder:
         bias = options.get("position_bias")
         if isinstance(attention_mask, MaskToken):
             self.arrived.add(id(attention_mask))
+            # The token arrived unread, so the mask means what its function says.
             mask = mask_of(attention_mask)
             self.padded = self.padded or mask.key_mask is not None
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+            # The model made its mask itself: a term of the scores, as wide as the keys.
             self.dense_masks += 1
             mask, bias = Mask(), _sum(bias, _additive(attention_mask[..., : key.shape[2]], query.dtype))
         else:
@@ -103,6 +107,7 @@ class Recorder:
             scale=scaling,
             dropout=dropout,
         )
+        # The interface wants [b, q, n, e], and no weights: a fused attention has none to give.
         return out.transpose(1, 2).contiguous(), None
 
 

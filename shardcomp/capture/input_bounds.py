@@ -28,6 +28,7 @@ def index_bounds(program: Program) -> dict[str, IndexBound]:
     bounds: dict[str, IndexBound] = {}
     for name, bound in _lookups(program):
         tightest = bounds.get(name)
+        # Of equal size, the bound without an ignored label is tighter: it does not let -100 pass.
         if tightest is None or bound.size < tightest.size or bound.size == tightest.size and bound.ignored is None:
             bounds[name] = bound
     return bounds
@@ -69,6 +70,7 @@ def _input_of(argument: Any) -> str | None:
     while isinstance(argument, fx.Node):
         if argument.op == "placeholder":
             return path_of(argument) if role_of(argument) == INPUT else None
+        # A shift by a slice keeps the labels' numbers, but a sum of two inputs has others.
         if operator_of(argument) not in _SAME_NUMBERS:
             return None
         argument = argument.args[0]

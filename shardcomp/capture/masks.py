@@ -39,6 +39,7 @@ class MaskToken:
         self.__dict__.update(_mask=mask, _misused=misused)
 
     def __getattr__(self, name: str) -> Any:
+        # Python itself asks for such names, as `copy` does, and takes only an AttributeError for a no.
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
         self._refuse(f"reads .{name} of it")
@@ -90,6 +91,7 @@ def classify(function: Callable[..., Any], batch: Any, length: Any, padding: Ten
 def _open(function: Callable[..., Any], batch: Any, length: Any) -> Mask:
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
     maker = name.partition(".")[0]
+    # A nested function's qualname begins with the function that made it: "and_masks.<locals>.and_mask".
     if module != _MODULE or maker not in _KINDS:
         raise UnclearMask(f"the mask function {module}.{maker} is not known")
     return _KINDS[maker](_closure(function), batch, length)
@@ -108,6 +110,7 @@ def _and(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
 
 
 def _chunks(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
+    # Llama 4 attends within chunks: tokens of one chunk are a segment. Padding on the left moves the borders.
     position = torch.arange(length).expand(batch, -1)
     if "left_padding" in closure:
         position = position - closure["left_padding"].unsqueeze(1)

@@ -75,6 +75,7 @@ def foreign_parameters(constants: Iterable[tuple[Tensor, Sequence[str]]], owned:
 
     constants: (tensor, paths of the modules that use it) each. owned: the memory of the model's parameters -> their names.
     """
+    # By memory, so that several views of one parameter are one violation.
     grouped: dict[int, tuple[Tensor, dict[str, None]]] = {}
     for tensor, users in constants:
         grouped.setdefault(memory(tensor), (tensor, {}))[1].update(dict.fromkeys(users))

@@ -11,12 +11,16 @@ import numpy
 import torch
 from torch import Tensor
 
+from shardcomp.kernels.dropout import SAME_SHARD
 from shardcomp.runtime.model import ShardedModel
+
+_STORED = {SAME_SHARD: "piece"}
+"""Stream -> its name in checkpoints, where that is an older one."""
 
 
 def generators(sharded: ShardedModel) -> dict[str, Tensor]:
     """The state of every generator of this rank as uint8 tensors: dropout's, Python's, NumPy's, torch's."""
-    states = {f"dropout.{name}": state for name, state in sharded.random.state_dict().items()}
+    states = {f"dropout.{_STORED.get(name, name)}": state for name, state in sharded.random.state_dict().items()}
     states["python"] = _bytes(random.getstate())
     kind, keys, *rest = numpy.random.get_state(legacy=True)  # noqa: NPY002
     states["numpy"] = _bytes([kind, numpy.asarray(keys).tolist(), *rest])
@@ -28,9 +32,7 @@ def generators(sharded: ShardedModel) -> dict[str, Tensor]:
 
 def set_generators(sharded: ShardedModel, states: Mapping[str, Tensor]) -> None:
     """Continue from the states that `generators` returned."""
-    sharded.random.load_state_dict(
-        {name.partition(".")[2]: state for name, state in states.items() if name.startswith("dropout.")}
-    )
+    sharded.random.load_state_dict({name: states[f"dropout.{_STORED.get(name, name)}"] for name in sharded.random.state_dict()})
     version, numbers, gauss = json.loads(bytes(states["python"].tolist()))
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = json.loads(bytes(states["numpy"].tolist()))

@@ -60,6 +60,7 @@ class Saved:
 def unit_activations(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, int]) -> Saved:
     """What one call of a unit on a micro-batch of [batch, length] saves, under its plan, on the rank at these coordinates."""
     known = _known.setdefault(unit.body.graph, {})
+    # Shapes depend on the coordinate along tp alone, and units with one body share the answer.
     key = unit.plan.recompute, batch, length, rank["tp"], program.mesh
     if key not in known:
         known[key] = _run(program, unit, batch, length, rank)
@@ -73,6 +74,7 @@ def stage_activations(program: Program, units: Iterable[Unit], batch: int, lengt
         saved = unit_activations(program, unit, batch, length, rank)
         own += saved.own
         for name, size in zip((*unit.inputs, *unit.outputs), (*saved.inputs, *saved.results), strict=True):
+            # One tensor under one name, whether its maker or its readers hold it.
             shared[name] = max(shared.get(name, 0), size)
     return own + sum(shared.values())
 
@@ -105,6 +107,7 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
     sent: list[tuple[str, str, int]] = []
     axes = {name: _Silent(name, mesh.size(name), places[name], sent=sent) for name in (*AXES, *FACTORS)}
     namespace: dict[str, Any] = {}
+    # The very code that will run, so that nothing has to be modelled.
     exec(compile(unit_source(body, program), f"<{body.name}>", "exec"), namespace)
 
     def empty(node: fx.Node) -> Tensor:
@@ -116,6 +119,7 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
     streams = Streams(0, mesh, rank, CPU)
     with FakeTensorMode(), torch.enable_grad():
         stored = [node for role in (PARAMETER, BUFFER) for node in body.placeholders(role)]
+        # Parameters and buffers at their local sizes, as FSDP would have gathered them.
         weights = {path_of(node): _module_of(empty(node)) for node in stored}
         modules: Any = {name: (module, "held") for name, module in weights.items()}
         call = namespace[body.name](
@@ -135,10 +139,13 @@ def _run(program: Program, unit: Unit, batch: int, length: int, rank: dict[str, 
         results = results if isinstance(results, tuple) else (results,)
         tensors = [holder.tensor for ref in holders if (holder := ref()) is not None]
         tensors += [tensor for saved_call in calls for tensor in saved_call.tensors()]
+        # Parameters live in any case, and `cost.memory` counts them.
         foreign = {storage_id(module.get_buffer("held")) for module in weights.values()}
         sizes = {key: tensor.untyped_storage().nbytes() for tensor in tensors if (key := storage_id(tensor)) not in foreign}
+        # Taken out one after another: what is left in the end was made inside and is the unit's own.
         of_inputs = tuple(sizes.pop(storage_id(operand), 0) for operand in inputs)
         of_results = tuple(sizes.pop(storage_id(operand), 0) for operand in results)
+        # `communication` counts the forward's messages from the graph.
         sent.clear()
         # Recompute once more, on the same tensors without numbers: what is sent and multiplied now is what a backward repeats.
         with _Products() as again:
@@ -159,6 +166,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = without_overload(func)
+        # torch counts operations by operator, and has no formula for the one that runs on the CPU.
         if packet is flash_attention_on_cpu:
             packet = flash_attention
         if packet in flop_registry:
@@ -167,6 +175,7 @@ class _Products(TorchDispatchMode):
 
 
 def _again(saved_call: SavedCall) -> None:
+    # A backward recomputes only where something that it reads was not kept.
     if any(slot.tensor is None for _, slot in saved_call.live()):
         saved_call.recompute()
 

@@ -81,6 +81,7 @@ def _sends(program: Program, stages: list[int], rank: dict[str, int]) -> Iterato
         for other, phase in ((stage + 1, "forward"), (stage - 1, "backward")):
             if not 0 <= other < program.stages or other in stages:
                 continue
+            # Backward, the gradients of what was received go back to where it came from.
             crossing = program.sent(stage) if phase == "forward" else program.received(stage)
             for name in crossing:
                 tensor = program.values[name]
@@ -91,14 +92,17 @@ def _sends(program: Program, stages: list[int], rank: dict[str, int]) -> Iterato
 def _unit_messages(program: Program, unit: Unit, rank: dict[str, int]) -> Iterator[tuple[str, str, str, Size]]:
     for node in unit.body.calls():
         if node.target in EXCHANGES:
+            # The axis is the last argument of every collective.
             exchange, axis = EXCHANGES[node.target], str(node.args[-1])
             operand = node.args[0]
             assert isinstance(operand, fx.Node)
             if exchange.forward:
                 yield exchange.forward, axis, "forward", _bytes(program, value(operand), rank)
+            # The backward passes in the gradient of the result, which has the result's shape.
             if exchange.backward and value(node).requires_grad:
                 yield exchange.backward, axis, "backward", _bytes(program, value(node), rank)
         elif form_of(node) is not None:
+            # A split form, such as a loss over a sharded vocabulary, sends messages itself and lists them.
             for op, phase, shape, dtype in form_of(node).exchanges(node):
                 yield op, str(node.args[-1]), phase, sympy.prod(shape) * dtype.itemsize
 
@@ -114,6 +118,7 @@ def _data_parallel(
     """Parameters are gathered once a step, or where they are resharded after forward, for every use in a forward or a backward.
     Gradients are summed once a step, or from zero = 2 for every micro-batch."""
     shard_count, compute, master = shards(program, options), COMPUTE[options.precision], MASTER[options.precision]
+    # FSDP pads each parameter to shards of one size, and sends the padding, too.
     if shard_count > 1:
         size = sum(padded_numel(program, name, shard_count, rank) for name in group.names) // shard_count * compute.itemsize
         times = micro_batches * group.users if group.reshard else 1
@@ -124,10 +129,12 @@ def _data_parallel(
     trained = [name for name in group.names if program.parameters[name].trained]
     if not trained:
         return
+    # Gradients are reduced in the dtype of the masters.
     size = sum(padded_numel(program, name, shard_count, rank) for name in trained) * master.itemsize
     times = micro_batches if options.zero >= 2 else 1
     if shard_count > 1:
         yield Message("reduce_scatter", "dp", "backward", times, times * size, group.where)
+    # Each group of ranks has reduced its own gradients: now every shard is summed over the groups.
     if shard_count < program.mesh.dp:
         yield Message("all_reduce", "dp", "backward", times, times * size // shard_count, group.where)
 
@@ -149,9 +156,11 @@ def _step(program: Program, param_names: list[str], options: Options, rank: dict
         parameter = program.parameters[name]
         if parameter.trained:
             size = shard_numel(program, name, shard_count, rank) * master
+            # FSDP takes no 0-d parameters, so these are summed over dp here.
             for axis in (*parameter.partial_gradient, *(() if parameter.shape else ("dp",))):
                 if program.mesh.size(axis) > 1:
                     partial[axis] = partial.get(axis, 0) + size
+            # Such as an embedding in the first stage that is also the head of the last one.
             if len(holders.get(name, ())) > 1:
                 tied[holders[name]] = tied.get(holders[name], 0) + size
     for axis, size in partial.items():

@@ -86,6 +86,7 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
     products, others, times = 0, 0, 1
     lookups: set[int] = set()
     if row.family == "attention":
+        # Scores take 2·b·n·q·k·d, and their product with the values 2·b·n·q·k·e.
         (b, n, q, d), (_, _, k, _), (_, _, _, e) = shapes[:3]
         products, times = 2 * b * n * q * k * (d + e), 2
     elif rule is not None and (contracted := _contracted(rule)):
@@ -122,6 +123,7 @@ def of_node(node: fx.Node, share: Share | None = None) -> Compute:
         # For each gradient: the result's, what stands beside the operand, and the gradient itself.
         traffic = sum(written + sum(sizes) for needed in graded if needed)
     else:
+        # The result's gradient and the operands are read, and the operands' gradients are written.
         traffic = written + sum(sizes) + sum(size for size, needed in zip(sizes, graded, strict=True) if needed)
     return Compute(forward, Work(times * products, others, traffic + (2 + times) * logits))
 
@@ -166,6 +168,7 @@ def _rule(node: fx.Node) -> Factoring | None:
     """The rule of a call; the rule of the operator itself where it is a split form."""
     if form_of(node) is None:
         return factoring(node)
+    # A split form has no rule of its own: find the operator that it is a form of.
     for rule in RULES.values():
         if rule.line is not None and any(form.function is node.target for form in rule.forms.values()):
             return apply(rule.line, node, rule.forms)

@@ -36,6 +36,7 @@ def groups_of(program: Program, stage: int) -> list[Group]:
     units = [unit for unit in program.in_stages((stage,)) if unit.parameters]
     users: dict[str, int] = {}
     for unit in units:
+        # By module, because FSDP gathers modules: a module with one shared parameter is shared.
         for module in {name.rpartition(".")[0] for name in unit.parameters}:
             users[module] = users.get(module, 0) + 1
     groups: list[Group] = []
@@ -47,6 +48,7 @@ def groups_of(program: Program, stage: int) -> list[Group]:
         passes_back = int(any(program.values[name].requires_grad for name in unit.outputs))
         groups.append(Group(unit.path, own, unit.plan.reshard, 1, passes_back, unit.plan.offload))
     using = [(unit, group) for unit, group in zip(units, groups, strict=True) if shared.keys() & unit.parameters]
+    # The shared group is sharded or offloaded only where every unit that uses it agrees.
     reshard, offload = (all(getattr(unit.plan, what) for unit, _ in using) for what in ("reshard", "offload"))
     backwards = sum(group.passes_back for _, group in using)
     groups.append(Group("shared by several units", tuple(shared), reshard, len(using), backwards, offload))
@@ -60,6 +62,7 @@ def shards(program: Program, options: Options) -> int:
 
 def padded_numel(program: Program, name: str, shard_count: int, rank: dict[str, int]) -> int:
     """The elements of a tensor-parallel rank's share of a parameter, padded to rows that divide into so many shards."""
+    # A 0-d parameter counts as one row.
     rows, *others = local_shape(program, name, rank) or [1]
     return -(-rows // shard_count) * shard_count * math.prod(others)
 
@@ -68,6 +71,7 @@ def shard_numel(program: Program, name: str, shard_count: int, rank: dict[str, i
     """The elements that a rank keeps of a parameter which is split into so many shards, without the padding."""
     rows, *others = local_shape(program, name, rank) or [1]
     step = -(-rows // shard_count)
+    # dp is (groups, shards), shards innermost: the remainder tells which shard this rank has.
     return max(0, min(step, rows - rank["dp"] % shard_count * step)) * math.prod(others)
 
 
@@ -109,6 +113,7 @@ def stored_bytes(program: Program, stage: int, options: Options, rank: dict[str,
         copy = 0 if group.reshard else compute * sum(padded.values())
         unsharded_gradients = master * sum(local_numel(program, name, rank) for name in trained) if options.zero < 2 else 0
         reduced = master * sum(padded[name] for name in trained) // shard_count if options.zero >= 2 else 0
+        # The optimizer works on plain shards, which have no padding.
         moments = 2 * master * sum(shard_numel(program, name, shard_count, rank) for name in trained)
         if group.offload:
             total += StoredBytes(parameters=copy, gradients=unsharded_gradients, host=masters + reduced + moments)

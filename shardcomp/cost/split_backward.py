@@ -60,6 +60,7 @@ def _walk(program: Program, unit: Unit, origins: dict[str, _Origin], reshard: bo
         parameter = program.parameters[name]
         own, none = frozenset({name}), frozenset[str]()
         stored = own if reshard and len(parameter.shape) > 1 else none
+        # A frozen parameter has no gradient to compute, but its memory may still be freed.
         known[node] = _Origin(weights=own if parameter.requires_grad else none, stored=stored)
     for node in unit.body.calls():
         operands = tensor_arguments(node)
@@ -73,6 +74,7 @@ def _walk(program: Program, unit: Unit, origins: dict[str, _Origin], reshard: bo
 
 def _result(node: fx.Node, operands: list[fx.Node], known: Mapping[fx.Node, _Origin]) -> _Origin:
     read = [known[origin] for origin in operands if origin in known]
+    # A view of a parameter lies in the parameter's memory.
     lies_there = len(operands) == 1 and read and (facts_of(node).family == "split" or passes_on(node))
     stored = read[0].stored if lies_there else frozenset[str]()
     if not requires_grad(node):
@@ -85,8 +87,10 @@ def _result(node: fx.Node, operands: list[fx.Node], known: Mapping[fx.Node, _Ori
 def _violation(node: fx.Node, operands: list[fx.Node], known: Mapping[fx.Node, _Origin]) -> str | None:
     """What a call does that a split backward cannot."""
     read = [known.get(origin, _Origin()) for origin in operands]
+    # Where such an operand meets a received one, the second half of the backward begins.
     from_weights = [i for i, origin in enumerate(read) if origin.weights and not origin.received]
     used = frozenset[str]().union(*(read[i].weights for i in from_weights))
+    # x w, and later y w where y comes from x w: the way back to the first w leads through the second.
     again = used & frozenset[str]().union(*(origin.weights for origin in read if origin.received))
     if again:
         return f"{min(again)} is used again after its own result"
@@ -100,6 +104,7 @@ def _violation(node: fx.Node, operands: list[fx.Node], known: Mapping[fx.Node, _
     added = rule.additive if rule else frozenset()
     for i, origin in enumerate(read):
         if origin.stored and i not in added:
+            # The gradient of w in x w reads x alone. The gradient of v in v w reads w, which may be resharded by then.
             others = [j for j in from_weights if j != i and j not in added]
             if not reads_others or others:
                 return f"the gradients of {', '.join(sorted(used))} are computed from {', '.join(sorted(origin.stored))}"

@@ -55,6 +55,7 @@ class Subgraph:
     def key(self) -> Hashable:
         """Equal for subgraphs that compute the same."""
         number = {node: i for i, node in enumerate((*self.inputs, *self.nodes))}
+        # requires_grad too, because it decides which gradients are compared.
         operands = tuple((value(node).shape, value(node).dtype, value(node).requires_grad) for node in self.inputs)
         return operands, structural_key(self.nodes, number), tuple(number[node] for node in self.outputs)
 
@@ -79,6 +80,7 @@ def subgraph_between(outputs: Sequence[fx.Node], inputs: Iterable[fx.Node], inne
     first_inputs = list(inputs)
     inside: set[fx.Node] = set()
     further: list[fx.Node] = []
+    # Back from the outputs. What `inner` refuses is read from outside, unless it is an output itself.
     pending = [node for node in outputs if node not in first_inputs]
     while pending:
         node = pending.pop()
@@ -89,6 +91,7 @@ def subgraph_between(outputs: Sequence[fx.Node], inputs: Iterable[fx.Node], inne
             continue
         inside.add(node)
         pending += tensor_arguments(node)
+    # In the graph's order, so that the calls can be run one after another.
     order = [node for node in outputs[0].graph.nodes if node in inside or node in further]
     nodes = tuple(node for node in order if node in inside)
     read = {operand for node in nodes for operand in tensor_arguments(node)}
@@ -135,8 +138,10 @@ _results: dict[Hashable, MatchResult] = {}
 
 def check_equivalent(subgraph: Subgraph, replacements: Sequence[Replacement], bits: bool = True) -> MatchResult:
     """The first replacement that passes the check. bits: whether the outputs must have the same bits as well."""
+    # Layers, and the models of one family, ask the same questions again and again.
     key = (subgraph.key(), tuple(replacement.key(subgraph) for replacement in replacements), bits)
     if key not in _results:
+        # The caller may run under no_grad, and the check compares gradients.
         with torch.enable_grad():
             _results[key] = _check_equivalent(subgraph, replacements, bits)
     return _results[key]
@@ -149,6 +154,7 @@ def _check_equivalent(subgraph: Subgraph, replacements: Sequence[Replacement], b
         failure = _tried(replacement, trials, bits)
         if failure is None:
             return MatchResult(i)
+        # The replacement that failed last in the check is the nearest, and its failure tells a reader most.
         best = max(best, failure, key=lambda result: result.progress)
     return best
 
@@ -159,11 +165,13 @@ def _tried(replacement: Replacement, trials: _Trials, bits: bool) -> MatchResult
     # First in float64, where only what is computed matters: the results, and then the gradients.
     for magnitude in _MAGNITUDES:
         inputs, expected, seeds, gradients = trials.wide(magnitude)
+        # Leaves of its own, so that both graphs can be differentiated.
         env = {node: tensor.detach().requires_grad_(tensor.requires_grad) for node, tensor in inputs.items()}
         results = replacement.run(env)
         if [m.shape for m in results] != [e.shape for e in expected]:
             return MatchResult(None, f"it is no {name}: its results have other shapes", 0)
         apart = max(_deviation(a, b) for a, b in zip(results, expected, strict=True))
+        # `not <=`, because a NaN must fail as well.
         if not apart <= AGREEMENT:
             return MatchResult(None, f"it is no {name}: in float64 they are {apart:.0e} apart", 1)
         graded = [tensor for tensor in env.values() if tensor.requires_grad]
@@ -179,6 +187,7 @@ def _tried(replacement: Replacement, trials: _Trials, bits: bool) -> MatchResult
             None, f"it is {name}, but its result is {_name(expected[0])}, and {name} gives {_name(results[0])}", 3
         )
     share = min(equal_bits(a, b) for a, b in zip(results, expected, strict=True))
+    # Nearly all and not all: a sum over features in another order changes a few last bits.
     if bits and share < EQUAL_BITS:
         what = f"{share:.1%} of its {_name(expected[0])} results have the bits of {name}"
         return MatchResult(None, f"it is {name}, but rounds elsewhere: {what}; numerics = fp32 would take it", 4)
@@ -196,6 +205,7 @@ def equal_bits(a: Tensor, b: Tensor) -> float:
 
 
 def _deviation(result: Tensor | None, expected: Tensor | None) -> float:
+    # None is the gradient of an input that was not used. Then it must be unused in both.
     if result is None or expected is None:
         return 0.0 if result is expected else float("inf")
     if not expected.numel():
@@ -217,6 +227,7 @@ class _Trials:
         if magnitude not in self.known:
             inputs = self._draw(magnitude, torch.float64)
             outputs = self.subgraph.run(inputs, self.sizes, neutral=True)
+            # Another seed than in `_draw`: a gradient must not repeat the numbers of an input.
             draw = torch.Generator().manual_seed(1)
             seeds = [torch.randn(out.shape, generator=draw, dtype=torch.float64) for out in outputs]
             graded = [tensor for tensor in inputs.values() if tensor.requires_grad]
@@ -226,6 +237,7 @@ class _Trials:
 
     def own(self) -> tuple[dict[fx.Node, Tensor], list[Tensor]]:
         """In the subgraph's dtypes: the inputs and the outputs."""
+        # 0.0 is no magnitude, and so it can be the key of this trial.
         if 0.0 not in self.known:
             with torch.no_grad():
                 inputs = {node: tensor.detach() for node, tensor in self._draw(1.0, None).items()}
@@ -243,6 +255,7 @@ class _Trials:
                 shape = [int(sympy.sympify(size).subs(self.sizes)) for size in tensor.shape]
                 drawn = torch.randn(shape, generator=draw, dtype=torch.float64)
             if drawn.is_floating_point():
+                # Always drawn in float64 first, so that the other dtypes get the same numbers, rounded.
                 drawn = (magnitude * drawn).to(dtype or tensor.dtype)
             inputs[node] = drawn.requires_grad_(tensor.requires_grad)
         return inputs
@@ -252,4 +265,5 @@ def _sizes(subgraph: Subgraph) -> dict[sympy.Symbol, int]:
     """The (b, s) to run a subgraph at."""
     shape = value(subgraph.outputs[0]).shape
     one = int(sympy.sympify(sympy.prod(shape)).subs({B: _ROWS, S: 1}))
+    # S = ceil(_ENOUGH / outputs per position): a share of equal bits says little about a few outputs.
     return {B: _ROWS, S: max(3, -(-_ENOUGH // max(one, 1)))}

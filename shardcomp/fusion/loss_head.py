@@ -28,6 +28,10 @@ _SIZES = {"t": 5, "h": 3, "v": 7}
 """The tokens, features and vocabulary that the proof runs at: nothing in a head depends on them."""
 
 
+_LEAST_ROWS = 256
+"""The tokens of a chunk of logits. A product of fewer rows waits for memory, on a GPU as on a CPU."""
+
+
 @dataclass(frozen=True)
 class LossHead:
     """A mean loss [], the product that makes its logits, and what lies between, in order; `product` is None where that is
@@ -43,6 +47,7 @@ class LossHead:
 def find_loss_heads(body: Body) -> Iterator[LossHead]:
     """Every sum of losses that is divided by a count."""
     for losses in body.calls():
+        # div(sum(cross_entropy(logits, labels)), count) is the form that `canonicalize` gives every loss.
         if losses.target is not cross_entropy:
             continue
         total = _only(losses)
@@ -61,6 +66,7 @@ def _loss_head(mean: fx.Node, losses: fx.Node) -> LossHead:
     between: list[fx.Node] = []
     at: Any = losses.args[0]
     while True:
+        # The kernel never has all logits at once, so nothing else can read them.
         if _only(at) is None:
             return LossHead(mean, losses, violation="its logits are used elsewhere")
         if at.target is aten.linear.default:
@@ -77,6 +83,7 @@ def _is_move(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
         return False
     rank, width = len(value(node.args[0]).shape), value(node.args[0]).shape[-1]
+    # [b, s, v] -> [b·s, v] is a move. So is the slice that drops the last token, but a slice of the vocabulary is not.
     if node.target is aten.reshape.default:
         return value(node).shape[-1] == width
     return node.target is aten.slice.Tensor and len(node.args) > 1 and node.args[1] % rank != rank - 1  # type: ignore[operator]
@@ -92,6 +99,7 @@ def _step(node: fx.Node) -> Step | None:
     if packet is aten.tanh:
         return "tanh", None
     if packet is aten.to:
+        # A cast to a wider dtype changes no number. A narrower one would round.
         before, after = value(node.args[0]).dtype, value(node).dtype
         return ("to", after) if torch.promote_types(before, after) == after else None
     return None
@@ -103,12 +111,14 @@ def move_views_before_projection(body: Body, head: LossHead) -> LossHead:
     graph = body.graph
     x: Any = head.product.args[0]
     width = value(x).shape[-1]
+    # First the moves on x, then the product, then the scalings on its new logits, each in the old order.
     with graph.inserting_before(head.product):
         for node in filter(_is_move, head.between):
             before = value(node)
             args = list(node.args)
             args[0] = x
             if node.target is aten.reshape.default:
+                # The same rows, but of features in place of logits.
                 args[1] = [*args[1][:-1], width]  # type: ignore[index]
             moved = graph.call_function(node.target, tuple(args))
             moved.meta = {**node.meta, "value": replace(value(x), shape=(*before.shape[:-1], width))}
@@ -127,13 +137,14 @@ def move_views_before_projection(body: Body, head: LossHead) -> LossHead:
                 at = moved
                 between.append(moved)
     head.losses.replace_input_with(head.losses.args[0], at)  # type: ignore[arg-type]
+    # Readers first: a node with users cannot be erased.
     for node in (*reversed(head.between), head.product):
         graph.erase_node(node)
     return LossHead(head.mean, head.losses, product, tuple(between))
 
 
-def propose_kernel(head: LossHead, early: bool) -> tuple[Subgraph, Replacement]:
-    """The subgraph of a head without moves, and the kernel for it."""
+def propose_kernel(head: LossHead, early: bool, tokens: int) -> tuple[Subgraph, Replacement]:
+    """The subgraph of a head without moves, and the kernel for it. tokens: of a micro-batch, as costs are weighed for."""
     assert head.product is not None
     x, weight, *bias = head.product.args
     _, labels, ignored = head.losses.args
@@ -144,9 +155,10 @@ def propose_kernel(head: LossHead, early: bool) -> tuple[Subgraph, Replacement]:
         steps.pop()  # the loss is computed in the wide dtype
     columns, width = (int(size) for size in value(weight).shape)  # type: ignore[arg-type]
     kwargs: dict[str, Any] = {"ignore_index": ignored}
-    # A chunk of logits is about as large as two hidden states of all tokens.
-    if (chunks := max(1, math.ceil(columns / (2 * width)))) > 1:
-        kwargs["chunks"] = chunks
+    # A chunk of logits is about as large as two hidden states of all tokens, and has rows enough for fast products.
+    chunks = min(math.ceil(columns / (2 * width)), tokens // _LEAST_ROWS)
+    if chunks > 1:
+        kwargs |= {"chunks": chunks, "least_rows": _LEAST_ROWS}
     if not early:
         kwargs["early"] = False
     if steps:
@@ -157,6 +169,7 @@ def propose_kernel(head: LossHead, early: bool) -> tuple[Subgraph, Replacement]:
             return torch.tensor(3)
         if node is labels:
             drawn = torch.randint(0, _SIZES["v"], (_SIZES["t"],), generator=generator)
+            # One label that does not count: the kernel must leave it out as the loss does.
             drawn[1] = ignored  # type: ignore[assignment]
             return drawn
         shape = {x: "th", weight: "vh"}.get(node, "v")

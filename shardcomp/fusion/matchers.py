@@ -62,10 +62,12 @@ def match_norm(anchor: fx.Node) -> MatchSite | None:
     if packet not in _MOMENTS | _NORMS or not anchor.args:
         return None
     below = list(_below(anchor))
+    # mean(x²) + eps and then the root: the root is a few calls away. A mean without one is no norm.
     if packet in _MOMENTS and not any(_is_root(node) for node in below[:4]):
         return None
     hint = "" if packet in _NORMS or _over_last(anchor) else "it is not taken over the last dimension alone"
     sources = list(_above([anchor.args[0]], _is_elementwise))  # type: ignore[list-item]
+    # The furthest ends first, so that the largest subgraph that passes is replaced.
     matches = [] if hint else [c for out in reversed(below) for x in reversed(sources) for c in _norm_subgraphs(out, x)]
     end = below[-1]
     if not hint and len(end.users) > 1:
@@ -77,6 +79,7 @@ def _norm_subgraphs(out: fx.Node, x: fx.Node) -> Iterator[Match]:
     """A norm from x to `out`, where what else it reads is vectors of its features: parameters, or what is computed from
     them."""
     shape = value(x).shape
+    # The last dimension must be features, not the sequence.
     if x is out or value(out).shape != shape or not isinstance(shape[-1], int):
         return
 
@@ -84,9 +87,11 @@ def _norm_subgraphs(out: fx.Node, x: fx.Node) -> Iterator[Match]:
         return has_one_result(node) and value(node).shape == shape[-1:]
 
     subgraphs: list[Subgraph] = []
+    # Gemma scales by 1 + w. Either that sum is inside and the kernel reads w, or it stays outside and the kernel reads 1 + w.
     for inner in (_is_elementwise, lambda node: _is_elementwise(node) and not is_vector(node)):
         subgraph = subgraph_between([out], [x], inner)
         others = [node for node in subgraph.inputs if node is not x]
+        # At most a weight and a bias.
         if x in subgraph.inputs and len(others) <= 2 and all(is_vector(node) for node in others) and subgraph not in subgraphs:
             subgraphs.append(subgraph)
             yield Match(subgraph, tuple(_norm_replacements(subgraph, x, others)))
@@ -95,6 +100,7 @@ def _norm_subgraphs(out: fx.Node, x: fx.Node) -> Iterator[Match]:
 def _norm_replacements(subgraph: Subgraph, x: fx.Node, vectors: list[fx.Node]) -> Iterator[Replacement]:
     """What each kernel of the family `norm` offers, for every constant of the subgraph that may be its eps."""
     constants = subgraph.constants()
+    # eps is one of the numbers written into the calls. The check tells which.
     for eps in [constant for constant in constants if 0 < constant < 0.1] or [0.0]:
         for kernel, variants in operators.variants_of("norm"):
             for order, kwargs in variants(eps, constants, len(vectors)):
@@ -116,10 +122,12 @@ def with_sum(inner: Subgraph, replacement: Replacement) -> Match | None:
     for term in terms:
         if value(term).shape != value(total).shape or value(term).dtype != value(total).dtype:
             return None
+        # (x + attention) + mlp: `tensor_parallel` may add attention and mlp first.
         if term.target is aten.add.Tensor and len(term.users) == 1 and len(tensor_arguments(term)) == 2:
             return None
     nodes = (total, *inner.nodes)
     read = dict.fromkeys((*terms, *(node for node in inner.inputs if node is not total)))
+    # The kernel gives both the norm and the sum, which the residual stream needs.
     subgraph = Subgraph(nodes, tuple(read), (*inner.outputs, total))
     return Match(subgraph, (Replacement(add_rms_norm, (*terms, *replacement.args[1:]), replacement.kwargs, (0, 1)),))
 
@@ -133,6 +141,7 @@ def match_rotary(anchor: fx.Node) -> MatchSite | None:
     if operator_of(anchor) is not aten.add or anchor.kwargs or len(products) != 2 or products[0] is products[1]:
         return None
     sides = [_table(product) for product in products]
+    # x · cos + turned(x) · sin, where turned(x) joins -x₂ and x₁: exactly one side is joined.
     turned = [side is not None and _is_turned(side[0]) for side in sides]
     if None in sides or turned.count(True) != 1:
         return None
@@ -150,6 +159,7 @@ def _rotary_subgraphs(out: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node) -> I
     if set(subgraph.inputs) != {x, cos, sin}:
         return
     replacements = []
+    # Turned pairs are half a head apart, or next to each other (interleaved). Each product may be rounded before the sum.
     for interleaved in (False, True):
         for rounded in (False, True):
             kwargs = {name: True for name, on in (("interleaved", interleaved), ("round_each", rounded)) if on}
@@ -162,6 +172,7 @@ def _table(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if product.kwargs or not all(isinstance(a, fx.Node) for a in product.args):
         return None
     left, right = product.args
+    # The table is broadcast over heads. If both have the product's shape, the table is the one without a gradient.
     repeated = [value(side).shape != value(product).shape for side in (left, right)]  # type: ignore[arg-type]
     if repeated.count(True) != 1:
         repeated = [not value(side).requires_grad for side in (left, right)]  # type: ignore[arg-type]
@@ -185,6 +196,7 @@ def match_gated_mlp(anchor: fx.Node) -> MatchSite | None:
     if any(value(a).shape != value(anchor).shape for a in anchor.args):  # type: ignore[arg-type]
         return None
     matches: list[Match] = []
+    # Either factor may be the activated one, and casts may stand around both.
     for activated, other in (anchor.args, anchor.args[::-1]):
         for out in reversed([anchor, *_casts_below(anchor)]):
             for up in reversed([other, *_casts_above(other)]):  # type: ignore[arg-type]
@@ -202,10 +214,12 @@ def _gated_subgraphs(out: fx.Node, gate: fx.Node, up: fx.Node, activated: fx.Nod
         return
     if _elementwise_sources(gate) & _elementwise_sources(up):
         return  # both are computed from one value: an activation, written out
+    # Without an activation it is a product like any other: no kernel is tried and no miss reported.
     if not any(operator_of(node) in _ACTIVATIONS for node in inside.nodes):
         return
     replacements = [
         Replacement(kernel, (gate, up), {**kwargs, "round_first": True} if first else kwargs)
+        # One rounding at the end is tried before a variant that rounds the activation first.
         for first in (False, True)
         for kernel, variants in operators.variants_of("gated")
         for kwargs in variants()
@@ -302,8 +316,10 @@ def together(one: Proven, other: Proven) -> Proven | None:
     subgraphs = [one[0], other[0]]
     x, y = one[1].args[0], other[1].args[0]
     assert x is not None and y is not None
+    # One call cannot make both where one is computed from the other.
     if reaches(subgraphs[0].outputs[0], y) or reaches(subgraphs[1].outputs[0], x):
         return None
+    # The kernel takes queries first, and keys may have fewer heads. The attention that reads them tells which is which.
     order = (0, 1)
     if attended(subgraphs[1].outputs[0]) == 0 or not pairs(x, y):
         order = (1, 0)

@@ -34,6 +34,7 @@ class Axis:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over the axis."""
+        # The message is received in place, and autograd may have saved x.
         total = x.clone(memory_format=torch.contiguous_format)
         if self.size > 1:
             self.send("all_reduce", total, total)
@@ -46,10 +47,12 @@ class Axis:
             self.send("all_gather", x.contiguous().view(-1), shards.view(-1))
         else:
             shards[0] = x
+        # [n, .., D, ..] as received -> [.., n, D, ..] -> [.., n D, ..]: the shards one after another along `dim`.
         return shards.movedim(0, dim).flatten(dim, dim + 1)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's shard of the sum over the axis: [.., D, ..] -> [.., D / n, ..]."""
+        # [.., D, ..] -> [n, .., D / n, ..]: the message goes by memory, so the shard of each rank must be one block.
         shards = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
         if self.size == 1:
             return shards[0].clone()
@@ -59,6 +62,7 @@ class Axis:
 
     def all_to_all(self, x: Tensor, gather: int, scatter: int) -> Tensor:
         """Moves a split from dimension `gather` to dimension `scatter`."""
+        # One block for each receiver, as in `reduce_scatter`. One block comes back from each sender, joined along `gather`.
         sent = x.unflatten(scatter, (self.size, -1)).movedim(scatter, 0).contiguous()
         received = torch.empty_like(sent)
         if self.size > 1:
@@ -78,7 +82,7 @@ class Axis:
         else:
             dist.all_to_all_single(received, tensor, group=self.group)
 
-    def piece(self, x: Tensor, dim: int) -> Tensor:
+    def local_shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's shard of a replicated tensor: [.., D, ..] -> [.., D / n, ..], without a message."""
         return x.unflatten(dim, (self.size, -1)).select(dim, self.rank).contiguous()
 
@@ -104,6 +108,7 @@ def identity_allreduce(x: Tensor, axis: Axis) -> Tensor:
 
 def allreduce_identity(x: Tensor, axis: Axis) -> Tensor:
     """Partial to replicated: sums the ranks' results; the gradient of the sum is the gradient of each summand."""
+    # y = Σ xᵢ, so ∂y / ∂xᵢ = 1 on every rank.
     return _Pair.apply(x, lambda t: axis.all_reduce(t), lambda g: g)
 
 
@@ -119,12 +124,12 @@ def reducescatter_allgather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 def split_allgather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Replicated to sharded: keeps this rank's shard; the gradient is joined from all shards."""
-    return _Pair.apply(x, lambda t: axis.piece(t, dim), lambda g: axis.all_gather(g, dim))
+    return _Pair.apply(x, lambda t: axis.local_shard(t, dim), lambda g: axis.all_gather(g, dim))
 
 
 def allgather_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Sharded to replicated, where every rank has the full gradient."""
-    return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.piece(g, dim))
+    return _Pair.apply(x, lambda t: axis.all_gather(t, dim), lambda g: axis.local_shard(g, dim))
 
 
 def narrow(x: Tensor, dim: int, copies: int, left: int, axis: Axis) -> Tensor:
@@ -132,6 +137,7 @@ def narrow(x: Tensor, dim: int, copies: int, left: int, axis: Axis) -> Tensor:
 
     No message: the gradient of the shard is zero outside this part, and is a summand, as for every shard with copies.
     """
+    # rank % copies is the place among the ranks with one shard. Each `left` of them, side by side, keep the same part of it.
     return _Narrow.apply(x, dim, copies // left, axis.rank % copies // left)
 
 

@@ -49,11 +49,13 @@ def call(node: fx.Node, env: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol,
             return dtype
         if isinstance(argument, sympy.Basic):
             number = argument.subs(sizes)
+            # Sizes may be compared or divided: s > 1 is a bool, and s / 3 may be no whole number.
             return bool(number) if number.is_Boolean else int(number) if number.is_integer else float(number)
         if isinstance(argument, (list, tuple)):
             return type(argument)(concrete(entry) for entry in argument)
         return argument
 
     args, kwargs = concrete(tuple(node.args)), {key: concrete(argument) for key, argument in node.kwargs.items()}
+    # Before `canonicalize`, a region under no_grad is marked on its calls and has no `detach` around it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_under_no_grad(node)):
         return node.target(*args, **kwargs)

@@ -45,8 +45,8 @@ class Placement:
 
     def __str__(self) -> str:
         if self.dim is None:
-            return "partial" if self.partial else "whole" if self.copies == 1 else "copied"
-        return f"split({self.dim})" if self.copies == 1 else f"split({self.dim}, {self.copies} copies)"
+            return "partial" if self.partial else "replicated" if self.copies == 1 else "copied"
+        return f"sharded({self.dim})" if self.copies == 1 else f"sharded({self.dim}, {self.copies} copies)"
 
 
 REPLICATED = Placement()
@@ -71,6 +71,7 @@ class Layout:
         return dict(self.placements).get(axis, REPLICATED)
 
     def put(self, axis: str, placement: Placement) -> Layout:
+        # Replicated axes are left out and the others sorted, so that equal layouts compare equal.
         placements = [(a, p) for a, p in self.placements if a != axis]
         if not placement.is_replicated:
             placements.append((axis, placement))
@@ -103,17 +104,19 @@ class Layout:
         return tuple(local)
 
     def __str__(self) -> str:
-        return ", ".join(f"{axis}: {placement}" for axis, placement in self.placements) or "whole"
+        return ", ".join(f"{axis}: {placement}" for axis, placement in self.placements) or "replicated"
 
 
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are equal whatever b and s are."""
+    # Expanded, because (b + 1) · s and b · s + s are different trees.
     return a == b or (isinstance(a, sympy.Expr) or isinstance(b, sympy.Expr)) and sympy.expand(a - b) == 0
 
 
 def divides(size: Size, parts: int) -> bool:
     """Whether a size, which may be symbolic, splits evenly. A symbolic length is checked when the batch is known."""
     if isinstance(size, sympy.Expr) and not size.is_Integer:
+        # s / 2 stays a symbol and is taken to divide. A number here is a fraction.
         return not (size / parts).is_number
     return int(size) % parts == 0
 
@@ -124,5 +127,6 @@ def chunk(size: Size, parts: int, index: int) -> Size:
         return size
     if isinstance(size, sympy.Expr) and not size.is_Integer:
         return size / parts
+    # Every chunk has ceil(size / parts) rows, except that the last ones may have fewer or none.
     step = -(-int(size) // parts)
     return max(0, min(int(size), (index + 1) * step) - index * step)

@@ -46,6 +46,7 @@ class Mesh:
     def coordinates(self, rank: int) -> dict[str, int]:
         """The coordinate of `rank` on each axis."""
         coordinates = {}
+        # The last axis changes fastest from rank to rank, so it is divided out first.
         for axis in reversed(AXES):
             rank, coordinates[axis] = divmod(rank, self.size(axis))
         return {axis: coordinates[axis] for axis in AXES}

@@ -49,6 +49,7 @@ def has_one_result(node: fx.Node) -> bool:
 def operand_value(operand: fx.Node, user: fx.Node) -> Value:
     """What is known of an operand as `user` reads it: where it has several results, the one that `user` takes."""
     results = values(operand)
+    # Only `getitem` reads several results, and its second argument is the index.
     return results[0] if len(results) == 1 else results[user.args[1]]  # type: ignore[index]
 
 
@@ -100,6 +101,7 @@ def is_under_no_grad(node: fx.Node) -> bool:
 def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     """The nodes among a call's arguments, in the order of the operator's schema, those inside lists included."""
     operands: list[fx.Node] = []
+    # map_arg also looks into lists, as in `cat([a, b])`.
     fx.map_arg((node.args, node.kwargs), lambda argument: operands.append(argument))
     return operands
 

@@ -278,6 +278,7 @@ def of_family(family: str, *, fused: bool = True) -> frozenset[Any]:
     """The operators of a family, with or without the fused kernels."""
     if family not in FAMILIES:
         raise ValueError(f"no such family: {family}")
+    # Fused kernels are Python functions, and ATen operators are not.
     return frozenset(target for target in _having(lambda row: row.family == family) if fused or not inspect.isfunction(target))
 
 

@@ -28,12 +28,14 @@ class PackedSlice:
     @staticmethod
     def of_rows(of: str, shape: Sequence[int], dim: int, rows: Sequence[int]) -> PackedSlice | None:
         """The slice of these rows in this order; None where they are not runs of one length at one stride."""
+        # A break is where the next row is not the following one. The first break tells how long a run is.
         breaks = [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
         run = breaks[0] if breaks else len(rows)
         if not rows or len(rows) % run:
             return None
         count = len(rows) // run
         stride = rows[run] - rows[0] if count > 1 else run
+        # Later runs may have another length or stride: then these six numbers do not give the rows back.
         packed_slice = PackedSlice(of, tuple(shape), dim, rows[0], run, stride, count)
         return packed_slice if packed_slice.rows() == list(rows) else None
 
@@ -49,6 +51,7 @@ class PackedSlice:
     def ranges(self, begin: int, end: int) -> Iterator[slice]:
         """Rows `begin` to `end` of the slice as ranges of the packed tensor, in order."""
         while begin < end:
+            # A shard may begin and end inside a run.
             index, offset = divmod(begin, self.run)
             length = min(self.run - offset, end - begin)
             first = self.start + index * self.stride + offset
@@ -58,6 +61,7 @@ class PackedSlice:
     def read(self, read: Callable[[str, tuple[slice, ...]], Tensor], index: tuple[slice, ...]) -> Tensor:
         """What `index` selects of the slice, by reading the packed tensor: `read(name, index)`."""
         at = index[self.dim]
+        # An empty shard is read as well, for its dtype and its other dimensions.
         ranges = list(self.ranges(at.start, at.stop)) or [slice(0, 0)]
         blocks = [read(self.of, (*index[: self.dim], rows, *index[self.dim + 1 :])) for rows in ranges]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, self.dim)

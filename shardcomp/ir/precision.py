@@ -41,10 +41,12 @@ class Widened(TorchFunctionMode):
     ) -> Any:
         """Run `func` with every narrow dtype among its arguments widened."""
         kwargs = kwargs or {}
+        # x.float() casts without a dtype among its arguments.
         if getattr(func, "__name__", "") in _CASTS and args and isinstance(args[0], Tensor):
             return args[0].to(torch.float64)
         args = tuple(_widen(argument) for argument in args)
         kwargs = {key: _widen(argument) for key, argument in kwargs.items()}
+        # These take torch's default dtype where none is given: float32, also in a float64 model.
         if "dtype" not in kwargs and (func in _FLOATING or func in _FROM_NUMBERS and _has_float((args, kwargs))):
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

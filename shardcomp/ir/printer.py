@@ -37,12 +37,14 @@ _DTYPES = {
 _INFIX = {target.Tensor: row.prints for target, row in OPERATORS.items() if row.prints in set("+-*/")}
 _FUNCTIONAL = {target: target.__name__ for target, row in OPERATORS.items() if row.prints == "function"}
 _SUFFIXES = {"all_gather": "gathered", "reduce_scatter": "scattered", "all_reduce": "summed", "all_to_all": "moved"}
+# Names that the listing uses itself, and so no value may have.
 RESERVED = frozenset({"self", "w", "b", "s", "torch", "aten", "unit", *keyword.kwlist, *_FUNCTIONAL.values()})
 
 
 def source(program: Program) -> str:
     """The Program as one Python file that imports only `shardcomp.runtime`."""
     used: set[str] = set()
+    # Classes first: writing them fills `used`, the names to import.
     classes = [_unit_class(body, program, used) for body in program.bodies()]
     top = _top_class(program, used)
     imports = _imports(used | {"Stage", "Unit", "local"})
@@ -87,6 +89,7 @@ def _mesh_text(program: Program) -> str:
 def _unit_class(body: Body, program: Program, used: set[str]) -> str:
     users = [unit for unit in program.units if unit.body is body]
     lines = [f"class {body.name}(Unit):  # {unit_paths(users)}"]
+    # Alike units share the code, so the names of the first serve for all.
     writer = Writer(body, users[0], program, used)
     lines += ["    def forward(" + ", ".join(["self", *writer.input_names()]) + "):", *writer.lines()]
     return "\n".join(lines)
@@ -110,13 +113,16 @@ class Writer:
         self.names: dict[fx.Node, str] = {}
         self.taken: set[str] = {
             *RESERVED,
+            # A value with the name of a function that the body calls would hide the function.
             *(n.target.__name__ for n in body.calls() if not is_aten(n)),
             *(mark for call in body.calls() if (mark := recompute_mark(call))),
         }
         for node, name in zip(body.placeholders(INPUT), unit.inputs, strict=True):
+            # The input of layer 3 is hidden_3 in the program, but the code of all layers calls it `hidden`.
             self.names[node] = self._unique(re.sub(r"_\d+$", "", name))
         for node in body.graph.nodes:
             if node.op == "placeholder" and role_of(node) != INPUT:
+                # A module in a list has a number for a name: `w.experts.3.weight` is no Python, `w.experts[3].weight` is.
                 self.names[node] = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"w.{node.meta['path']}")
 
     def input_names(self) -> list[str]:
@@ -125,6 +131,7 @@ class Writer:
     def lines(self) -> Iterator[str]:
         if any(node.op == "placeholder" and role_of(node) != INPUT for node in self.body.graph.nodes):
             yield f"{INDENT}w = local(self)"
+        # Written before the size lines above them: only then is it known whether b and s are needed.
         statements = [(node, *self._statement(node)) for node in self.body.calls()]
         yield from self._size_lines([symbols for *_, symbols in statements])
         for node in self.body.placeholders(INPUT):
@@ -132,6 +139,7 @@ class Writer:
         place = ""
         for node, text, _ in statements:
             now = source_of(node) or place
+            # A note only where the source line changes, since several calls often come from one line.
             yield text if now == place else f"{text}  # {now}"
             place = now
             yield from self._fan_out(node)
@@ -140,6 +148,7 @@ class Writer:
 
     def _fan_out(self, node: fx.Node) -> Iterator[str]:
         """What several matrices are multiplied with is said to be so, for the sake of its gradient."""
+        # For q, k and v the runtime adds three gradients into one tensor (see `runtime.linear.fan_out`).
         readers = [u for u in node.users if operator_of(u) is aten.linear and u.args[0] is node]
         if len(readers) > 1 and node.meta["value"].requires_grad:
             yield f"{INDENT}{self.names[node]} = self.fan_out({self.names[node]})"
@@ -154,6 +163,7 @@ class Writer:
             tensor = node.meta["value"]
             for dim, size in enumerate(tensor.shape):
                 if size == symbol:
+                    # b and s are global sizes, but an input is local: its size counts once for each rank that it is split over.
                     times = "".join(f" * {self.sizes[axis]}" for axis in tensor.layout.split_axes(dim) if self.sizes[axis] > 1)
                     return f"{self.names[node]}.size({dim}){times}"
         raise InternalError(f"listing: {self.unit.path} uses {symbol}, which none of its inputs has as a dimension")
@@ -162,6 +172,7 @@ class Writer:
         symbols: set[sympy.Symbol] = set()
         expression = self._expression(node, symbols)
         if mark := recompute_mark(node):
+            # Only products, attention and reductions have marks, and these print as function(arguments).
             function, _, arguments = expression.partition("(")
             expression = f"{mark}({function}, {arguments}"
             self.used.add(mark)
@@ -175,8 +186,10 @@ class Writer:
         if node.target in EXCHANGES:
             exchange = EXCHANGES[node.target]
             base = self.names[node.args[0]].rpartition(".")[2]  # type: ignore[index]
+            # Without a message in the forward, a call with a dimension keeps a shard, and one without only shares a gradient.
             return f"{base}_{_SUFFIXES[exchange.forward] if exchange.forward else 'cut' if node.args[1:-1] else 'shared'}"
         if _leaves(node) and (path != self.unit.path or self.unit.kind == PRELUDE):
+            # A module's one result has the module's name. Several have the names of their operators, such as cos and sin.
             several = sum(path_of(other) == path and _leaves(other) for other in self.body.calls()) > 1
             return made_by(node) if several else re.sub(r"\W", "_", path.rpartition(".")[2])
         packet = operator_of(node)
@@ -185,6 +198,7 @@ class Writer:
     def _unique(self, base: str) -> str:
         stem = re.sub(r"_\d+$", "", base)
         name, count = base, 1
+        # A module in a list is named by its number.
         if name[0].isdigit():
             name = stem = f"_{base}"
         while name in self.taken:
@@ -200,10 +214,12 @@ class Writer:
         def text(argument: Any) -> str:
             return self._text(argument, symbols)
 
+        # x + alpha · y has a keyword argument, and no sign says that.
         if target in _INFIX and not node.kwargs and len(args) == 2:
             return f"{text(args[0])} {_INFIX[target]} {text(args[1])}"
         if prints == "minus":
             return f"-{text(args[0])}"
+        # The graph has global sizes, but the code runs on local tensors.
         if prints == "sizes":
             sizes = ", ".join(local_sizes(node.meta["value"], self.sizes, symbols))
             return f"{text(args[0])}.{packet.__name__}({sizes})"
@@ -218,6 +234,7 @@ class Writer:
             return f"{_FUNCTIONAL[packet]}({', '.join(arguments)})"
         if prints == "method" and args and isinstance(args[0], fx.Node):
             return f"{arguments[0]}.{packet.__name__}({', '.join(arguments[1:])})"
+        # A tensor made of sizes alone has no operand to take its device from.
         if not tensor_arguments(node) and any(a.name == "device" for a in target._schema.arguments):  # type: ignore[union-attr]
             arguments.append("device=self.device")
         self.used.add("aten")
@@ -225,6 +242,7 @@ class Writer:
 
     def _named_arguments(self, node: fx.Node, text: Any) -> list[str]:
         """Arguments of our own operators: tensors by position, the rest by name, an axis as the unit's own."""
+        # The signature tells which argument is the axis or the random stream: in the graph both are strings.
         names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
         arguments: list[str] = []
         for name, argument in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
@@ -246,6 +264,7 @@ class Writer:
         if isinstance(argument, (list, tuple)):
             return f"[{', '.join(self._text(a, symbols) for a in argument)}]"
         if isinstance(argument, float) and argument in (float("inf"), float("-inf")):
+            # repr gives `inf`, which is no name in Python.
             return f'float("{argument}")'
         return repr(argument)
 
@@ -260,6 +279,7 @@ def made_by(node: fx.Node) -> str:
     """The operator that makes one of several results of a module, such as cos: a cast or a scaling says nothing."""
     origin: Any = node
     while isinstance(origin, fx.Node) and operator_of(origin) in (aten.to, aten.mul, aten.clone) and origin.args:
+        # cos · scaling is still called cos, but a product of two tensors is a product.
         if operator_of(origin) is aten.mul and isinstance(origin.args[1], fx.Node):
             break
         origin = origin.args[0]
@@ -273,6 +293,7 @@ def local_sizes(tensor: Value, sizes: dict[str, int], symbols: set[sympy.Symbol]
         parts = 1
         for axis in tensor.layout.split_axes(dim):
             parts *= sizes[axis] // tensor.layout.on(axis).copies
+        # Each rank has another size. A reshape works it out from -1.
         if parts > 1 and not divides(size, parts):
             yield "-1"
         else:
@@ -282,6 +303,7 @@ def local_sizes(tensor: Value, sizes: dict[str, int], symbols: set[sympy.Symbol]
 def _size(size: Size, symbols: set[sympy.Symbol]) -> str:
     expr = sympy.sympify(size)
     symbols |= expr.free_symbols
+    # With `//`, because `/` makes a float and no size.
     numerator, denominator = sympy.fraction(sympy.together(expr))
     return (
         str(numerator)
@@ -297,8 +319,10 @@ def annotation(tensor: Value, sizes: dict[str, int]) -> str:
     dims = []
     for dim, size in enumerate(tensor.shape):
         axes = [axis for axis in tensor.layout.split_axes(dim) if sizes[axis] > 1]
+        # Ranks along tp_rep have the same shard, so the split is over tp_kv alone.
         split_over = [axis if tensor.layout.on(axis).copies == 1 else f"{axis}_kv" for axis in axes]
         text = str(size)
+        # (s + 1)/tp needs its parentheses.
         dims.append("/".join([f"({text})" if split_over and re.search(r"[ +-]", text) else text, *split_over]))
     base = (
         f"{_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix('torch.'))}[{', '.join(dims)}]"
@@ -311,7 +335,8 @@ def annotation(tensor: Value, sizes: dict[str, int]) -> str:
 
 def _top_class(program: Program, used: set[str]) -> str:
     """The stage: its units, and a forward that calls them in order."""
-    lines = ["class Model(Stage):", "    units = ("]
+    lines = ["class Model(Stage):", "    unit_classes = ("]
+    # A comment tells the stages apart where one listing shows all of them.
     several = program.stage is None and program.stages > 1
     stage = None
     for run in _runs(program.units):
@@ -390,15 +415,17 @@ def _calls(program: Program) -> Iterator[str]:
 
     index = 0
     for run in _runs(program.units):
+        # A loop over two units would be no shorter than two calls.
         if len(run) > 2 and _chained(run, program):
             inputs = names(run[0].inputs)
             carried = [inputs[position] for position in _carried(run)]
-            yield f"for unit in self.each[{index}:{index + len(run)}]:"
+            yield f"for unit in self.units[{index}:{index + len(run)}]:"
             yield f"    {', '.join(carried)} = unit({', '.join(inputs)})"
+            # After the loop, its variables hold what the last unit gives.
             renamed.update(zip(run[-1].outputs, carried, strict=True))
         else:
             for offset, unit in enumerate(run):
-                call = f"self.each[{index + offset}]({', '.join(names(unit.inputs))})"
+                call = f"self.units[{index + offset}]({', '.join(names(unit.inputs))})"
                 yield f"{', '.join(names(unit.outputs))} = {call}"
         index += len(run)
     if program.stage and not program.stage.is_last:
@@ -419,6 +446,7 @@ def _chained(run: list[Unit], program: Program) -> bool:
     if any(name not in run[1].inputs for name in run[0].outputs):
         return False
     positions = _carried(run)
+    # A loop keeps one value at a time, so what it overwrites must have no other reader.
     readers: dict[str, int] = {}
     for unit in program.units:
         for name in unit.inputs:

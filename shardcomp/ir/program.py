@@ -238,6 +238,7 @@ class Program:
         """The values that a stage gets from the one before: made in an earlier stage, and used in this or a later one. In the
         order in which they are made."""
         used = {name for unit in self.units if unit.plan.stage >= stage for name in unit.inputs}
+        # The last stage returns the model's results, so each of them has to get there.
         used |= set(self.outputs.values())
         return tuple(name for unit in self.units if unit.plan.stage < stage for name in unit.outputs if name in used)
 
@@ -265,6 +266,7 @@ def stage_program(program: Program, stage: int) -> Program:
     outputs = program.outputs if place.is_last else {name: name for name in place.sent}
     used = {*outputs.values(), *(name for unit in units for name in unit.inputs)}
     inputs = {name: program.values[name] for name in place.received}
+    # After what it receives: the emitted forward takes its arguments in this order.
     inputs |= {name: known for name, known in program.inputs.items() if name in used}
     return replace(program, units=units, inputs=inputs, outputs=dict(outputs), stage=place)
 

@@ -22,6 +22,7 @@ class Schedule:
 
     def rank_of(self, stage: int, pipeline: int) -> int:
         """The pipeline rank that runs `stage`, counted over all ranks from the input to the loss."""
+        # In a V, every second turn comes back up the ranks: 0 1 2 3 | 3 2 1 0.
         turn, place = divmod(stage, pipeline)
         return pipeline - 1 - place if self.v_shaped and turn % 2 else place
 

@@ -27,6 +27,7 @@ def used_parameters(program: Program) -> set[str]:
     """The parameters that some unit uses, parts under the name of what they are part of. Once dead code is gone, no pass may
     lose one."""
     names = {program.resolve(name) for unit in program.units for name in unit.parameters}
+    # `split_packed_weights` replaces a packed weight by its slices, and so it must count as used still.
     parts = {name: program.parameters[name].part for name in names if name in program.parameters}
     return {part.of if (part := parts.get(name)) else name for name in names}
 
@@ -43,6 +44,7 @@ def _graph_violations(program: Program) -> Iterable[str]:
 
 
 def _wiring_violations(program: Program) -> Iterable[str]:
+    # Units run in order: a value is defined only once a unit before has made it.
     defined = set(program.inputs)
     used: set[str] = set()
     for unit in program.units:
@@ -61,10 +63,12 @@ def _layout_violations(program: Program) -> Iterable[str]:
     for unit in program.units:
         results = dict(zip(unit.outputs, unit.body.results, strict=True))
         for name, node in results.items():
+            # Units are legal by themselves: a reader takes what it gets for complete.
             if any(value.layout.partial_axes() for value in values(node)):
                 yield f"{unit.path} gives {name} as a partial value"
         for name, node in zip(unit.inputs, unit.body.placeholders(INPUT), strict=True):
             read, layout = values(node)[0].layout, program.values[name].layout if name in program.values else None
+            # A body is written for one layout of each input, and units with other layouts need another body.
             if layout not in (None, read):
                 yield f"{unit.path} takes {name} as {read}, but its layout is {layout}"
     for body in program.bodies():
@@ -82,9 +86,11 @@ def _layout_violations(program: Program) -> Iterable[str]:
 def _stage_violations(program: Program) -> Iterable[str]:
     before = 0
     for unit in program.units:
+        # Each stage sends to the next one only, so none may be skipped and none comes back.
         if not before <= unit.plan.stage <= before + 1:
             yield f"{unit.path} is in stage {unit.plan.stage}, after a unit of stage {before}"
         before = unit.plan.stage
+    # Every pipeline rank runs the same number of stages.
     if (before + 1) % program.mesh.pp:
         yield f"{before + 1} stages do not go round {program.mesh.pp} ranks"
 

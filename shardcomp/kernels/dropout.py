@@ -19,8 +19,8 @@ from shardcomp.kernels.register import register
 from shardcomp.sharding.rules import pointwise, scaled_attention
 from shardcomp.torch_private import safe_softmax
 
-SHARED, OWN, PIECE = "shared", "own", "piece"
-"""The streams of a rank: shared by all ranks of tp, its own, and shared by the ranks with replicas of one shard."""
+SHARED, OWN, SAME_SHARD = "shared", "own", "same_shard"
+"""The streams of a rank: shared by all ranks of tp, its own, and shared by the ranks that have the same shard."""
 
 
 class Stream:
@@ -134,7 +134,7 @@ def stream_for(node: fx.Node, placement: Placement) -> str:
     """
     if placement.dim is None or (node.target is not dropout and placement.dim == 3):
         return SHARED
-    return OWN if placement.copies == 1 else PIECE
+    return OWN if placement.copies == 1 else SAME_SHARD
 
 
 register(dropout, "dropout", rule=pointwise, rows="pointwise", backward="nothing")

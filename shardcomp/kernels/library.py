@@ -2,7 +2,7 @@
 
 `SHARDCOMP_KERNELS` makes the choice. `aot` is the library that was installed with shardcomp. `jit` is built on this machine
 once and cached. `reference` is no library: the operators' references run. `auto`, the default, takes the first of these that
-works. A log line of `shardcomp.kernels` says which one runs, and why.
+works. An empty variable counts as unset. A log line of `shardcomp.kernels` says which one runs, and why.
 """
 
 from __future__ import annotations
@@ -55,8 +55,13 @@ def load() -> Library:
         # Checked again under the lock: threads of several ranks may come here at once.
         with _lock:
             if _loaded is None:
-                _loaded = _load(os.environ.get(VARIABLE, "auto"))
+                _loaded = _load(choice())
     return _loaded
+
+
+def choice() -> str:
+    """The word of `SHARDCOMP_KERNELS`, which need not be a valid one. `auto` if it is unset or empty."""
+    return os.environ.get(VARIABLE) or "auto"
 
 
 def provides(name: str, device: str) -> bool:
@@ -120,7 +125,7 @@ def _built() -> tuple[Path, str]:
         try:
             return _cached(how)
         except BuildError as error:
-            if os.environ.get(VARIABLE, "auto") != "auto":
+            if choice() != "auto":
                 raise
             refused.write_text(str(error))
     _log.warning("kernels: nvcc could not build those of CUDA, references run there; remove %s to try again", refused)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from shardcomp.ir.collectives import Axis
 from shardcomp.ir.layout import Size
@@ -21,7 +20,7 @@ from shardcomp.ir.nodes import value
 from shardcomp.kernels.cross_entropy import first_column, normaliser_and_losses, small_case
 from shardcomp.kernels.register import register
 from shardcomp.kernels.small_cases import Calls, Samples
-from shardcomp.kernels.wide_matmul import add_product
+from shardcomp.kernels.wide_matmul import add_product, linear, matmul
 from shardcomp.sharding.rules import Form
 
 ops = torch.ops.shardcomp
@@ -39,6 +38,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int,
     chunks: int = 1,
+    least_rows: int = 1,
     early: bool = True,
     steps: tuple[Step, ...] = (),
 ) -> Tensor:
@@ -55,6 +55,7 @@ def linear_cross_entropy(
         bias: [v] in the dtype of `x`, or None.
         ignore_index: the label of tokens without a loss.
         chunks: the number of chunks of tokens; the logits of one chunk are in memory at a time.
+        least_rows: no more chunks are made than have so many tokens each.
         early: compute the gradients in the forward.
         steps: operations on the logits, in order; each result is rounded to its dtype.
 
@@ -67,6 +68,8 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(x, weight, labels, 2, ignore_index=-100, chunks=2)
         tensor(1.3863)
     """
+    tokens = labels.shape[0]
+    chunks = max(1, min(chunks, tokens // least_rows))
     return _apply(x, weight, labels, count, bias, ignore_index, chunks, early, steps, 0, None)
 
 
@@ -85,8 +88,9 @@ def vocab_linear_cross_entropy(
 ) -> Tensor:
     """`linear_cross_entropy` with a weight whose rows, the vocabulary, are sharded over an axis.
 
-    The ranks all-gather three numbers per token: once for each chunk where `early` needs gradients, else once for all. The
-    gradient of `x` is partial.
+    The ranks all-gather three numbers per token: once for each chunk where `early` needs gradients, else once for all. There
+    are `chunks` chunks, however few tokens each has: the report says how many messages are sent. The gradient of `x` is
+    partial.
 
     Args:
         x, labels, count, ignore_index, chunks, early, steps: as in `linear_cross_entropy`; replicated.
@@ -199,7 +203,7 @@ class _Logits:
     """The logits of a chunk, after the steps, with the tensors that the gradient of each step needs."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Step, ...]) -> None:
-        self.values = functional.linear(x, weight, bias)
+        self.values = linear(x, weight, bias)
         self.steps: list[tuple[str, Any]] = []
         for name, number in steps:
             before = self.values
@@ -253,7 +257,7 @@ class _Gradients:
         gradient = logits.back(logits.values)
         if self.of_x is not None:
             # Each chunk has its own rows of x, so nothing is added and `out` saves a copy.
-            torch.mm(gradient, self.weight, out=self.of_x[rows])
+            matmul(gradient, self.weight, out=self.of_x[rows])
         if self.of_logits is not None:
             # The logits of the next chunk would overwrite this gradient.
             self.of_logits[rows] = gradient
@@ -263,7 +267,7 @@ class _Gradients:
             self.of_bias += gradient.sum(0, dtype=self.of_bias.dtype)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        of_weight = self.of_weight if self.of_logits is None else self.of_logits.mT @ self.x
+        of_weight = self.of_weight if self.of_logits is None else matmul(self.of_logits.mT, self.x)
         return tuple(None if tensor is None else tensor.to(self.x.dtype) for tensor in (self.of_x, of_weight, self.of_bias))
 
 

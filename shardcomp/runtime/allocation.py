@@ -111,9 +111,13 @@ def _free_name(name: str, plan: ParameterPlan, taken: set[str]) -> str:
 
 def _distribute(
     plan: ParameterPlan, mesh: Mesh, coordinates: Mapping[str, int], place: DeviceMesh, dtype: torch.dtype
-) -> DTensor:
+) -> Tensor:
     """A parameter on meta, as a DTensor over tp, or over its two factors: sharded along the first, and where it has copies,
     replicated along the second."""
+    if mesh.tp == 1 and plan.shape:
+        # FSDP makes a DTensor of it, over dp: a second axis of one rank would cost Python in every step. FSDP does not take
+        # scalars, so these are DTensors from the start.
+        return torch.empty(plan.shape, dtype=dtype, device="meta")
     placement = Shard(plan.split["tp"]) if "tp" in plan.split else Replicate()
     if "tp" in (place.mesh_dim_names or ()):
         axes, placements = place["tp"], [placement]
@@ -223,8 +227,8 @@ def _apply_fsdp(
     for module in (*modules, shared, root) if shared and shared.apart else (*modules, root):
         # The root has no parameters but those shared ones that stay gathered from the first unit to the last.
         holder = shared if module is root and shared and not shared.apart else module
-        own = [] if holder is root else [p for p in holder.parameters() if isinstance(p, DTensor)]
-        in_factors = any(FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
+        own = [] if holder is root else list(holder.parameters())
+        in_factors = any(isinstance(p, DTensor) and FACTORS[0] in (p.device_mesh.mesh_dim_names or ()) for p in own)
         data = (factored if in_factors else mesh)[SHARDING if blueprint.mesh.replicas > 1 else ("dp",)]
         on_host = bool(own) and stage_shard.offloads(module)
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if on_host else OffloadPolicy()

@@ -81,7 +81,7 @@ class CallCache:
             for stage_shard in self.stage_shards
         ]
         if blueprint.compile:
-            for unit in (unit for stage in stages for unit in stage.each):
+            for unit in (unit for stage in stages for unit in stage.units):
                 unit.compile()
         pipeline = self.pipeline(blueprint, stages) if blueprint.mesh.pp > 1 else None
         loaded = LoadedCall(blueprint, stages, self.partials(blueprint), pipeline)

@@ -117,8 +117,12 @@ def not_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tens
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros((), device=device)
-    largest = foreach_norm(gradients, float("inf"))
-    return (~torch.stack([norm.to(device) for norm in largest]).isfinite()).any().float()
+    on_cpu = [gradient for gradient in gradients if gradient.device.type == "cpu"]
+    elsewhere = [gradient for gradient in gradients if gradient.device.type != "cpu"]
+    # One kernel for all gradients of a GPU. A CPU has none such, and finds extremes several times as fast as a norm.
+    extremes = [*(foreach_norm(elsewhere, float("inf")) if elsewhere else ())]
+    extremes += [extreme for gradient in on_cpu for extreme in gradient.aminmax()]
+    return (~torch.stack([extreme.isfinite().to(device) for extreme in extremes])).any().float()
 
 
 def _sharded_axes(gradient: Tensor) -> frozenset[str]:

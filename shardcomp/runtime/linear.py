@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shardcomp.kernels import wide_matmul
+from shardcomp.kernels.wide_matmul import add_product, is_slow, matmul, product
+
 
 class Accumulator(Protocol):
     """What a linear layer needs of a `MainGrad`."""
@@ -26,7 +29,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     `fan_out` accumulates its gradient there.
     """
     main_grad, joint = getattr(weight, "main_grad", None), getattr(x, "joint_gradient", None)
-    if (main_grad is None or not weight.requires_grad) and joint is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return wide_matmul.linear(x, weight, bias)
+    if (main_grad is None or not weight.requires_grad) and joint is None:
+        # torch's own, also where it is slow: under a split backward its two halves compute what each needs, and no more.
         return functional.linear(x, weight, bias)
     # The gradient goes to the gathered leaf directly. The views between would get a tensor of zeros where it is None.
     leaf = weight if main_grad is None else main_grad.weight
@@ -50,9 +56,11 @@ class _JointGradient:
     def add(self, grad_output: Tensor, weight: Tensor) -> None:
         """Add one layer's gradient, `grad_output` weight: [rows, in] of [rows, out] and [out, in]."""
         if self.sum is None:
-            self.sum = grad_output @ weight
+            # Where a narrow product is made of a wide one anyway, the sum stays wide until it is complete.
+            dtype = torch.float32 if is_slow(grad_output) else grad_output.dtype
+            self.sum = product(grad_output, weight, dtype)
         else:
-            self.sum.addmm_(grad_output, weight)
+            add_product(self.sum, grad_output, weight)
 
 
 class _FanOut(torch.autograd.Function):
@@ -60,7 +68,7 @@ class _FanOut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, joint: _JointGradient) -> Tensor:
-        ctx.joint, ctx.shape = joint, x.shape
+        ctx.joint, ctx.shape, ctx.dtype = joint, x.shape, x.dtype
         ctx.set_materialize_grads(False)
         return x.view_as(x)
 
@@ -70,7 +78,7 @@ class _FanOut(torch.autograd.Function):
         ctx.joint.sum = None
         if joint is None:
             return of_others, None
-        joint = joint.view(ctx.shape)
+        joint = joint.to(ctx.dtype).view(ctx.shape)
         return joint if of_others is None else of_others + joint, None
 
 
@@ -87,7 +95,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.main_grad, ctx.joint = main_grad, joint
         ctx.save_for_backward(x, weight)
-        return functional.linear(x, weight, bias)
+        return wide_matmul.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,8 +106,8 @@ class _Linear(torch.autograd.Function):
         if needs_x and ctx.joint is not None:
             ctx.joint.add(grad_output, weight)
         elif needs_x:
-            grad_x = (grad_output @ weight).view(x.shape)
+            grad_x = matmul(grad_output, weight).view(x.shape)
         if needs_weight:
             rows = x.reshape(-1, weight.shape[1])
-            grad_weight = grad_output.t() @ rows if ctx.main_grad is None else ctx.main_grad.add(grad_output, rows)
+            grad_weight = matmul(grad_output.t(), rows) if ctx.main_grad is None else ctx.main_grad.add(grad_output, rows)
         return grad_x, None, grad_output.sum(0) if needs_bias else None, grad_weight, None, None

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardcomp.kernels.wide_matmul import add_product, product
+from shardcomp.kernels.wide_matmul import add_product, matmul, product
 from shardcomp.runtime.fsdp import matrices
 from shardcomp.runtime.stage_shard import StageShard
 
@@ -43,7 +43,7 @@ class MainGrad:
             add_product(local, grad_output.t(), x)
             return None
         if self._group.reduce_grads:
-            return self._like_weight(grad_output.t() @ x)
+            return self._like_weight(matmul(grad_output.t(), x))
         self._param.unsharded_accumulated_grad = self._like_weight(product(grad_output.t(), x, self._param.reduce_dtype))
         return None
 

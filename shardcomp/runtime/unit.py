@@ -252,17 +252,17 @@ def _is_not_compiled(value: Any, draws: bool) -> bool:
 
 
 class Stage:
-    """Base of the emitted stage: its units in order, `self.each`."""
+    """Base of the emitted stage: its units in order, `self.units`, made of the path and the class of each."""
 
-    units: ClassVar[tuple[tuple[str, type[Unit]], ...]] = ()
+    unit_classes: ClassVar[tuple[tuple[str, type[Unit]], ...]] = ()
 
     def __init__(
         self, unit_parameters: list[UnitParameters], axes: Mapping[str, Axis], device: torch.device, random: Streams
     ) -> None:
         self.device = device
         self.random = random
-        pairs = zip(self.units, unit_parameters, strict=True)
-        self.each = [code(unit_params, axes, device, random) for (_, code), unit_params in pairs]
+        pairs = zip(self.unit_classes, unit_parameters, strict=True)
+        self.units = [code(unit_params, axes, device, random) for (_, code), unit_params in pairs]
 
     def forward(self, *received: Tensor, **inputs: Tensor) -> Any:
         """The model's results by name, or in any stage but the last, what the next stage takes."""

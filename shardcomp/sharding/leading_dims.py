@@ -48,6 +48,7 @@ def unmerge(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
 
 def row_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """The operands of a call whose dimension 0 is its result's, one by one."""
+    # Which operands have rows does not depend on the sizes, so any will do.
     unmerged = unmerge(node, ())
     return unmerged.rows if unmerged else ()
 
@@ -56,6 +57,7 @@ def _pointwise(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     """Other operands are broadcast from the right, and so they are onto the twins."""
     out = value(node).shape
     operands = [(argument, value(argument).shape) for argument in tensor_arguments(node)]
+    # Only operands with dimension 0 of the result. A bias [o] has none and stays as it is.
     rows = tuple(argument for argument, shape in operands if out and len(shape) == len(out) and same(shape[0], out[0]))
     return UnmergedCall(rows, node.target, node.args)
 
@@ -67,6 +69,7 @@ def _by_row(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
 
 
 def _linear(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
+    # A vector has features and no rows.
     return _by_row(node, lead) if len(value(node).shape) > 1 else None
 
 
@@ -85,8 +88,10 @@ def _product(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     if min(len(shape) for shape in shapes) < 2:
         return None
     pairs = zip(tensor_arguments(node), shapes, strict=True)
+    # bmm has a matrix of both operands for each row of dimension 0. In mm only the left operand has rows.
     batched = tuple(n for n, shape in pairs if len(shape) == len(out) and same(shape[0], out[0]))
     rows = batched if len(out) > 2 else tuple(tensor_arguments(node)[:1])
+    # mm and bmm take exactly two and three dimensions, and the twins have more.
     return UnmergedCall(rows, aten.matmul.default, node.args)
 
 
@@ -98,6 +103,7 @@ def _along(position: int, *, new: bool = False) -> Callable[[fx.Node, LeadingSiz
         argument = node.args[position] if len(node.args) > position else None
         several = isinstance(argument, (list, tuple))
         dims = _moved(argument if several else [argument], len(value(rows[0]).shape) + new, lead)  # type: ignore[list-item,arg-type]
+        # A sum or softmax along dimension 0 mixes the rows.
         if not dims or 0 in dims:
             return None
         moved = dims if several else dims[0]
@@ -111,6 +117,7 @@ def _moved(dims: Iterable[Any], rank: int, lead: LeadingSizes) -> list[int]:
     dims = list(dims)
     if any(d is None for d in dims):
         return []
+    # Dimension 0 becomes len(lead) dimensions, so the others move right by len(lead) - 1.
     return [d % rank + (max(len(lead) - 1, 0) if d % rank else 0) for d in dims]
 
 
@@ -123,6 +130,7 @@ def _transpose(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
 def _permute(node: fx.Node, lead: LeadingSizes) -> UnmergedCall | None:
     source: Any = node.args[0]
     first, *others = _moved(node.args[1], len(value(source).shape), lead)  # type: ignore[arg-type]
+    # The rows must stay in front.
     return None if first else UnmergedCall((source,), node.target, (source, [*range(len(lead)), *others]))
 
 

@@ -77,5 +77,6 @@ def factors_of(dims: tuple[str, ...], rank: int, leading: int) -> Dims | None:
     extra = rank - len(dims) + 1
     if extra < 0:
         return None
+    # Numbered from the right, so that [s, h] beside [b, s, h] has the factor of s, and not of b.
     middle = tuple(f"_{leading - extra + i}" for i in range(extra))
     return tuple(None if d.endswith("!") else d for d in (*dims[:at], *middle, *dims[at + 1 :]))

@@ -109,6 +109,7 @@ def propagate(
                 propagation.alternatives[node] = [
                     o for o, c in zip(possible, costs, strict=True) if o is not choice and c < FORBIDDEN
                 ]
+            # Another forced choice may have changed the operands, so that this one cannot be had any more.
             if node in forced and _cost(forced[node], operands, current, axis_split, propagation.resharded) < FORBIDDEN:
                 choice = forced[node]
             if rule is not None:
@@ -118,6 +119,7 @@ def propagate(
             propagation.choices[node] = choice
             propagation.placements[node] = choice.results
             propagation.origins[node] = _origins(operands, choice, propagation)
+            # A later call that needs the same of the same value gets it for nothing.
             propagation.resharded.update(zip(operands, choice.operands, choice.partial_gradient, strict=True))
     # Both go backward over the choices that the loop made, and may change them.
     _split_earlier(body, propagation, axis_split)
@@ -134,6 +136,7 @@ def refine(body: Body, axis_split: AxisSplit, placements: Mapping[fx.Node, Place
     for node in body.calls():  # the choices before it are settled, those after it follow
         for option in best.alternatives.get(node, ()):
             tried = propagate(body, axis_split, placements, finals, {**forced, node: option})
+            # Strictly less: of equal programs, the simpler first choice stays.
             if tried.reshard_bytes < best.reshard_bytes and not tried.stuck and not tried.indivisible:
                 best, forced = tried, {**forced, node: option}
     return best
@@ -149,6 +152,7 @@ def boundary_placement(result: Value, now: Placement, final: bool, axis_split: A
         return now if now.dim is not None and result.shape[now.dim] != axis_split.length else REPLICATED
     if axis_split.length is not None and result.floating and result.requires_grad:
         for dim, size in enumerate(result.shape):
+            # Dimension 0 is the batch, even where it is as long as the sequence.
             if dim > 0 and size == axis_split.length:
                 return split(dim)
     return REPLICATED
@@ -156,6 +160,7 @@ def boundary_placement(result: Value, now: Placement, final: bool, axis_split: A
 
 def _total_reshard_bytes(body: Body, propagation: Propagation, axis_split: AxisSplit, finals: tuple[bool, ...]) -> float:
     """What the reshards send that the choices ask for."""
+    # By value and need, since a reshard for several calls is made once.
     asked: dict[tuple[fx.Node, Placement, bool], Placement] = {}
     for node, choice in propagation.choices.items():
         graded = requires_grad(node)
@@ -172,6 +177,7 @@ def _total_reshard_bytes(body: Body, propagation: Propagation, axis_split: AxisS
     total = 0.0
     for (operand, needed, summed), now in asked.items():
         tensor = values(operand)[0]
+        # A replicated weight's partial gradient is reduced with all others once per step, and counts nothing here.
         if stored(operand) is None or now.is_replicated and needed.copies > 1:
             total += reshard_bytes(tensor, now, needed, summed, axis_split.ranks)
         elif now != needed:
@@ -219,8 +225,10 @@ def _splits(
     """Splitting along each factor in turn, over all ranks, or with the copies that operands come in."""
     for factor in rule.factors():
         contracted = all(factor not in dims for dims in rule.results)
+        # The result would be partial. But every rank would add the bias, and the maximum of a shard is no summand.
         if contracted and factor not in rule.forms and (rule.additive or not rule.linear):
             continue
+        # One rank cannot have a shard along two dimensions at once.
         if any(dims.count(factor) > 1 for dims in (*rule.operands, *rule.results)):
             continue
         sizes = _sizes(operands, node, rule, factor)
@@ -228,6 +236,7 @@ def _splits(
             continue  # samples belong to data parallelism
         if (choice := _split_along(node, operands, current, rule, factor, ranks)) is not None:
             yield choice
+        # Keys of two heads on four ranks come in two copies. Calls on them alone, such as their rotation, can keep it that way.
         here = zip(current, rule.operands, strict=True)
         copies_here = {p.copies for p, dims in here if p.copies > 1 and p.dim is not None and dims[p.dim] == factor}
         if not contracted and factor not in rule.forms and not rule.coarse and not _is_product(rule, factor):
@@ -244,16 +253,19 @@ def _split_along(
     for i, (operand, dims) in enumerate(zip(operands, rule.operands, strict=True)):
         if i in rule.coarse and factor in dims:
             size = operand_value(operand, node).shape[dims.index(factor)]
+            # Fewer key-value heads than ranks: each head goes to several neighbouring ranks.
             if not divides(size, ranks) and ranks % int(size) == 0:
                 copies[i] = ranks // int(size)
     few = frozenset(i for i, count in enumerate(copies) if count > 1)
     sizes = _sizes(operands, node, rule, factor, without=few)
     if not all(divides(size, ranks) for size in sizes):
+        # A vocabulary that does not divide may stay split as it is, but no collective brings a value into such a split.
         uneven = len({int(size) for size in sizes}) == 1 and _leaves_none_empty(int(sizes[0]), ranks)
         already = all(at == _at(dims, factor) for at, dims in zip(current, rule.operands, strict=True) if factor in dims)
         if not (uneven and already):
             return None
     choice = _choice(rule, factor, tuple(copies), 1)
+    # One shard on all ranks is no split: each rank reads all of the operand and gives a summand of its gradient.
     needed = tuple(
         REPLICATED if count == ranks else placement for count, placement in zip(copies, choice.operands, strict=True)
     )
@@ -270,6 +282,7 @@ def _choice(rule: Factoring, factor: str, copies: tuple[int, ...], result_copies
     if form is not None:
         results = (PARTIAL if form.partial else REPLICATED,) * len(rule.results)
     else:
+        # The result has a shard of the factor, or a summand where the factor was summed over.
         contracted = all(factor not in dims for dims in rule.results)
         of_results = [copies[rule.alike[j]] if j in rule.alike else result_copies for j in range(len(rule.results))]
         results = tuple(
@@ -289,11 +302,13 @@ def _is_product(rule: Factoring, factor: str) -> bool:
 
 def _partial_choices(operands: list[fx.Node], rule: Factoring, results: int) -> Iterator[Choice]:
     """Letting partial operands through an operator that is linear in them."""
+    # a + b is linear in both together: Σ (aᵢ + bᵢ). With b replicated, each rank would add all of b.
     if rule.jointly_linear:
         yield Choice((PARTIAL,) * len(operands), (PARTIAL,) * results, (False,) * len(operands))
     if rule.additive:
         return
     for i in rule.linear:
+        # x W is linear in x alone: Σ (xᵢ W) = (Σ xᵢ) W. The gradient of W is then a sum over ranks as well.
         needed = tuple(PARTIAL if j == i else REPLICATED for j in range(len(operands)))
         yield Choice(needed, (PARTIAL,) * results, tuple(j != i for j in range(len(operands))))
 
@@ -314,6 +329,7 @@ def _sizes(
 
 def _leaves_none_empty(size: int, ranks: int) -> bool:
     """Whether `torch.chunk` gives each of `ranks` ranks at least one row."""
+    # Each but the last takes ceil(size / ranks) rows, and something must be left for the last.
     return -(-size // ranks) * (ranks - 1) < size
 
 
@@ -341,6 +357,7 @@ def _lost_splits(
         now = _placement(propagation, operand, node)
         if stored(operand) is not None:
             continue  # a weight that does not divide is found where the policy's word is given its meaning
+        # Without an origin the split is not the policy's, such as the split along the sequence.
         if now.dim is None or needed == now or not propagation.origins[operand]:
             continue
         if dims[now.dim] is None:
@@ -363,6 +380,7 @@ def _split_earlier(body: Body, propagation: Propagation, axis_split: AxisSplit) 
         if choice is None or len(choice.results) != 1 or not choice.results[0].is_replicated or not _flows(node):
             continue
         uses = [(user, i) for user in node.users for i, a in enumerate(tensor_arguments(user)) if a is node]
+        # What leaves the unit has the placement of a boundary.
         if any(user.op == "output" for user, _ in uses):
             continue
         placements_read = {propagation.choices[user].operands[i] for user, i in uses}
@@ -409,6 +427,7 @@ def _may_pass(node: fx.Node, propagation: Propagation) -> bool:
     graded = [(user, i) for user, i in uses if _flows(user)]
     if factoring(node) is None or sum(passed) != 1 or not graded or any(user.op == "output" for user, _ in graded):
         return False
+    # A slice's gradient is smaller than that of what it was cut from, and so cheaper to reduce.
     if bytes_of(values(node)[0]) < bytes_of(values(operands[passed.index(True)])[0]):
         return False
     return all(

@@ -42,8 +42,10 @@ def reshard_steps(now: Placement, needed: Placement, partial_gradient: bool, req
     if now.is_copied and needed.is_replicated:
         return []  # each rank's gradient of it is a summand already
     if now.copies > needed.copies and needed.dim is not None:
+        # Fewer copies mean more and smaller shards: each rank keeps a part of what it has.
         return [(narrow, (needed.dim, now.copies, needed.copies), needed)]
     if now.is_replicated and needed.dim is not None and needed.copies > 1:
+        # The backward of `narrow` fills up with zeros. The sum of that over all ranks is the gradient.
         summed: list[Step] = [(identity_allreduce, (), REPLICATED)] if requires_grad else []
         return [*summed, (narrow, (needed.dim, parts, needed.copies), needed)]
     if now.is_replicated and needed.dim is not None:
@@ -55,6 +57,7 @@ def reshard_steps(now: Placement, needed: Placement, partial_gradient: bool, req
     if now.partial and needed.dim is not None:
         return [(reducescatter_allgather, (needed.dim,), needed)]
     if now.partial and needed.is_replicated:
+        # Each summand's gradient is the full gradient of the sum, and the reader gives only a summand of that.
         tail: list[Step] = [(identity_allreduce, (), REPLICATED)] if partial_gradient and requires_grad else []
         return [(allreduce_identity, (), REPLICATED), *tail]
     raise InternalError(f"no collective from {now} to {needed}")
@@ -67,6 +70,7 @@ def reshard_bytes(value: Value, now: Placement, needed: Placement, partial_gradi
         exchange = EXCHANGES[target]
         for op in (exchange.forward, exchange.backward if value.requires_grad else None):
             if op is not None:
+                # An all-to-all passes on one shard per rank.
                 total += MESSAGE + bytes_of(value) * _ROUNDS.get(op, 1 / parts)
     return total
 
@@ -96,6 +100,7 @@ def reshard_estimate(
     size = bytes_of(value)
     if now == needed:
         return 2 * size if now.is_replicated and partial_gradient and value.requires_grad and not is_weight else 0.0
+    # Each rank has a summand of its gradient, so only a reader that gives summands may read it as it is.
     if now.is_copied and needed.is_replicated:
         return 0.0 if partial_gradient or not value.requires_grad else FORBIDDEN
     if now.copies > needed.copies and not needed.partial and needed.dim is not None:
@@ -103,13 +108,16 @@ def reshard_estimate(
     if now.is_replicated and needed.dim is not None and needed.copies > 1:
         fits = divides(value.shape[needed.dim], parts // needed.copies)
         return (2 * size if value.requires_grad else 0.0) if fits else FORBIDDEN
+    # No collective joins copies again, or makes a value partial.
     if now.copies > 1 or needed.copies > 1 or needed.partial:
         return FORBIDDEN
     split_sizes = [value.shape[placement.dim] for placement in (now, needed) if placement.dim is not None]
+    # A collective takes shards of one size.
     if now.is_sharded and not all(divides(size, parts) for size in split_sizes):
         return FORBIDDEN
     if is_weight:
         return size * WEIGHT
+    # Nothing is sent to split a value, but its gradient is gathered.
     if now.is_replicated:
         return size if value.requires_grad else 0.0
     if now.partial:

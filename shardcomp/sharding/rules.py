@@ -69,12 +69,14 @@ def apply(notation: Notation, node: fx.Node, forms: Mapping[str, Form]) -> Facto
     tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
     if len(tensors) > len(positional):
         return None
+    # An optional operand, such as a bias, may be left out at the end.
     entries += zip(positional, tensors, strict=False)
     for key, argument in node.kwargs.items():
         if isinstance(argument, fx.Node):
             if key not in named:
                 return None
             entries.append((named[key], argument))
+    # `...` has as many dimensions as in the operand that has the most of them.
     leading = max((_value(n).rank - len(e.dims) + 1 for e, n in entries if "..." in e.dims), default=0)
     operands = tuple(factors_of(entry.dims, _value(argument).rank, leading) for entry, argument in entries)
     results = tuple(factors_of(e.dims, v.rank, leading) for e, v in zip(notation.results, _results(node), strict=False))
@@ -120,10 +122,12 @@ def pointwise(node: fx.Node) -> Factoring:
 def _pointwise_linearity(node: fx.Node) -> tuple[frozenset[int], bool]:
     tensors = len(tensor_arguments(node))
     kind = operator_of(node)
+    # x + y is linear in both together. x + 1 is not linear: each rank would add the 1.
     if kind in (aten.add, aten.sub):
         return frozenset(), tensors == 2
     if kind is aten.mul:
         return frozenset(range(tensors)), False
+    # x / y is linear in x, and with `rounding_mode`, a keyword argument, in nothing.
     if kind is aten.div:
         return frozenset({0}) if isinstance(node.args[0], fx.Node) and len(node.kwargs) == 0 else frozenset(), False
     return (frozenset({0}), False) if kind is aten.neg else (frozenset(), False)
@@ -134,6 +138,7 @@ def reshape(node: fx.Node) -> Factoring:
     source, target = _value(tensor_arguments(node)[0]).shape, _results(node)[0].shape
     before: list[str | None] = [None] * len(source)
     after: list[str | None] = [None] * len(target)
+    # [n·d] -> [n, d]: a rank's block of rows is a block of heads. A split of the minor d would not be consecutive rows.
     for index, (i, j) in enumerate(_corresponding(source, target)):
         before[i] = after[j] = f"g{index}"
     return Factoring((tuple(before),), (tuple(after),), frozenset({0}))
@@ -141,6 +146,7 @@ def reshape(node: fx.Node) -> Factoring:
 
 def _corresponding(source: tuple[Size, ...], target: tuple[Size, ...]) -> list[tuple[int, int]]:
     """The major dimensions (i, j) of each pair of runs of `source` and `target` whose products are equal."""
+    # Dimensions of one change no product, and there is nothing in them to split.
     left = [i for i, size in enumerate(source) if not same(size, 1)]
     right = [j for j, size in enumerate(target) if not same(size, 1)]
     pairs: list[tuple[int, int]] = []
@@ -154,6 +160,7 @@ def _corresponding(source: tuple[Size, ...], target: tuple[Size, ...]) -> list[t
             elif right and _nominal(q) < _nominal(p):
                 q *= target[right.pop(0)]
             else:
+                # The products never meet again: what is left has no factor.
                 return pairs
         pairs.append(first)
     return pairs
@@ -207,6 +214,7 @@ def along(position: int, *, gone: bool = False, linear: bool = False) -> Callabl
         result = tuple(n for i, n in enumerate(names) if i != at) if gone else names
         several = len(tensors) > 1
         results = tuple(result for _ in _results(node))
+        # cat takes several operands: its result is partial only if all of them are.
         return Factoring((names,) * len(tensors), results, frozenset({0} if linear and not several else ()), linear and several)
 
     return rule
@@ -220,6 +228,7 @@ def reduction(*, contracts: bool = False, linear: bool = False) -> Callable[[fx.
         dims = node.args[1] if len(node.args) > 1 else None
         gone = set(range(rank)) if dims is None else {d % rank for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr]
         keep = len(_results(node)[0].shape) == rank
+        # A sum of the ranks' sums is the sum. A maximum or a variance of shards cannot be added up.
         names = tuple(f"d{i}" if contracts or i not in gone else None for i in range(rank))
         result = tuple(None if i in gone else names[i] for i in range(rank) if keep or i not in gone)
         return Factoring((names,), (result,), frozenset({0} if linear else ()))
@@ -233,6 +242,7 @@ def normalization(position: int) -> Callable[[fx.Node], Factoring]:
     def rule(node: fx.Node) -> Factoring:
         operands = tensor_arguments(node)
         rank, normal = _value(operands[0]).rank, len(node.args[position])  # type: ignore[arg-type]
+        # A norm needs all features of a token on one rank.
         names = tuple(f"d{i}" if i < rank - normal else None for i in range(rank))
         weights = tuple((None,) * _value(operand).rank for operand in operands[1:])
         return Factoring((names, *weights), (names,))
@@ -264,6 +274,7 @@ def scaled_attention(node: fx.Node) -> Factoring | None:
     operands = []
     for i, tensor in enumerate(tensors):
         b, n, *_ = _value(tensor).shape
+        # Keys and values (1, 2) have the factor even with fewer heads. A mask (3) has it only where it has a row per head.
         front = ("b" if same(b, batch) else None, HEADS if same(n, heads) or i in (1, 2) else None)
         operands.append((*front, None, "e" if i == 2 else None))
     return Factoring(tuple(operands), (("b", HEADS, None, "e"),), coarse=frozenset({1, 2}))
@@ -292,6 +303,7 @@ def index(node: fx.Node) -> Factoring | None:
 
 def padding(node: fx.Node) -> Factoring:
     rank = _value(node.args[0]).rank  # type: ignore[arg-type]
+    # torch gives (before, after) for each padded dimension, from the last one backwards.
     padded = len(node.args[1]) // 2  # type: ignore[arg-type]
     names = tuple(f"d{i}" if i < rank - padded else None for i in range(rank))
     return Factoring((names,), (names,))
@@ -347,6 +359,7 @@ RULES: dict[Any, Rule] = {target: _rule_of(row.rule) for target, row in OPERATOR
 
 def factoring(node: fx.Node) -> Factoring | None:
     """The rule of a call, applied to it; None where the operator has none, or its operands do not fit."""
+    # torch's tag `pointwise` is enough for an operator without a row.
     rule = RULES.get(operator_of(node))
     if rule is None:
         return pointwise(node) if is_pointwise(node) and has_one_result(node) else None
@@ -361,6 +374,7 @@ def passes_on(node: fx.Node) -> bool:
     if node.target in EXCHANGES or facts_of(node).backward == "nothing":
         return True
     rule = factoring(node)
+    # The gradient of a linear call of one operand is the transposed call: it needs no value.
     return rule is not None and (rule.jointly_linear or (len(rule.operands) == 1 and 0 in rule.linear))
 
 

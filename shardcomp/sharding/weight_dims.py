@@ -39,12 +39,14 @@ def weight_layouts(program: Program, policy: Policy, axis: str, size: int) -> tu
             word = entries.get(name, "whole")
             if word == "whole" or name in layouts:
                 continue
+            # Layers share a body, so the answer for the first holds for all, and only the first reports a violation.
             key = (id(unit.body), index)
             known = key in seen
             if not known:
                 seen[key] = next(dimensions(node, word, tuple(range(len(value(node).shape)))), None)
             dim = seen[key]
             if dim is None:
+                # A pattern for a matrix may also match its bias or norm, which then stays replicated.
                 if len(value(node).shape) > 1 and not known:
                     violations[name] = f"{name}: {word} does not fit, because no operator that uses it has such a dimension"
                 continue
@@ -57,6 +59,7 @@ def weight_layouts(program: Program, policy: Policy, axis: str, size: int) -> tu
 
 def _indivisible(rows: int, size: int, word: str) -> str | None:
     if word in UNEVEN:
+        # All ranks but the last take ceil(rows / size) rows each.
         if -(-rows // size) * (size - 1) >= rows:
             return f"rows leave a rank of tensor = {size} without any: use a smaller degree"
         return None
@@ -76,12 +79,14 @@ def dimensions(node: fx.Node, word: str, dims: tuple[int | None, ...]) -> Iterat
             continue
         operands = tensor_arguments(user)
         names = rule.operands[operands.index(node)]
+        # A transpose or a view: follow its result, if each of its dimensions is still one of the weight's.
         if len(operands) == 1:
             through = tuple(dims[names.index(f)] if f in names else None for f in rule.results[0] if f is not None)
             if len(through) == len(rule.results[0]):
                 yield from dimensions(user, word, through)
             continue
         beside = ((o, fs) for o, fs in zip(operands, rule.operands, strict=True) if o is not node and not is_parameter(o))
+        # In `... i, o i -> ... o`, o is the weight's alone: an output. The batch is in the other operand, too.
         others = {f for _, fs in beside for f in fs}
         result_factors = {f for fs in rule.results for f in fs}
         for i, factor in enumerate(names):
@@ -113,6 +118,7 @@ def key_value_weights(body: Body) -> Iterator[tuple[fx.Node, fx.Node, int]]:
             products, others = _made_with(operands[i])
             widths = {int(value(product).shape[-1]) for product in products}
             for product in products:
+                # Keys end in the features of one head, so a projection of n · features has n heads.
                 heads, rest = divmod(int(value(product).shape[-1]), features)
                 for weight in map(stored, product.args[1:]) if not rest else ():
                     if weight is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shardcomp.errors import VerifyError
 from shardcomp.ir.precision import COMPUTE
-from shardcomp.verification.dense_model import Outcome
+from shardcomp.verification.dense_model import OWN_LOSS, DifferingCopies, Outcome
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-5}
 """The largest relative deviation that passes, by precision. bf16 and fp16 have `ROUGH_FACTOR` instead."""
@@ -33,16 +33,44 @@ class Worst(TypedDict, total=False):
     tolerance: float
 
 
+class ComparedCopy(TypedDict):
+    """One version of a value that ranks disagree about."""
+
+    ranks: list[int]
+    """The ranks that have it."""
+    stage: int | None
+    """The stage, where two stages of one rank have different versions; else None."""
+    deviation: float
+    """Its relative deviation from the dense model."""
+
+
+class Disagreement(TypedDict):
+    """A value that ranks should have the same bits of, and do not."""
+
+    quantity: str
+    """loss, gradients or weights"""
+    parameter: str
+    """Its name. Empty for a loss."""
+    batch: str
+    """The kind of batch. Empty for weights, which are those after the optimizer steps."""
+    apart: float
+    """The largest distance of a version from the first one, relative to the larger of the two."""
+    copies: list[ComparedCopy]
+    """Its versions, the first with the lowest rank."""
+
+
 @dataclass
 class Deviations:
-    """How far a plan is from the dense model: the largest deviation of each quantity, and the worst of all."""
+    """How far a plan is from the dense model: the largest deviation of each quantity, the worst of all, and disagreements."""
 
     largest: dict[str, float] = field(default_factory=dict)
     worst: Worst = field(default_factory=Worst)
     ok: bool = True
+    disagreements: list[Disagreement] = field(default_factory=list)
+    """The furthest apart comes first."""
 
     def add(self, quantity: str, parameter: str, value: float, tolerance: float) -> None:
-        value = math.inf if math.isnan(value) else value
+        value = finite(value)
         self.largest[quantity] = max(self.largest.get(quantity, 0.0), value)
         self.ok = self.ok and value <= tolerance
         if not self.worst or value / tolerance > self.worst["value"] / self.worst["tolerance"]:
@@ -64,8 +92,15 @@ def compare(plan: Outcome, exact: Outcome, rough: Outcome | None, precision: str
     deviations = Deviations()
     if rough is not None:
         _compare_rough(deviations, plan, exact, rough, COMPUTE[precision])
-        return deviations
-    tolerance = TOLERANCE[precision]
+        _compare_copies(deviations, plan, exact, tolerance=None)
+    else:
+        _compare_closely(deviations, plan, exact, TOLERANCE[precision])
+        _compare_copies(deviations, plan, exact, TOLERANCE[precision])
+    return deviations
+
+
+def _compare_closely(deviations: Deviations, plan: Outcome, exact: Outcome, tolerance: float) -> None:
+    """In float32 and float64, every quantity and every parameter's gradient is within the tolerance."""
     for kind, loss in plan.loss.items():
         deviations.add("loss", kind, relative(loss, exact.loss[kind]), tolerance)
         deviations.add("norm", kind, relative(plan.norm[kind], exact.norm[kind]), tolerance)
@@ -83,7 +118,52 @@ def compare(plan: Outcome, exact: Outcome, rough: Outcome | None, precision: str
         gradient = exact.gradients["causal"].get(name)
         if gradient is not None and float(gradient.norm()) > FLOOR * float(exact.norm["causal"]):
             deviations.add("weights", name, relative(weight, exact.weights[name]), tolerance)
-    return deviations
+
+
+def _compare_copies(deviations: Deviations, plan: Outcome, exact: Outcome, tolerance: float | None) -> None:
+    """Compare every copy of the values that ranks disagree about, with each other and with the dense model.
+
+    `tolerance`: of one value. None in 16 bits, where there is none for a single gradient.
+    """
+    for differing in plan.disagreements:
+        reference, floor = _dense_value(exact, differing)
+        copies: list[ComparedCopy] = []
+        for copy in differing.copies:
+            # A gradient that the dense model does not have counts as zero there.
+            deviation = relative(copy.tensor, torch.zeros_like(copy.tensor) if reference is None else reference, floor)
+            copies.append({"ranks": copy.ranks, "stage": copy.stage, "deviation": finite(deviation)})
+            if tolerance is not None and differing.quantity != "weights":
+                deviations.add(differing.quantity, differing.parameter or differing.kind, deviation, tolerance)
+        first, *others = (copy.tensor for copy in differing.copies)
+        apart = max(finite(relative(other, first, float(other.double().norm()))) for other in others)
+        deviations.disagreements.append(
+            {
+                "quantity": differing.quantity,
+                "parameter": differing.parameter,
+                "batch": differing.kind,
+                "apart": apart,
+                "copies": copies,
+            }
+        )
+    deviations.disagreements.sort(key=lambda disagreement: -disagreement["apart"])
+    deviations.ok = deviations.ok and not plan.disagreements
+
+
+def _dense_value(exact: Outcome, differing: DifferingCopies) -> tuple[Tensor | None, float]:
+    """The dense model's value that copies are compared with, and the smallest norm to relate a deviation to."""
+    name, kind = differing.parameter, differing.kind
+    if differing.quantity == "loss":
+        return exact.loss[kind], 0.0
+    if differing.quantity == "weights":
+        return exact.weights.get(name), 0.0
+    if kind == OWN_LOSS:
+        return exact.own_gradients.get(name), FLOOR * math.hypot(*(float(g.norm()) for g in exact.own_gradients.values()))
+    return exact.gradients[kind].get(name), FLOOR * float(exact.norm[kind])
+
+
+def finite(value: float) -> float:
+    """A deviation, infinite if it is not a number."""
+    return math.inf if math.isnan(value) else value
 
 
 def _compare_gradients(

@@ -25,6 +25,32 @@ KINDS = ("causal", "padded", "packed")
 
 
 @dataclass
+class RankCopy:
+    """One version of a value that several ranks have.
+
+    ranks: those that have these bits. stage: of the rank, where two stages of one rank have different versions; else None.
+    """
+
+    ranks: list[int]
+    stage: int | None
+    tensor: Tensor
+
+
+@dataclass
+class DifferingCopies:
+    """A value that ranks should have the same bits of, and do not.
+
+    quantity: loss, gradients or weights. parameter: its name, "" for a loss. kind: of the batch, "" for weights. copies: its
+    different versions, at least two; the first is rank 0's, or that of the lowest rank that has the value.
+    """
+
+    quantity: str
+    parameter: str
+    kind: str
+    copies: list[RankCopy]
+
+
+@dataclass
 class Outcome:
     """What one run of a plan, or of the dense model, computed."""
 
@@ -40,8 +66,12 @@ class Outcome:
     """The gradients of the model's loss plus `own_loss`, of the causal batch, by parameter name."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """After the optimizer steps, by parameter name."""
+    disagreements: list[DifferingCopies] = field(default_factory=list)
+    """The values that ranks of a plan do not agree about. The fields above have their first copies."""
 
 
+OWN_LOSS = "causal + own loss"
+"""What stands for the kind of batch where a gradient is of `own_loss` too."""
 OWN_LOSS_PRECISIONS = ("fp64", "fp32")
 """The precisions in which the gradients of `own_loss` are compared."""
 OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}

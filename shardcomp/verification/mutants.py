@@ -68,7 +68,7 @@ class MutantAxis(Axis):
             return super().reduce_scatter(x.roll(x.shape[dim] // self.size, dim), dim)
         if self.error == ASTRAY and self.other:
             return self.other.reduce_scatter(x, dim)
-        return self.piece(x, dim)
+        return self.local_shard(x, dim)
 
     def all_to_all(self, x: Tensor, gather: int, scatter: int) -> Tensor:
         if not self._is_wrong_now():
@@ -76,7 +76,7 @@ class MutantAxis(Axis):
         if self.error == SHIFTED:
             result = super().all_to_all(x, gather, scatter)
             return result.roll(result.shape[gather] // self.size, gather)
-        return torch.cat([self.piece(x, scatter)] * self.size, gather)
+        return torch.cat([self.local_shard(x, scatter)] * self.size, gather)
 
 
 @dataclass(frozen=True)

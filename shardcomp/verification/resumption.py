@@ -238,7 +238,9 @@ class _Ranks(Trace):
 
     def start(self) -> None:
         self.starts += 1
-        context = multiprocessing.get_context("spawn")
+        # Of a server that has imported torch and transformers once. No thread of this process is forked.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         store = str(self.folder / f"store-{self.starts}")
         self.processes = [
             context.Process(target=_rank, args=(self.job, rank, store), daemon=True) for rank in range(self.job.world)

@@ -20,10 +20,10 @@ from shardcomp.lowered import Lowered
 from shardcomp.lowering import lower
 from shardcomp.policy import Policy
 from shardcomp.sharding.weight_dims import module_of
-from shardcomp.verification.compare import FLOOR, TOLERANCE, Worst, compare
+from shardcomp.verification.compare import FLOOR, TOLERANCE, Disagreement, Worst, compare
 from shardcomp.verification.dense_model import KINDS, Batch, Outcome, batches, dense, update_batches, without_dropout
 from shardcomp.verification.mutants import mutants
-from shardcomp.verification.sharded_model import DisagreementError, run_plan
+from shardcomp.verification.sharded_model import run_plan
 from shardcomp.weights.initialization import initialize
 
 MAX_RANKS = 16
@@ -47,7 +47,7 @@ class Verification:
     """The answer of `verify`, and what `shardcomp verify --json` prints."""
 
     ok: bool
-    """Whether every deviation is within its tolerance, and every mutant was noticed."""
+    """Whether every deviation is within its tolerance, the ranks agree with each other, and every mutant was noticed."""
     precision: str
     deviation: dict[str, float]
     """The largest relative deviation of each quantity: loss, logits, gradients, norm, weights."""
@@ -59,6 +59,8 @@ class Verification:
     """The probabilities that were set to zero on both sides, by the configuration's key or the module's name."""
     batches: tuple[str, ...] = ()
     """The kinds of batches that were compared: those that were asked for and whose inputs the model takes."""
+    disagreements: list[Disagreement] = field(default_factory=list)
+    """The values that ranks should have the same bits of, and do not. The furthest apart comes first."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -149,6 +151,7 @@ def verify(
         reproduce,
         dropout=dropout,
         batches=tuple(compared),
+        disagreements=deviations.disagreements,
     )
     if mutate:
         answer.mutants = _run_mutants(lowered, {"causal": compared["causal"]}, exact, rough, progress)
@@ -245,10 +248,7 @@ def _run_mutants(
             continue
         total += 1
         progress(f"mutant {total}: {mutant.what}")
-        try:
-            outcome = run_plan(lowered, causal, [], mutant)
-        except DisagreementError:
-            continue
+        outcome = run_plan(lowered, causal, [], mutant)
         if compare(outcome, exact, rough, lowered.policy.options.precision).ok:
             survivors.append(mutant.what)
     return {"total": total, "killed": total - len(survivors), "survivors": survivors}

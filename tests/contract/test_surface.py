@@ -405,7 +405,7 @@ def test_parameters_of_no_dimension_train(plan: str, precision: str) -> None:
 
 def test_an_error_of_torchs_says_what_failed_and_where() -> None:
     def work(sharded: ShardedModel) -> None:
-        unit = sharded._calls.of(BATCH, ("loss",), True).stages[0].each[1]
+        unit = sharded._calls.of(BATCH, ("loss",), True).stages[0].units[1]
 
         def fail(*args: Any) -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -27,6 +27,8 @@ from support.families import GATE, families, tiny_config
 from support.models import tiny
 from support.storages import Made
 
+pytestmark = pytest.mark.usefixtures("chunked_losses")
+
 LENGTH = 16
 
 

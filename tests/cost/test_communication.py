@@ -24,6 +24,8 @@ from shardcomp.verification.dense_model import batches
 from shardcomp.verification.thread_ranks import run_ranks
 from support.models import tiny, with_idle
 
+pytestmark = pytest.mark.usefixtures("chunked_losses")
+
 # method of the process group -> (operation, position of the tensors that are passed in)
 METHODS = {
     "allreduce": ("all_reduce", 0),

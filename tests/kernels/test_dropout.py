@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from shardcomp.ir.layout import REPLICATED, copied, split
 from shardcomp.ir.program import Value
 from shardcomp.kernels.attention import attention
-from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream, dropout, dropped_attention, stream_for
+from shardcomp.kernels.dropout import OWN, SAME_SHARD, SHARED, Stream, dropout, dropped_attention, stream_for
 from shardcomp.sharding.rules import factoring
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_the_stream_is_shared_exactly_where_ranks_drop_from_the_same_numbers() -
         SHARED,
         OWN,
         OWN,
-        PIECE,
+        SAME_SHARD,
     ]
     for target in (attention, dropped_attention):
         heads = call(target, *[(2, 6, 9, 8)] * 3)

@@ -21,7 +21,10 @@ def _possible() -> bool:
 pytestmark = pytest.mark.skipif(not _possible(), reason="there is no compiler with AddressSanitizer")
 
 
-@pytest.mark.parametrize("check", CHECKS)
+_LONG = {name: () if name == "schedules" else (pytest.mark.long,) for name in CHECKS}  # the claim that only emulation checks
+
+
+@pytest.mark.parametrize("check", [pytest.param(name, marks=marks) for name, marks in _LONG.items()])
 def test_kernels_give_what_references_do(check: str) -> None:
     completed = emulated.run(emulated.build(), check)
     assert completed.returncode == 0, completed.stdout + completed.stderr

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from shardcomp.errors import KernelError
 from shardcomp.kernels import library
 from shardcomp.kernels.register import REFERENCES
 
@@ -395,3 +396,16 @@ def test_they_are_what_torch_asks_of_an_operator(name: str) -> None:
 def test_what_they_cannot_compute_is_refused(call: Callable[[Tensor], Any], says: str) -> None:
     with pytest.raises(RuntimeError, match=says):
         call(torch.ones(3, 5))
+
+
+def test_an_empty_choice_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.setattr(library, "_loaded", None)
+    unset = library.load()
+    monkeypatch.setenv(library.VARIABLE, "")
+    monkeypatch.setattr(library, "_loaded", None)
+    assert library.choice() == "auto" and library.load() == unset
+    monkeypatch.setenv(library.VARIABLE, "none")
+    monkeypatch.setattr(library, "_loaded", None)
+    with pytest.raises(KernelError, match="SHARDCOMP_KERNELS=none: there is no such choice"):
+        library.load()

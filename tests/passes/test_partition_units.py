@@ -50,17 +50,17 @@ class Layer(Unit):  # layers.0 … 1, alike
 
 EXPECTED_MODEL = """
 class Model(Stage):
-    units = (
+    unit_classes = (
         ("embed", First),
         *((f"layers.{i}", Layer) for i in range(0, 2)),
         ("head", Last),
     )
 
     def forward(self, input_ids, labels, num_items_in_batch):
-        hidden = self.each[0](input_ids)
-        hidden_1 = self.each[1](hidden)
-        hidden_2 = self.each[2](hidden_1)
-        loss = self.each[3](hidden_2, labels, num_items_in_batch)
+        hidden = self.units[0](input_ids)
+        hidden_1 = self.units[1](hidden)
+        hidden_2 = self.units[2](hidden_1)
+        loss = self.units[3](hidden_2, labels, num_items_in_batch)
         return {"loss": loss}
 """
 

@@ -370,7 +370,7 @@ def run_stages(lowered: Lowered, tensor: int) -> tuple[Tensor, dict[str, Tensor]
     crossing: tuple[Tensor, ...] = ()
     for index in range(len(blueprint.sources)):
         code = blueprint.module(index).Model
-        homes = [home(next(units), tree) for _ in code.units]
+        homes = [home(next(units), tree) for _ in code.unit_classes]
         stage = code(homes, axes, device, streams)
         received = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in crossing]
         if len(blueprint.sources) > 1:
@@ -425,17 +425,17 @@ def home(plan: Any, tree: nn.Module) -> UnitParameters:
 
 BEFORE = """
 class Model(Stage):
-    units = (
+    unit_classes = (
         ("embed", First),
         *((f"layers.{i}", Layer) for i in range(0, 2)),
         ("head", Last),
     )
 
     def forward(self, input_ids, labels, num_items_in_batch):
-        hidden = self.each[0](input_ids)
-        hidden_1 = self.each[1](hidden)
-        hidden_2 = self.each[2](hidden_1)
-        loss = self.each[3](hidden_2, labels, num_items_in_batch)
+        hidden = self.units[0](input_ids)
+        hidden_1 = self.units[1](hidden)
+        hidden_2 = self.units[2](hidden_1)
+        loss = self.units[3](hidden_2, labels, num_items_in_batch)
         return {"loss": loss}
 
     def tokens(self, labels):
@@ -449,7 +449,7 @@ class Model(Stage):
 
 EXPECTED = """
 class Model(Stage):
-    units = (
+    unit_classes = (
         # stage 0
         ("embed", First),
         ("layers.0", Layer),
@@ -459,10 +459,10 @@ class Model(Stage):
     )
 
     def forward(self, input_ids, labels, num_items_in_batch):
-        hidden = self.each[0](input_ids)
-        hidden_1 = self.each[1](hidden)
-        hidden_2 = self.each[2](hidden_1)
-        loss = self.each[3](hidden_2, labels, num_items_in_batch)
+        hidden = self.units[0](input_ids)
+        hidden_1 = self.units[1](hidden)
+        hidden_2 = self.units[2](hidden_1)
+        loss = self.units[3](hidden_2, labels, num_items_in_batch)
         return {"loss": loss}
 
     def tokens(self, labels):

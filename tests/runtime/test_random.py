@@ -17,7 +17,7 @@ from torch.nn import functional
 import shardcomp
 from shardcomp import Policy, presets
 from shardcomp.ir.mesh import Mesh
-from shardcomp.kernels.dropout import OWN, PIECE, SHARED, Stream
+from shardcomp.kernels.dropout import OWN, SAME_SHARD, SHARED, Stream
 from shardcomp.lowered import Lowered
 from shardcomp.materialize import allocate, weights_of
 from shardcomp.policy.patterns import Entry, parse
@@ -31,7 +31,7 @@ from support.families import tiny_config
 from support.models import tiny
 
 CPU = torch.device("cpu")
-NAMES = (SHARED, OWN, PIECE)
+NAMES = (SHARED, OWN, SAME_SHARD)
 LENGTH = 8
 
 
@@ -48,7 +48,7 @@ def test_ranks_of_one_tensor_group_share_a_stream_and_no_others_coincide() -> No
     for seed in (0, 1):
         for rank, each in enumerate(streams(mesh, seed)):
             *group, tp = mesh.coordinates(rank).values()
-            for name, place in ((SHARED, ()), (OWN, (tp,)), (PIECE, (tp // 2,))):
+            for name, place in ((SHARED, ()), (OWN, (tp,)), (SAME_SHARD, (tp // 2,))):
                 # The CPU's generator looks at 32 bits of its seed.
                 low = getattr(each, name).generator.initial_seed() % 2**32
                 seeds.setdefault(low, set()).add((name, (seed, *group, *place)))
@@ -212,7 +212,7 @@ def test_ranks_draw_the_same_for_what_is_whole_and_otherwise_each_its_own(sequen
             setattr(sharded.random, name, Recorded(getattr(sharded.random, name), mine[name]))
 
     steps(lowered, 1, prepare)
-    assert masks[0][OWN] and (masks[0][SHARED] or sequence_parallel) and not masks[0][PIECE]
+    assert masks[0][OWN] and (masks[0][SHARED] or sequence_parallel) and not masks[0][SAME_SHARD]
     for name, same in ((SHARED, {(0, 1), (2, 3)}), (OWN, set())):
         for a, b in itertools.combinations(range(4), 2):
             for one, other in zip(masks[a][name], masks[b][name], strict=True):
@@ -315,7 +315,7 @@ class Places(Stream):
         assert whole[0] == x.shape[0] * self.dp
         cut = [dim for dim in range(1, x.dim()) if whole[dim] != x.shape[dim]]
         pieces = whole[cut[0]] // x.shape[cut[0]] if cut else 1
-        drawn_for = {SHARED: 1, OWN: self.tp, PIECE: pieces if 1 < pieces < self.tp else -1}[self.name]
+        drawn_for = {SHARED: 1, OWN: self.tp, SAME_SHARD: pieces if 1 < pieces < self.tp else -1}[self.name]
         fits = drawn_for == pieces
         draw = torch.Generator().manual_seed(1000 * call + (0 if fits else 1 + self.tp_rank * (self.name == OWN)))
         kept = torch.rand(whole, generator=draw) >= p
@@ -359,7 +359,7 @@ def test_each_call_draws_from_the_stream_that_its_layout_asks_for(
     source = lowered.blueprint().sources[0]
     used = list(re.finditer(r"random=self\.random\.(\w+)", source))
     assert name != "toy" or {match[1] for match in used} == ({OWN} if sequence_parallel else {OWN, SHARED})
-    assert any(match[1] == PIECE for match in used) == (name == "llama with dropped keys")
+    assert any(match[1] == SAME_SHARD for match in used) == (name == "llama with dropped keys")
     for match in used if name in ("llama", "toy", "llama with dropped keys") else ():
         for other in {SHARED, OWN} - {match[1]}:
             faulty = source[: match.start(1)] + other + source[match.end(1) :]

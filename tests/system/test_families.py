@@ -16,6 +16,8 @@ from shardcomp.verification.thread_ranks import run_ranks
 from support.families import GATE, families, tiny_config
 from support.selection import LONG
 
+pytestmark = pytest.mark.usefixtures("chunked_losses")
+
 FAMILIES = {
     "bloom": "bloom",
     "cohere": "cohere",

@@ -26,6 +26,8 @@ from shardcomp.verification.verifier import verify
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("chunked_losses")
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "pipeline": (1, 2, 3, 4),
     "tensor": (1, 2),

@@ -1,4 +1,4 @@
-"""The same over real processes: gloo under torchrun, against the dense model."""
+"""The same over real processes, against the dense model: gloo, with torchrun where there are many."""
 
 from __future__ import annotations
 
@@ -12,33 +12,27 @@ import pytest
 import torch
 from system import test_plans
 
+import shardcomp
 from shardcomp import presets
 from shardcomp.verification.dense_model import batches, dense
 from shardcomp.weights.initialization import initialize
 from support.models import tiny
+from support.processes import run_processes
 from support.selection import LONG
 
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from support.models import tiny
-import shardcomp
-from shardcomp import presets
-from shardcomp.verification.dense_model import batches
 
-policy = shardcomp.Policy.load("llama", tensor=2, precision="fp64", micro_batch=1, seed=4)
-sharded = shardcomp.shard(presets.build(tiny(tie_word_embeddings=True)), policy)
-rank, size = sharded.mesh.get_local_rank("dp"), sharded.mesh["dp"].size()
-batch = {name: held.chunk(size)[rank] for name, held in batches(97, 4, 16, 0)["causal"].items()}
-step = sharded.train_step(**batch)
-gradients = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
-norm = sharded.clip_grad_norm_(1e9)
-sharded.save_pretrained(sys.argv[1] + "/saved")
-if dist.get_rank() == 0:
-    torch.save({"loss": step.loss, "norm": norm, "gradients": gradients}, sys.argv[1] + "/result.pt")
-dist.destroy_process_group()
-"""
+def train_and_save(rank: int, folder: Path) -> None:
+    """What one of four ranks runs: two halves of a batch, under tensor = 2."""
+    policy = shardcomp.Policy.load("llama", tensor=2, precision="fp64", micro_batch=1, seed=4)
+    sharded = shardcomp.shard(presets.build(tiny(tie_word_embeddings=True)), policy)
+    place, size = sharded.mesh.get_local_rank("dp"), sharded.mesh["dp"].size()
+    batch = {name: tokens.chunk(size)[place] for name, tokens in batches(97, 4, 16, 0)["causal"].items()}
+    step = sharded.train_step(**batch)
+    gradients = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+    norm = sharded.clip_grad_norm_(1e9)
+    sharded.save_pretrained(folder / "saved")
+    if rank == 0:
+        torch.save({"loss": step.loss, "norm": norm, "gradients": gradients}, folder / "result.pt")
 
 
 PLANS = """
@@ -83,7 +77,7 @@ def test_plans_with_a_pipeline_agree_with_the_dense_model(processes: int, tmp_pa
 
 
 def test_four_processes_agree_with_the_dense_model_and_save_it_together(tmp_path: Path) -> None:
-    launch(tmp_path, SCRIPT, 4)
+    run_processes(train_and_save, 4, tmp_path)
     found = torch.load(tmp_path / "result.pt", weights_only=True)
     model = initialize(presets.build(tiny(tie_word_embeddings=True)), 4)
     batch = batches(97, 4, 16, 0)["causal"]

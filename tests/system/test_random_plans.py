@@ -25,7 +25,7 @@ Plan = tuple[dict[str, Any], dict[str, Any], int]
 DEGREES = list(itertools.product((1, 2, 3, 4), (1, 2), (1, 2, 3)))  # pipeline, tensor, data
 MOST_RANKS = 8
 OFFLOAD = ["optimizer", "parameters", "all", "model.layers.*"]
-EXAMPLES, ENGINE_EXAMPLES = (300, 120) if LONG else (6, 2)
+EXAMPLES, ENGINE_EXAMPLES = (300, 120) if LONG else (4, 1)
 """Draws of all parts of a test together."""
 
 

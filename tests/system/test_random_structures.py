@@ -126,7 +126,7 @@ def refused(plan: Plan) -> bool:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@settings(max_examples=160 // PARTS if LONG else 3)
+@settings(max_examples=160 // PARTS if LONG else 2)
 @given(plan=plans(), kinds=st.sampled_from(KINDS))
 def test_a_legal_plan_agrees_whatever_the_structure_and_an_illegal_one_is_refused(
     plan: Plan, kinds: tuple[str, ...], part: int

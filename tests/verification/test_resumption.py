@@ -15,8 +15,17 @@ from shardcomp.verification import resumption
 from shardcomp.verification.resumption import resume_check
 
 
-def test_a_killed_run_ends_with_the_same_bits_and_another_topology_agrees(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["tiny", "--tensor", "2", "--precision", "fp64", "--steps", "5", "--onto", "--tensor 1 --data 2 --zero 3"]
+@pytest.mark.parametrize(
+    ("plan", "world", "onto_plan"),
+    [
+        ([], 1, "--data 2 --zero 3"),
+        pytest.param(["--tensor", "2"], 2, "--tensor 1 --data 2 --zero 3", marks=pytest.mark.long),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_bits_and_another_topology_agrees(
+    plan: list[str], world: int, onto_plan: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["tiny", *plan, "--precision", "fp64", "--steps", "5", "--onto", onto_plan]
     assert cli.main(["resume-check", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["losses_equal"] and found["files_equal"]
@@ -24,7 +33,7 @@ def test_a_killed_run_ends_with_the_same_bits_and_another_topology_agrees(capsys
     onto = found["onto"]
     assert onto["ok"] and onto["batches_equal"] and onto["from_step"] == 2
     assert onto["losses"] <= onto["tolerance"] == 1e-9 and onto["weights"] <= 1e-9
-    assert found["reproduce"].startswith("shardcomp resume-check tiny --world 2 ")
+    assert found["reproduce"].startswith(f"shardcomp resume-check tiny --world {world} ")
 
 
 class Ranks:
