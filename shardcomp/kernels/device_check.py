@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -58,7 +57,7 @@ def in_place(name: str, device: torch.device, reference: Callable[..., Any]) -> 
             # On a device that nobody tried a kernel may fail in any way, and the reference can still run.
             except Exception as error:
                 _reject(name, device, f"{type(error).__name__}: {error}")
-    if (word := os.environ.get(library.VARIABLE, "auto")) != "auto":
+    if (word := library.choice()) != "auto":
         raise KernelError(
             f"{library.VARIABLE}={word}: its kernel of {name} must not run on {device}: {_rejected[name, device.type]}\n"
             f"{library.VARIABLE}=auto takes the operator's reference instead"
@@ -91,5 +90,5 @@ def _put_in_place(name: str) -> None:
 
 def _reject(name: str, device: torch.device, why: str) -> None:
     _rejected[name, device.type] = " ".join(why.split())
-    if os.environ.get(library.VARIABLE, "auto") == "auto":
+    if library.choice() == "auto":
         _log.warning("kernels: %s runs as its reference on %s: %s", name, device, _rejected[name, device.type])
