@@ -185,6 +185,8 @@ class Running:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": str(threads),
+                # Empty at first: what the first row of ours captures, its later rows and other topologies read.
+                "SHARDCOMP_CAPTURES": str(log.parent / "captures"),
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }
             self.processes.append(
@@ -283,18 +285,18 @@ def deviations(rows: list[Row], curve: list[float]) -> None:
 
 def table(rows: list[Row], tokens: int) -> str:
     """The rows of one topology as Markdown."""
-    lines = [
-        "| contender | tokens/s (quartiles) | s a step | CPU s | live MB | RSS MB | to first step, s | off the fp32 curve |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("contender", "tokens/s (quartiles)", "s a step", "CPU s", "live MB", "RSS MB")
+    columns += ("imports, s", "to first step, s", "off the fp32 curve")
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
     for row in rows:
         if row.problem:
-            lines.append(f"| {row.name} | {row.problem} | | | | | | |")
+            lines.append(f"| {row.name} | {row.problem} | | | | | | | |")
             continue
         low, middle, high = _quartiles(row.steps)
         lines.append(
             f"| {row.name} | {tokens / middle:,.0f} ({tokens / high:,.0f}–{tokens / low:,.0f}) | {middle:.3f} "
-            f"| {statistics.median(row.cpu):.2f} | {row.live / 1e6:,.0f} | {row.rss / 1e6:,.0f} | {row.first_step:.1f} "
+            f"| {statistics.median(row.cpu):.2f} | {row.live / 1e6:,.0f} | {row.rss / 1e6:,.0f} "
+            f"| {row.imported:.1f} | {row.first_step:.1f} "
             f"| {row.deviation:.1e} |"
         )
     return "\n".join(lines)

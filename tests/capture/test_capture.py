@@ -214,6 +214,7 @@ def test_the_model_and_transformers_are_left_as_they_were(kind: type) -> None:
         assert state(model) == before
 
 
+@pytest.mark.long  # golden listings show alike layers
 def test_another_layer_adds_as_many_nodes_as_the_last_one() -> None:
     counts = []
     for layers in (1, 2, 3, 6):
@@ -447,6 +448,7 @@ def test_writes_through_views_become_values(change: Callable[[Tensor], Tensor]) 
 
 
 @pytest.mark.parametrize("names", [("input_ids", "labels"), ("input_ids", "labels", "attention_mask")], ids="-".join)
+@pytest.mark.long  # a float64 capture is looked through for narrower numbers
 def test_a_float64_capture_makes_no_narrower_number_either(names: tuple[str, ...]) -> None:
     for kind in ("bloom", "opt", "falcon_rw"):
         program = capture(presets.build(tiny_config(kind)), signature(*names), precision="fp64")

@@ -47,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.long  # contract/test_optimizers.py trains with each
 def test_every_optimizer_of_torch_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     train(TIED, 2, save=tmp_path / "step-2", optimizer=OPTIMIZERS[name])
     whole = train(TIED, 4, optimizer=OPTIMIZERS[name])

@@ -115,6 +115,7 @@ def test_states_are_loaded_in_another_precision(before: str, after: str, tmp_pat
     train(lowered_for(CONFIG[True], precision=after, data=2, zero=3), 3, load=tmp_path)
 
 
+@pytest.mark.long  # generators are saved and loaded in test_run_state.py
 def test_dropout_goes_on_bit_for_bit(tmp_path: Path) -> None:
     config = tiny_config("gpt2", vocab_size=97, resid_pdrop=0.2, attn_pdrop=0.1)
     dropping = lowered_for(config, "gpt2", tensor=2, data=2, zero=1)

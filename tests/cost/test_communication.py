@@ -213,6 +213,7 @@ def test_a_step_sends_what_was_predicted_under_every_zero_stage_and_schedule(
 
 
 @pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.long  # sharding/test_head_copies.py compares their gradients
 def test_heads_in_copies_add_up_their_gradients_as_was_predicted(monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
     compare(monkeypatch, tiny(num_attention_heads=8), 1, tensor=4, zero=zero)
 
@@ -242,6 +243,7 @@ def test_what_is_frozen_is_gathered_where_a_gradient_passes_and_never_summed(
 
 
 @pytest.mark.parametrize("options", [{"zero": 1}, {"zero": 3, "tensor": 2}, {"zero": 2, "pipeline": 2, "schedule": "zbv"}])
+@pytest.mark.long  # runtime/test_unused_parameters.py has such plans
 def test_what_no_call_uses_is_gathered_with_its_unit_and_never_summed(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:

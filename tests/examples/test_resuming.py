@@ -85,6 +85,7 @@ def test_each_checkpoint_is_also_a_huggingface_directory(capsys: Capture, comman
     assert [path.name for path in (tmp_path / "run/huggingface").iterdir()] == [directory.name_of(4)]
 
 
+@pytest.mark.long  # training/test_sample_stream.py refuses other samples
 def test_other_text_is_refused_and_nothing_is_lost(capsys: Capture, command: list[str], tmp_path: Path) -> None:
     run = ["--checkpoint-dir", tmp_path / "run", "--save-interval", 2]
     ran(capsys, command, "--steps", 2, *run)

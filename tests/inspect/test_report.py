@@ -136,6 +136,7 @@ def test_the_stages_of_all_ranks_are_the_model(options: dict[str, Any]) -> None:
     assert sorted(paths) == sorted(unit.path for unit in whole.program.units)
 
 
+@pytest.mark.long  # cost/test_communication.py sums its gradients
 def test_a_tied_weight_is_held_by_both_of_the_ranks_that_use_it() -> None:
     config = tiny(num_hidden_layers=4, vocab_size=96, tie_word_embeddings=True)
     held = [

@@ -88,6 +88,7 @@ def lower(config: Any, policy: str, tensor: int, stages: int, **options: Any) ->
     return shardcomp.lower(config, loaded, seq=16)
 
 
+@pytest.mark.long  # a large head moves layers as well
 def test_layers_that_run_again_cost_more_beside_a_head_that_does_not() -> None:
     config = tiny(vocab_size=2400, num_hidden_layers=8)
 

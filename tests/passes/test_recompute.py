@@ -87,6 +87,7 @@ def test_only_the_marked_lines_of_a_listing_differ() -> None:
     assert full.listing() == plain.listing()
 
 
+@pytest.mark.long  # golden listings show one body
 def test_alike_layers_still_share_a_body() -> None:
     few, many = (lowered_for(tiny(num_hidden_layers=n), recompute="selective") for n in (2, 12))
     assert len(few.program.bodies()) == len(many.program.bodies()) == 3

@@ -74,6 +74,7 @@ def test_alike_units_are_compiled_once_and_products_stay_as_they_are() -> None:
     assert counters["stats"]["unique_graphs"] == graphs - 1  # that was the attempt whether it works
 
 
+@pytest.mark.long  # the bits of a compiled run are compared below
 def test_collectives_stay_as_they_are_between_compiled_pieces() -> None:
     policy = shardcomp.Policy.load("llama", tensor=2, precision="fp32", compile=True)
     found = shardcomp.verify("tiny", policy, 2, shrink={"num_hidden_layers": 2}, kinds=("causal",))

@@ -78,6 +78,7 @@ def test_what_fills_pieces_up_is_counted(zero: int) -> None:
 @pytest.mark.grid
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.long  # the table holds for other plans
 def test_the_table_holds_under_a_pipeline(zero: int, schedule: str) -> None:
     lowered = lowered_for(tied=True, zero=zero, data=2, pipeline=2, schedule=schedule)
 

@@ -247,6 +247,7 @@ def own_adamw(model: nn.Module) -> torch.optim.Optimizer:
     return shardcomp.AdamW(groups, lr=3e-3)
 
 
+@pytest.mark.long  # contract/test_optimizers.py compares with dense weights
 def test_a_sharded_model_is_trained_as_by_clipping_and_torchs_own() -> None:
     """In float64, to 1e-12; each way of asking for it."""
     tokens = torch.randint(0, 97, (6, 4, 8), generator=torch.Generator().manual_seed(0))

@@ -202,6 +202,7 @@ class Recorded(Stream):
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.long  # each call draws as its layout asks
 def test_ranks_draw_the_same_for_what_is_whole_and_otherwise_each_its_own(sequence_parallel: bool) -> None:
     lowered = lower("gpt_neox", 4, tensor=2, sequence_parallel=sequence_parallel)
     masks: dict[int, dict[str, list[Tensor]]] = {}

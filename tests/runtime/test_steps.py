@@ -334,6 +334,7 @@ def test_a_step_behind_one_that_failed_is_as_on_a_fresh_model(where: str, option
     run_ranks(lowered.mesh.world_size, work)
 
 
+@pytest.mark.long  # the steps above add up whatever came between
 def test_frozen_stages_and_evaluation_leave_nothing_behind() -> None:
     model = initialize(presets.build(tiny(num_hidden_layers=4)), 0)
     for name, parameter in model.named_parameters():

@@ -66,6 +66,7 @@ def test_they_get_no_gradient_and_are_saved_as_they_were(options: dict[str, Any]
     assert {name for name, p in model.named_parameters() if torch.equal(saved[name], p)} == set(IDLE)
 
 
+@pytest.mark.long  # checkpoint/test_topologies.py resumes under other plans
 def test_a_checkpoint_goes_on_under_another_plan(tmp_path: Path) -> None:
     whole = train(lowered_for(**PLANS[2]), 4)
     train(lowered_for(**PLANS[2]), 2, save=tmp_path / "step-2")
@@ -153,6 +154,7 @@ class Training(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("options", [{"tensor": 2}, {"data": 2, "zero": 3}, {"pipeline": 2}], ids=str)
+@pytest.mark.long  # the calls above use more than the first
 def test_another_call_may_leave_out_what_the_first_one_uses(options: dict[str, Any]) -> None:
     model = shardcomp.initialize(Training(tiny(vocab_size=96)), 0)
     ids = torch.arange(32).view(4, 8)

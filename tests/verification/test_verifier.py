@@ -45,6 +45,7 @@ def test_every_topology_agrees_with_the_dense_model(tensor: int, sequence_parall
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.long  # system/test_random_plans.py draws three ranks
 def test_float64_agrees_on_three_ranks(sequence_parallel: bool) -> None:
     config = tiny(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
     check(config, tensor=3, sequence_parallel=sequence_parallel, precision="fp64", world=3)
@@ -128,6 +129,7 @@ def test_a_dense_model_that_fails_by_itself_is_told_with_its_line() -> None:
         verify(Failing(tiny()), shardcomp.Policy.load("llama", precision="fp64"), shrink=WHOLE)
 
 
+@pytest.mark.long  # tied weights of several ranks are
 def test_two_copies_of_a_tied_weight_on_one_rank_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     true = backward.reduce_partial
 
@@ -174,6 +176,7 @@ def test_ranks_that_all_have_nan_do_not_disagree() -> None:
     assert [copy.ranks for copy in differing.copies] == [[0, 1], [2]]
 
 
+@pytest.mark.long  # contract/test_batches.py has padding on the left
 def test_a_position_that_sees_nothing_does_not_count() -> None:
     policy = shardcomp.Policy.load("gemma2", precision="fp64", data=4)  # rows with more padding than the window is wide
     found = verify(tiny_config("gemma2"), policy, shrink=WHOLE, kinds=("causal", "padded"))
@@ -208,6 +211,7 @@ def test_a_model_with_real_weights_is_verified_as_it_is() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.long  # so is a model that drops
 def test_a_configuration_with_dropout_is_verified_without_and_the_answer_says_so(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
