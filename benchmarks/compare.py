@@ -34,7 +34,7 @@ BEGAN = time.perf_counter()  # before torch is imported: set-up counts imports
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "liger-kernel")
 QUICK = {"hidden": 256, "layers": 4, "heads": 8, "vocab": 4096, "seq": 128, "sequences": 8, "rounds": 3}
-PATIENCE = 900
+PATIENCE = 300
 """Seconds that a set-up or a turn may take before its contender is given up."""
 
 
@@ -187,6 +187,8 @@ class Running:
                 "OMP_NUM_THREADS": str(threads),
                 # Empty at first: what the first row of ours captures, its later rows and other topologies read.
                 "SHARDCOMP_CAPTURES": str(log.parent / "captures"),
+                # What DeepSpeed has torch build: a build that was killed would leave its lock for the next run.
+                "TORCH_EXTENSIONS_DIR": str(log.parent / "extensions"),
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }
             self.processes.append(
