@@ -18,7 +18,7 @@ LONG = os.environ.get("SHARDCOMP_LONG") == "1"
 PARTS = 8 if LONG else 1
 """Into how many tests the draws of one are cut, so that processes and slices share them."""
 DURATIONS = Path(__file__).parents[1] / "durations.json"
-BUDGET = 1.0
+BUDGET = 0.7
 """CPU seconds for all cases of a test. One case runs in any case."""
 _LEAST = 0.05
 """Shorter cases are not worth a line of the file."""
