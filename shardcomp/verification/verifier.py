@@ -138,7 +138,8 @@ def verify(
     is_rough = options.precision not in TOLERANCE
     exact = dense(reference, "fp64" if is_rough else options.precision, compared, updates)
     rough = dense(reference, options.precision, compared, updates) if is_rough else None
-    lowered = lower(model, plan, mesh.world_size, seq=length)
+    # A model of static shapes is captured at the one that runs: mutants are planted in that code, and not in another call's.
+    lowered = lower(model, plan, mesh.world_size, seq=length, sample=(micro_batch, length))
     _refuse_dropout(lowered)
     progress(f"{mesh.world_size} ranks")
     deviations = compare(run_plan(lowered, compared, updates), exact, rough, options.precision)

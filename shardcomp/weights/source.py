@@ -63,10 +63,13 @@ def _from_model(program: Program, model: nn.Module, seed: int, names: list[str])
     last: dict[str, Tensor] = {}  # the slices of a packed weight are read one after the other: draw it once
 
     def initial(name: str) -> Tensor:
-        if name not in last:
+        # Looked up once: another rank that is a thread of this process may have cleared it meanwhile.
+        drawn = last.get(name)
+        if drawn is None:
+            drawn = initialize_parameter(name, model, seed, torch.float32)
             last.clear()
-            last[name] = initialize_parameter(name, model, seed, torch.float32)
-        return last[name]
+            last[name] = drawn
+        return drawn
 
     def read(name: str, index: tuple[slice, ...]) -> Tensor:
         if name in buffers:
