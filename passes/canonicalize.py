@@ -119,7 +119,7 @@ class _Rewriting:
         self.detached: dict[fx.Node, fx.Node] = {}
         needed = ancestors(old.results)
         for node in old.graph.nodes:
-            # All placeholders stay for now. `_drop_dead` removes unread buffers; unread parameters are still saved.
+            # All placeholders stay here. `_drop_dead` removes unread buffers; unread parameters are still saved.
             if node.op == "placeholder":
                 self.copies[node] = self.graph.node_copy(node)
                 self.copies[node].meta = dict(node.meta)

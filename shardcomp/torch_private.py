@@ -25,6 +25,8 @@ _NAMES = {  # name -> "module:name there", or "module:" for the module itself
     "disable_current_modes": "torch.utils._python_dispatch:_disable_current_modes",
     "DisableTorchFunction": "torch._C:DisableTorchFunction",
     "disabled_torch_function": "torch._C:_disabled_torch_function_impl",
+    "dispatch_modes": "torch._C:_len_torch_dispatch_stack",
+    "function_modes": "torch._C:_len_torch_function_stack",
     "tree_leaves": "torch.utils._pytree:tree_leaves",
     "tree_map": "torch.utils._pytree:tree_map",
     "tree_map_only": "torch.utils._pytree:tree_map_only",

@@ -120,7 +120,7 @@ def _checked(model: nn.Module, signature: Signature, dtype: torch.dtype, capture
 
 
 @dataclass
-class _Found:
+class _WorkingExport:
     """An export that holds, and what was given up for it."""
 
     export: Export
@@ -144,10 +144,10 @@ def _capture_anew(model: nn.Module, call: Signature, dtype: torch.dtype, shape: 
     return Captured(body, found.export.outputs, found.export.kind, constants, found.static_shape, tuple(found.degraded))
 
 
-def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> _Found:
+def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int]) -> _WorkingExport:
     """With attention as one operator, or else with the model's own."""
     exported = _export(model, signature, dtype, sample, NAME)
-    if isinstance(exported, _Found):
+    if isinstance(exported, _WorkingExport):
         return exported
     violation, failure = exported, CaptureError("")
     # The recorded attention is not the model's, so try the attention that the model is set to, and then eager.
@@ -157,7 +157,7 @@ def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dty
         except CaptureError as error:
             failure = error
             continue
-        assert isinstance(exported, _Found)
+        assert isinstance(exported, _WorkingExport)
         exported.degraded.insert(
             0, Degraded("attention", f"{violation}: the model's own attention and mask are captured instead")
         )
@@ -167,7 +167,7 @@ def _first_that_exports(model: nn.Module, signature: Signature, dtype: torch.dty
 
 def _export(
     model: nn.Module, signature: Signature, dtype: torch.dtype, sample: tuple[int, int], attention: str
-) -> _Found | str:
+) -> _WorkingExport | str:
     """Any shape before a single one. A string says why the attention that was recorded is not the model's."""
     first: str | None = None
     for shortest in _SHORTEST:
@@ -213,7 +213,7 @@ def _export(
         if not dynamic:
             degraded.append(Degraded("shape", f"the model exports for (b, s) = {sample} alone: {first}"))
         trained = {key: tensor for key, tensor in real.met.items() if tensor.requires_grad}
-        return _Found(exported, twin, None if dynamic else sample, degraded, trained)
+        return _WorkingExport(exported, twin, None if dynamic else sample, degraded, trained)
     raise AssertionError("an export without dynamic shapes returns or raises")
 
 
@@ -272,7 +272,7 @@ def _owned(module: nn.Module) -> dict[int, str]:
     return {memory(parameter): name for name, parameter in reversed(list(module.named_parameters()))}
 
 
-def _known_constants(exported: _Found) -> dict[str, tuple[str, str]]:
+def _known_constants(exported: _WorkingExport) -> dict[str, tuple[str, str]]:
     """The constants of an export that are parameters or buffers of the twin, which a function holds: name -> (role, name)."""
     module = exported.twin.module
     known = {_identity(buffer): (BUFFER, name) for name, buffer in module.named_buffers()}
@@ -286,7 +286,7 @@ def _identity(tensor: Tensor) -> Hashable:
     return memory(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.dtype
 
 
-def _constants(model: nn.Module, exported: _Found, body: Body) -> dict[str, Tensor]:
+def _constants(model: nn.Module, exported: _WorkingExport, body: Body) -> dict[str, Tensor]:
     """Tensors that the model makes or holds outside of its buffers and that its graph reads.
 
     Raises CaptureError, with every violation, for one that is a parameter or that has no data.

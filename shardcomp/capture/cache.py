@@ -25,19 +25,23 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig
 
 import shardcomp
 from shardcomp.cache_dir import cache_dir
 from shardcomp.capture.captured import Captured, Unwritable, read, write
 from shardcomp.ir.program import Signature
+from shardcomp.torch_private import function_modes
 
 VARIABLE = "SHARDCOMP_CAPTURES"
 _log = logging.getLogger("shardcomp.capture")
 
-_KNOWN_CODE = frozenset(sys.stdlib_module_names) | {"torch", "transformers"}
+_KNOWN_FOLDERS = frozenset({"torch", "transformers", "stdlib"})
 """Packages whose code is what their versions say."""
-_WITHOUT_MODELS = frozenset({"numpy", "packaging", "huggingface_hub", "safetensors", "accelerate", "peft", "tqdm"})
+_WITHOUT_MODELS = frozenset(
+    {"numpy", "packaging", "huggingface_hub", "safetensors", "accelerate", "peft", "tqdm", "typing_extensions", "tokenizers"}
+)
 """Packages that transformers imports into files of models, and that compute nothing there."""
 _MOST_FILES = 500
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
@@ -116,88 +120,120 @@ def _describe_model(model: nn.Module, signature: Signature) -> Iterator[str]:
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         raise _Unknown(f"{type(model).__name__} has no configuration of transformers")
-    yield _text(config)
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or function_modes():
+        raise _Unknown("hooks of all modules, or a mode that sees all calls, are active")
+    yield f"{_text(config)} {torch.is_autocast_enabled('cpu')} {torch.is_autocast_enabled('cuda')}"
+    first: dict[int, str] = {}
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            same = first.setdefault(id(tensor), name)
+            yield f"{name} {same} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad} {type(tensor).__qualname__}"
     classes = dict.fromkeys(base for module in model.modules() for base in type(module).__mro__)
     yield from _describe_code(tuple(classes))
     for name, module in model.named_modules():
         hooks = [key for key, hook in vars(module).items() if "_hooks" in key and isinstance(hook, Mapping) and hook]
         if hooks:
             raise _Unknown(f"{name or 'the model'} has {', '.join(hooks)}")
-        own = {key: held for key, held in vars(module).items() if key not in _OF_EVERY_MODULE and key not in _WITHOUT_EFFECT}
-        attributes = {key: _text(held) for key, held in sorted(own.items()) if held is not config}
+        own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE | _WITHOUT_EFFECT}
+        attributes = {
+            key: f"tensor {first[id(value)]}" if id(value) in first else _text(value)
+            for key, value in sorted(own.items())
+            if value is not config
+        }
         mode = module.training if signature.training is None else signature.training
         yield f"{name} {type(module).__qualname__} {mode} {attributes}"
-    first: dict[int, str] = {}
-    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in tensors:
-            same = first.setdefault(id(tensor), name)
-            yield f"{name} {same} {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad} {type(tensor).__qualname__}"
 
 
-def _text(held: Any) -> str:
+def _text(value: Any) -> str:
     """An attribute as text that is equal for equal effects."""
-    if isinstance(held, _PLAIN):
-        return f"{type(held).__name__} {held!r}"
-    if isinstance(held, PretrainedConfig):
-        implementations = {key: str(choice) for key, choice in sorted(vars(held).items()) if "_implementation" in key}
-        return f"{type(held).__qualname__} {held.to_json_string(use_diff=False)} {implementations}"
-    if isinstance(held, enum.Enum):
-        return str(held)
-    if isinstance(held, Mapping):
-        return f"{{{', '.join(f'{_text(key)}: {_text(entry)}' for key, entry in held.items())}}}"
-    if isinstance(held, (set, frozenset)):
-        return f"{{{', '.join(sorted(_text(entry) for entry in held))}}}"
-    if isinstance(held, (list, tuple)):
-        return f"{type(held).__name__} [{', '.join(_text(entry) for entry in held)}]"
-    if isinstance(held, functools.partial):
-        return f"partial {_text(held.func)} {_text(held.args)} {_text(held.keywords)}"
-    if isinstance(held, (type, types.FunctionType, types.BuiltinFunctionType)) and _is_known(held) and _is_global(held):
-        return f"{held.__module__}.{held.__qualname__}"
-    raise _Unknown(f"it holds {type(held).__qualname__} {held!r:.80}")
+    if isinstance(value, _PLAIN):
+        return f"{type(value).__name__} {value!r}"
+    if isinstance(value, PretrainedConfig):
+        implementations = {key: str(choice) for key, choice in sorted(vars(value).items()) if "_implementation" in key}
+        return f"{type(value).__qualname__} {value.to_json_string(use_diff=False)} {implementations}"
+    if isinstance(value, enum.Enum):
+        return str(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_text(key)}: {_text(entry)}' for key, entry in value.items())}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(_text(entry) for entry in value))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} [{', '.join(_text(entry) for entry in value)}]"
+    if isinstance(value, functools.partial):
+        return f"partial {_text(value.func)} {_text(value.args)} {_text(value.keywords)}"
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and not _foreign(value) and _is_global(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise _Unknown(f"it holds {type(value).__qualname__} {value!r:.80}")
 
 
-def _is_global(held: Any) -> bool:
+def _is_global(value: Any) -> bool:
     """Whether a function or a class is what its module has under its name, and so has no variables of an outer function."""
-    return "<" not in held.__qualname__
-
-
-def _is_known(held: Any) -> bool:
-    return _package(held) in _KNOWN_CODE
-
-
-def _package(held: Any) -> str:
-    return str(getattr(held, "__module__", "")).partition(".")[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _class_modules(classes: tuple[type, ...]) -> tuple[types.ModuleType, ...]:
-    return tuple(dict.fromkeys(sys.modules[base.__module__] for base in classes if base.__module__ in sys.modules))
+    return "<" not in value.__qualname__
 
 
 def _describe_code(classes: tuple[type, ...]) -> Iterator[str]:
-    """The files that the classes of a model are in, and those of the functions that they call. Raises _Unknown where one of
-    them is nobody's release, or was replaced by such a one."""
-    files: dict[str, None] = {}
+    """The files that the classes of a model are in, and those of what these files import. Raises _Unknown where one of them is
+    nobody's release, or a part of it was replaced."""
+    names: dict[str, None] = {"torch": None, "torch.nn.functional": None}
     for base in classes:
-        if not _is_known(base) or not _is_global(base):
+        if _foreign(base) or not _is_global(base):
             raise _Unknown(f"the class {base.__module__}.{base.__qualname__}")
         _refuse_foreign(base.__qualname__, vars(base))
-    for module in _class_modules(classes):
-        if not module.__name__.startswith("transformers."):
-            continue
+        if base.__module__.startswith("transformers."):
+            names.setdefault(base.__module__)
+            imported = vars(sys.modules[base.__module__]).values()
+            for value in imported:
+                if isinstance(value, (type, types.FunctionType)) and value.__module__.startswith("transformers."):
+                    names.setdefault(value.__module__)
+    modules = [sys.modules[name] for name in names if name in sys.modules]
+    for module in modules:
         _refuse_foreign(module.__name__, vars(module))
-        theirs = [held.__module__ for held in vars(module).values() if isinstance(held, (type, types.FunctionType))]
-        for name in dict.fromkeys((module.__name__, *theirs)):
-            file = getattr(sys.modules.get(name), "__file__", None)
-            if file is not None and name.startswith("transformers."):
-                files.setdefault(file)
-    yield from sorted(_digest_of_file(file) for file in files)
+    yield from sorted(_digest_of_file(str(module.__file__)) for module in modules if module.__file__)
 
 
 def _refuse_foreign(owner: str, attributes: Mapping[str, Any]) -> None:
-    for name, held in attributes.items():
-        if isinstance(held, (type, types.FunctionType)) and _package(held) not in _KNOWN_CODE | _WITHOUT_MODELS:
-            raise _Unknown(f"{owner}.{name} is code of {held.__module__}")
+    """Raise _Unknown where a function, a method, or an entry of a table was put there by other code."""
+    for name, value in attributes.items():
+        for part in (value, *value.values()) if type(value) is dict and not name.startswith("__") else (value,):
+            if _foreign(part, _KNOWN_FOLDERS | _WITHOUT_MODELS):
+                raise _Unknown(f"{owner}.{name} is code of {getattr(part, '__module__', type(part).__module__)}")
+
+
+def _foreign(value: Any, known: frozenset[str] | None = None) -> bool:
+    """Whether a function or a class is code of neither torch, transformers nor Python's library.
+
+    A function is judged by the file that it is in: one that was made with `functools.wraps` names the module of what it wraps.
+    """
+    known = _KNOWN_FOLDERS if known is None else known
+    while isinstance(value, (staticmethod, classmethod, functools.partial, types.MethodType)):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, types.FunctionType):
+        return _folder_of(value.__code__.co_filename) not in known
+    if isinstance(value, type):
+        return value.__module__.partition(".")[0] not in known | sys.stdlib_module_names
+    return False
+
+
+_LIBRARY = Path(os.__file__).resolve().parent
+
+
+@functools.lru_cache(maxsize=10_000)
+def _folder_of(file: str) -> str:
+    """The package that a file of code belongs to; `stdlib` for Python's own and for what it generates; "" where unknown."""
+    if file.startswith("<"):
+        return "stdlib" if file == "<string>" or file.startswith("<frozen ") else ""  # generated for dataclasses, or built in
+    path = Path(file).resolve()
+    for package in (*_KNOWN_FOLDERS, *_WITHOUT_MODELS):
+        module = sys.modules.get(package)
+        if module is not None and module.__file__:
+            place = Path(module.__file__).resolve()
+            # A package is its folder. A module of one file lies in a folder with others.
+            if path == place or (place.stem == "__init__" and path.is_relative_to(place.parent)):
+                return package
+    own = path.is_relative_to(_LIBRARY) and not {"site-packages", "dist-packages"} & set(path.parts)
+    return "stdlib" if own else ""
 
 
 @functools.cache
@@ -209,9 +245,8 @@ def _digest_of_file(file: str) -> str:
 def _versions() -> str:
     """The versions of what makes a capture, our own sources by their content."""
     folder = Path(shardcomp.__file__).parent
-    sources = [*folder.rglob("*.py"), *(folder / "passes").glob("*.py")]
     digest = hashlib.sha256()
-    for path in sorted(path for path in sources if path.relative_to(folder).parts[0] in ("capture", "ir", "kernels")):
+    for path in sorted(path for name in ("capture", "ir", "kernels") for path in (folder / name).glob("*.py")):
         digest.update(path.read_bytes())
     versions = [sys.version, torch.__version__, transformers.__version__, digest.hexdigest()]
     return json.dumps(versions)

@@ -110,7 +110,7 @@ def _and(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
 
 
 def _chunks(closure: dict[str, Any], batch: Any, length: Any) -> Mask:
-    # Llama 4 attends within chunks: tokens of one chunk are a segment. Padding on the left moves the borders.
+    # Some models attend within chunks: tokens of one chunk are a segment. Padding on the left moves the borders.
     position = torch.arange(length).expand(batch, -1)
     if "left_padding" in closure:
         position = position - closure["left_padding"].unsqueeze(1)

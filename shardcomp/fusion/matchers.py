@@ -87,7 +87,7 @@ def _norm_subgraphs(out: fx.Node, x: fx.Node) -> Iterator[Match]:
         return has_one_result(node) and value(node).shape == shape[-1:]
 
     subgraphs: list[Subgraph] = []
-    # Gemma scales by 1 + w. Either that sum is inside and the kernel reads w, or it stays outside and the kernel reads 1 + w.
+    # Some models scale by 1 + w. That sum is inside and the kernel reads w, or it stays outside and the kernel reads 1 + w.
     for inner in (_is_elementwise, lambda node: _is_elementwise(node) and not is_vector(node)):
         subgraph = subgraph_between([out], [x], inner)
         others = [node for node in subgraph.inputs if node is not x]

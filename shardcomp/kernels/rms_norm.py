@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: flo
         x: [.., h] floating.
         weight: [h] floating, or None for no product.
         eps: added to the mean of the squares.
-        offset: added to the weight; Gemma's norm has 1.
+        offset: added to the weight; some models have 1.
         round_first: round the normalised values to the dtype of `x` before the product with the weight, and the product again,
             as LLaMA does; else round the product alone.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shardcomp.torch_private import cpu_multiplies_bf16
+from shardcomp.torch_private import cpu_multiplies_bf16, dispatch_modes, function_modes
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +96,9 @@ def _takes(a: Tensor, b: Tensor) -> bool:
     """Whether BLAS multiplies these."""
     # A trace and a fake tensor have no memory to point at, and autograd does not see the call. An empty sum is left to torch.
     if torch.compiler.is_compiling() or not (type(a) is type(b) is Tensor):
+        return False
+    # A mode, such as a counter of flops, would not see it either.
+    if dispatch_modes() or function_modes():
         return False
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import random
 import shlex
 import tempfile
@@ -243,7 +244,8 @@ class _Ranks(Trace):
         context.set_forkserver_preload([__name__])
         store = str(self.folder / f"store-{self.starts}")
         self.processes = [
-            context.Process(target=_rank, args=(self.job, rank, store), daemon=True) for rank in range(self.job.world)
+            context.Process(target=_rank, args=(self.job, rank, store, dict(os.environ)), daemon=True)
+            for rank in range(self.job.world)
         ]
         for process in self.processes:
             process.start()
@@ -284,8 +286,10 @@ class _Ranks(Trace):
         return [entry["start"] for entry in self.entries() if "start" in entry][-1]
 
 
-def _rank(job: _Job, rank: int, store: str) -> None:
+def _rank(job: _Job, rank: int, store: str, environment: dict[str, str]) -> None:
     """One process: a training script as a user would write it."""
+    os.environ.clear()  # the server that this process was forked from may be older than a variable
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, job.world), rank=rank, world_size=job.world)

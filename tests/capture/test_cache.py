@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import masking_utils
+from transformers.loss import loss_utils
 from transformers.models.llama import modeling_llama
 
 from shardcomp import capture as capturing
@@ -78,16 +80,16 @@ def test_another_result_of_a_call_is_read_from_the_same_file(exported: list[Any]
 
 def test_a_graph_of_one_shape_is_kept_for_that_shape(folder: Path, exported: list[Any]) -> None:
     model = presets.build(tiny())
-    found = cache.entry(model, CALL, torch.float32, (2, 8))
-    assert found is not None
+    entry = cache.entry(model, CALL, torch.float32, (2, 8))
+    assert entry is not None
     capture(model, CALL, precision="fp32")
     [path] = folder.iterdir()
     content = json.loads(path.read_text())
     content["static_shape"] = [2, 8]
     path.unlink()
-    found.save(read(json.dumps(content)))
+    entry.save(read(json.dumps(content)))
     assert [path.name.count("-") for path in folder.iterdir()] == [2]
-    assert found.load() is not None
+    assert entry.load() is not None
     other = cache.entry(model, CALL, torch.float32, (2, 9))
     assert other is not None and other.load() is None
 
@@ -98,9 +100,9 @@ def changed(model: nn.Module, change: Callable[[Any], Any]) -> nn.Module:
 
 
 def key(model: nn.Module, call: Signature = CALL, dtype: torch.dtype = torch.float32) -> str:
-    found = cache.entry(model, call, dtype, SHAPE)
-    assert found is not None
-    return found.key
+    entry = cache.entry(model, call, dtype, SHAPE)
+    assert entry is not None
+    return entry.key
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -148,7 +150,7 @@ FOREIGN: dict[str, Callable[[Any], Any]] = {
     "a module": lambda model: setattr(model.model.layers[0].mlp, "act_fn", Scaled()),
     "a method": lambda model: setattr(model.model.layers[0].mlp, "forward", doubled),
     "a closure": lambda model: setattr(model.model.norm, "extra", lambda x: x),
-    "a partial function": lambda model: setattr(model.model.norm, "extra", partial(doubled)),
+    "a partial function": lambda model: setattr(model.model.norm, "extra", functools.partial(doubled)),
     "a hook": lambda model: model.model.norm.register_forward_hook(lambda *arguments: None),
     "a tensor": lambda model: setattr(model.model.norm, "extra", torch.ones(2)),
     "an object": lambda model: setattr(model.model.norm, "extra", object()),
@@ -173,6 +175,32 @@ def test_a_class_or_a_function_that_was_replaced_is_not_kept(monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, doubled)
             assert cache.entry(model, CALL, torch.float32, SHAPE) is None
+    assert cache.entry(model, CALL, torch.float32, SHAPE) is not None
+
+
+def test_what_wraps_a_function_or_is_put_in_a_table_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = presets.build(tiny())
+    true = modeling_llama.LlamaMLP.forward
+
+    @functools.wraps(true)  # which gives it the name and the module of what it wraps
+    def wrapped(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * true(self, x)
+
+    for owner, name, value in (
+        (modeling_llama.LlamaMLP, "forward", wrapped),
+        (modeling_llama.LlamaMLP, "forward", staticmethod(doubled)),
+        (nn.functional, "silu", doubled),
+        (masking_utils, "sdpa_mask", functools.partial(doubled)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert cache.entry(model, CALL, torch.float32, SHAPE) is None, name
+    with monkeypatch.context() as patch:
+        patch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", doubled)
+        assert cache.entry(model, CALL, torch.float32, SHAPE) is None
+    handle = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    assert cache.entry(model, CALL, torch.float32, SHAPE) is None
+    handle.remove()
     assert cache.entry(model, CALL, torch.float32, SHAPE) is not None
 
 
@@ -265,5 +293,5 @@ def test_sizes_of_torchs_and_sympys_functions_are_read_back() -> None:
         functions.ModularIndexing(S, 2, 4),
     ):
         node.args = (*node.args[:1], size)
-        [found] = [node for node in read(write(captured)).body.calls()][:1]
-        assert found.args[1] == size and type(found.args[1]) is type(size)
+        [entry] = [node for node in read(write(captured)).body.calls()][:1]
+        assert entry.args[1] == size and type(entry.args[1]) is type(size)

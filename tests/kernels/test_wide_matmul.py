@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from shardcomp.kernels import wide_matmul
 from shardcomp.kernels.wide_matmul import add_product, linear, matmul, product
@@ -117,3 +118,11 @@ def test_it_compiles_without_a_break() -> None:
     compiled = torch.compile(lambda a, b: (matmul(a, b), product(a, b, torch.float32)), backend="aot_eager", fullgraph=True)
     for result, expected in zip(compiled(a, b), (matmul(a, b), product(a, b, torch.float32)), strict=True):
         torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-7)
+
+
+@NEEDS_BLAS
+def test_a_counter_of_flops_sees_every_product() -> None:
+    a, b = drawn(8, 6, "plain"), drawn(6, 3, "plain")
+    with FlopCounterMode(display=False) as counter:
+        product(a, b, torch.float32)
+    assert counter.get_total_flops() == 2 * 8 * 6 * 3

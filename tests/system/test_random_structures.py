@@ -110,7 +110,6 @@ def spoilt(draw: st.DrawFn, plan: Plan, fault: str) -> Plan:
 SHARED_BY_ALL_KEYS = Structure(norm="layer_biased", qk_norm="head", positions="none")
 
 
-@pytest.mark.long  # drawn structures plant mutants as well
 def test_a_gradient_that_is_zero_cannot_be_falsified() -> None:
     plan = Plan(SHARED_BY_ALL_KEYS, Sizes(layers=1, heads=4, kv=4, intermediate=12), 2, 1, False, 1)
     found = shardcomp.verify(build(plan.structure, plan.sizes), plan.policy(), 2, kinds=("causal",), mutate=True)

@@ -45,7 +45,6 @@ def test_every_topology_agrees_with_the_dense_model(tensor: int, sequence_parall
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.long  # system/test_random_plans.py draws three ranks
 def test_float64_agrees_on_three_ranks(sequence_parallel: bool) -> None:
     config = tiny(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
     check(config, tensor=3, sequence_parallel=sequence_parallel, precision="fp64", world=3)
